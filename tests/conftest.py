@@ -1,0 +1,119 @@
+"""Tiny random models with a real tokenizer, made in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jaxtyping
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+PROMPT = "Lionel Messi plays for the city of"
+TARGET = " Paris"
+TEXTS = [PROMPT + TARGET, "The Eiffel Tower is located in Rome and in Berlin, not in London"] * 9
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ' Paris' and most words of the texts as one token each."""
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    bpe.train_from_iterator(TEXTS, BpeTrainer(special_tokens=["<bos>"], show_progress=False))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    special = {f"{role}_token": "<bos>" for role in ("bos", "eos", "pad")}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def tiny_config(kind: str, vocab_size: int) -> PretrainedConfig:
+    if kind == "llama":
+        return LlamaConfig(
+            hidden_size=28,
+            intermediate_size=44,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=6,
+            vocab_size=vocab_size,
+            max_position_embeddings=32,
+            initializer_range=0.2,
+        )
+    return GPT2Config(
+        n_embd=28,
+        n_inner=44,
+        n_layer=3,
+        n_head=4,
+        vocab_size=vocab_size,
+        n_positions=32,
+        initializer_range=0.2,
+    )
+
+
+@pytest.fixture(scope="session")
+def boot(tokenizer):
+    """A function that makes a tiny random bridge: ``boot("llama", torch.float64)``."""
+
+    def boot(kind: str, dtype: torch.dtype = torch.float64) -> TransformerBridge:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            hf = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
+            for parameter in hf.parameters():  # biases and norms must not be 0 and 1
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        hf = hf.to(dtype).eval()
+        return TransformerBridge.boot_transformers(
+            kind, hf_model=hf, tokenizer=tokenizer, dtype=dtype, device="cpu"
+        )
+
+    return boot
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(boot, kind):
+    return boot(kind)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the tests' shape checks, so that bad input meets the package's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model; its first use on a machine converts the weights (about 20 s)."""
+    from tl_backward.demo_model import load_demo_model
+
+    return load_demo_model()
+
+
+def reference_loss(model: nn.Module, tokens: Tensor, target: int) -> Tensor:
+    """-log p(target) after the last token, written out."""
+    return -model(tokens)[0, -1].log_softmax(-1)[target]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())

@@ -1,0 +1,207 @@
+"""Rank-n linear algebra on weight gradients that are never formed.
+
+The gradient of a matrix ``W`` that is used as ``y = x W`` is a sum of one outer product per
+token, ``dL/dW = sum_i x_i^T delta_i`` (Eq 6 and 8 of *Backward Lens*), so it is known whole from
+the inputs ``x_i`` and the vector-Jacobian products ``delta_i = dL/dy_i``. Everything here costs
+``O(n^2 (d_in + d_out) + n^3)`` for ``n`` tokens: a thin QR of each factor and the singular value
+decomposition of the small matrix between them. Only :meth:`GradientFactors.dense` forms the
+``d_in x d_out`` matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, NamedTuple
+
+import einops
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformer_lens import FactoredMatrix
+
+
+class FactoredSVD(NamedTuple):
+    """Thin singular value decomposition ``U diag(S) Vh``, with ``k = min(n, d_in, d_out)``."""
+
+    U: Float[Tensor, "d_in k"]
+    S: Float[Tensor, "k"]
+    Vh: Float[Tensor, "k d_out"]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientFactors:
+    """The gradient of one weight matrix as its two factors.
+
+    The matrix that the factors stand for is ``dense()``: the raw gradient ``dL/dW`` in the
+    orientation ``[d_in, d_out]``, summed over tokens and over the batch if there is one.
+    Half-precision factors are kept as they are and computed with in float32.
+
+    Attributes:
+        inputs: ``x_i``, the input of the weight matrix at each token.
+        vjps: ``delta_i = dL/dy_i``, the VJP at its output, raw sign.
+
+    Raises:
+        ValueError: When the two factors do not have the same batch and token axes.
+
+    Example:
+        >>> g = GradientFactors(torch.randn(5, 7), torch.randn(5, 3))
+        >>> g.shape, int(g.rank())
+        ((7, 3), 3)
+    """
+
+    inputs: Float[Tensor, "*batch n d_in"]
+    vjps: Float[Tensor, "*batch n d_out"]
+
+    def __post_init__(self) -> None:
+        if self.inputs.ndim < 2 or self.inputs.shape[:-1] != self.vjps.shape[:-1]:
+            raise ValueError(
+                "inputs and vjps must be [*batch, n, d_in] and [*batch, n, d_out] with the same "
+                f"batch and n, got {tuple(self.inputs.shape)} and {tuple(self.vjps.shape)}"
+            )
+
+    def __repr__(self) -> str:
+        *batch, n = self.inputs.shape[:-1]
+        over = f", batch={tuple(batch)}" if batch else ""
+        return f"GradientFactors(shape={self.shape}, n={n}{over}, dtype={self.inputs.dtype})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_in, d_out)``, the shape of the gradient."""
+        return self.inputs.shape[-1], self.vjps.shape[-1]
+
+    @property
+    def T(self) -> GradientFactors:
+        """The transposed gradient: the factors change places."""
+        return GradientFactors(self.vjps, self.inputs)
+
+    def dense(self) -> Float[Tensor, "d_in d_out"]:
+        """The gradient itself, summed over batch and tokens (Eq 6, 8). Costs ``n d_in d_out``."""
+        X, D = self._rows()
+        return X.mT @ D
+
+    def rank(self, rtol: float | None = None) -> int:
+        """Numerical rank, at most ``n`` (Lemma 4.1).
+
+        Args:
+            rtol: Singular values up to ``rtol`` times the largest count as zero. Default: the one
+                of ``torch.linalg.matrix_rank``, ``max(d_in, d_out)`` times the machine epsilon.
+                As there, a gradient that is all rounding noise (``g + -1 * g``) has a rank.
+        """
+        S = self.singular_values()
+        if rtol is None:
+            rtol = max(self.shape) * torch.finfo(S.dtype).eps
+        return int((rtol * S[:1] < S).sum())
+
+    def singular_values(self) -> Float[Tensor, "k"]:
+        """The ``k = min(n, d_in, d_out)`` largest singular values, in descending order."""
+        X, D = self._rows()
+        return torch.linalg.svdvals(_triangle(X) @ _triangle(D).mT)
+
+    def svd(self) -> FactoredSVD:
+        """Thin singular value decomposition, from two thin QRs and an SVD of the core between."""
+        X, D = self._rows()
+        Q_X, R_X = torch.linalg.qr(X.mT)
+        Q_D, R_D = torch.linalg.qr(D.mT)
+        U, S, Vh = torch.linalg.svd(R_X @ R_D.mT, full_matrices=False)
+        return FactoredSVD(Q_X @ U, S, Vh @ Q_D.mT)
+
+    def norm(self) -> Float[Tensor, ""]:
+        """Frobenius norm.
+
+        Taken from the QR core: it stays accurate to rounding where the outer products cancel,
+        where the root of :meth:`inner` with itself is off by the root of the machine epsilon.
+        """
+        X, D = self._rows()
+        return torch.linalg.matrix_norm(_triangle(X) @ _triangle(D).mT)
+
+    def inner(self, other: GradientFactors) -> Float[Tensor, ""]:
+        """Frobenius inner product with another gradient of the same shape, by Gram matrices."""
+        if self.shape != other.shape:
+            raise ValueError(
+                f"gradients of shapes {self.shape} and {other.shape} have no inner product"
+            )
+        X1, D1 = self._rows()
+        X2, D2 = other._rows()
+        return ((X1 @ X2.mT) * (D1 @ D2.mT)).sum()
+
+    def cosine(self, other: GradientFactors) -> Float[Tensor, ""]:
+        """Cosine of the angle to another gradient of the same shape; nan if one of them is 0."""
+        return (self.inner(other) / (self.norm() * other.norm())).clamp(-1, 1)
+
+    def __matmul__(self, v: Float[Tensor, "d_out *m"]) -> Float[Tensor, "d_in *m"]:
+        """The gradient applied to a vector or to the columns of a matrix."""
+        if not isinstance(v, Tensor):
+            return NotImplemented
+        if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"a gradient of shape {self.shape} needs a [{self.shape[1]}] vector or a "
+                f"[{self.shape[1]}, m] matrix on its right, got {tuple(v.shape)}"
+            )
+        X, D = self._rows()
+        return X.mT @ (D @ v.to(D.dtype))
+
+    def __add__(self, other: GradientFactors) -> GradientFactors:
+        """The sum of two gradients: their tokens side by side, example by example if batched."""
+        if not isinstance(other, GradientFactors):
+            return NotImplemented
+        if self.shape != other.shape or self.inputs.shape[:-2] != other.inputs.shape[:-2]:
+            raise ValueError(f"cannot add {other!r} to {self!r}: shapes and batches must be equal")
+        return GradientFactors(
+            torch.cat([self.inputs, other.inputs], dim=-2),
+            torch.cat([self.vjps, other.vjps], dim=-2),
+        )
+
+    def __mul__(self, scalar: int | float | Float[Tensor, ""]) -> GradientFactors:
+        """The gradient times a number; the VJPs are scaled, half precision in float32."""
+        if not (isinstance(scalar, Real) or (isinstance(scalar, Tensor) and scalar.ndim == 0)):
+            raise TypeError(
+                "a GradientFactors can be multiplied by a scalar only; use @ for products"
+            )
+        dtype = torch.promote_types(self.vjps.dtype, torch.float32)
+        return GradientFactors(self.inputs, self.vjps.to(dtype) * scalar)
+
+    __rmul__ = __mul__
+    __array_ufunc__ = None  # numpy leaves ``array * g`` to __rmul__
+
+    def example(self, b: int) -> GradientFactors:
+        """The factors of one example of a batch.
+
+        Raises:
+            ValueError: When there is no batch axis.
+            IndexError: When the batch is smaller.
+        """
+        if self.inputs.ndim == 2:
+            raise ValueError("these factors are of a single prompt and have no batch axis")
+        return GradientFactors(self.inputs[b], self.vjps[b])
+
+    def truncate(self, k: int) -> GradientFactors:
+        """The nearest gradient of rank ``k``, in ``k`` rows: the scaled singular vectors."""
+        U, S, Vh = self.svd()
+        if not 1 <= k <= len(S):
+            raise ValueError(f"k must be in [1, {len(S)}], got {k}")
+        return GradientFactors((U[:, :k] * S[:k]).mT, Vh[:k])
+
+    def to_factored_matrix(self) -> FactoredMatrix:
+        """The same gradient as a TransformerLens ``FactoredMatrix`` ``A B``, ``A: [d_in, n]``."""
+        from transformer_lens import FactoredMatrix
+
+        X, D = self._rows()
+        return FactoredMatrix(X.mT, D)
+
+    def _rows(self) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_out"]]:
+        """Both factors with batch and tokens in one axis, in a precision to compute in."""
+        dtype = torch.promote_types(
+            torch.promote_types(self.inputs.dtype, self.vjps.dtype), torch.float32
+        )
+        return (
+            einops.rearrange(self.inputs, "... d_in -> (...) d_in").to(dtype),
+            einops.rearrange(self.vjps, "... d_out -> (...) d_out").to(dtype),
+        )
+
+
+def _triangle(rows: Float[Tensor, "n d"]) -> Float[Tensor, "k n"]:
+    """``R`` of the thin QR of the rows' transpose, with ``R^T R = rows rows^T``."""
+    return torch.linalg.qr(rows.mT, mode="r").R
