@@ -1,5 +1,14 @@
 """Read a language model's backward pass: gradients in vocabulary space, for TransformerLens."""
 
+from tl_backward.cache import BackwardCache
+from tl_backward.capture import run_with_backward_cache
 from tl_backward.factors import GradientFactors
+from tl_backward.sites import WeightSite, weight_sites
 
-__all__ = ["GradientFactors"]
+__all__ = [
+    "BackwardCache",
+    "GradientFactors",
+    "WeightSite",
+    "run_with_backward_cache",
+    "weight_sites",
+]
