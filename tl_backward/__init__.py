@@ -3,10 +3,13 @@
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.factors import GradientFactors
+from tl_backward.lens import BackwardLensResult, BackwardLogitLens
 from tl_backward.sites import WeightSite, weight_sites
 
 __all__ = [
     "BackwardCache",
+    "BackwardLensResult",
+    "BackwardLogitLens",
     "GradientFactors",
     "WeightSite",
     "run_with_backward_cache",

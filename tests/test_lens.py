@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from conftest import PROMPT, TARGET
+from transformer_lens.tools.analysis import logit_readout
+
+import tl_backward as tlb
+from tl_backward.readout import read_vocabulary
+
+
+@pytest.fixture
+def result(model):
+    return tlb.BackwardLogitLens(model)(PROMPT, TARGET, top_k=4)
+
+
+def vectors_of(model, kind, **arguments):
+    _, cache = tlb.run_with_backward_cache(model, PROMPT, TARGET, weights=kind, **arguments)
+    side = "vjps" if kind == "W_out" else "inputs"
+    return torch.stack([getattr(g, side) for g in cache.values()])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind_of_weight", ["W_in", "W_out"])
+def test_readout_equals_transformer_lens(model, kind_of_weight, normalize):
+    """Ids, log-probabilities and ranks against TransformerLens's own readout kernel."""
+    result = tlb.BackwardLogitLens(model)(
+        PROMPT, TARGET, top_k=4, normalize=normalize, chunk_size=3
+    )
+    read = result[kind_of_weight]
+    vectors = vectors_of(model, kind_of_weight)
+    torch.testing.assert_close(read.norms, vectors.norm(dim=-1))
+    if normalize:
+        vectors = vectors / vectors.norm(dim=-1, keepdim=True)
+    log_probs = logit_readout(model, vectors.nan_to_num(), return_type="log_probs").values.double()
+    values, ids = log_probs.sort(dim=-1)
+    target = log_probs[..., model.to_single_token(TARGET), None]
+    seen = ~read.zero_mask
+    torch.testing.assert_close(
+        read.top_values[seen], values.flip(-1)[..., :4][seen], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        read.bottom_values[seen], values[..., :4][seen], rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(read.top_ids[seen], ids.flip(-1)[..., :4][seen])
+    assert torch.equal(read.bottom_ids[seen], ids[..., :4][seen])
+    assert torch.equal(read.target_ranks[seen], (log_probs > target).sum(-1)[seen])
+
+
+def test_w_gate_is_read_by_its_inputs(boot):
+    model = boot("llama")
+    result = tlb.BackwardLogitLens(model)(PROMPT, TARGET, weights=("W_gate", "W_in"), layers=1)
+    assert torch.equal(result["W_gate"].top_ids, result["W_in"].top_ids)
+    assert torch.equal(result["W_gate"].norms, result["W_in"].norms)
+    assert not torch.equal(result["W_gate"].vjp_norms, result["W_in"].vjp_norms)
+
+
+def test_zero_rows_are_marked_and_not_read(result):
+    """Appendix A: in the last layer only the last token has a VJP."""
+    read = result["W_out"]
+    n = len(result.str_tokens)
+    expected = torch.zeros(3, n, dtype=torch.bool)
+    expected[2, :-1] = True
+    assert torch.equal(read.zero_mask, expected)
+    assert torch.equal(read.norms == 0, expected) and torch.equal(read.vjp_norms, read.norms)
+    assert torch.equal(read.target_ranks == -1, expected)
+    assert torch.equal(read.top_values.isnan().all(-1), expected)
+    assert read.top_tokens()[2][0] == read.bottom_tokens()[2][0] == []
+    assert not result["W_in"].zero_mask.any()
+
+
+def test_tokens_are_the_ids_decoded(model, result):
+    for read in result.values():
+        for tokens, ids in (
+            (read.top_tokens(), read.top_ids),
+            (read.bottom_tokens(), read.bottom_ids),
+        ):
+            assert tokens[0][2] == [model.tokenizer.decode([i]) for i in ids[0, 2].tolist()]
+
+
+def test_rank_trajectory(result):
+    assert torch.equal(result.rank_trajectory(TARGET), result["W_out"].target_ranks)
+    assert torch.equal(result.rank_trajectory(weight="W_in"), result["W_in"].target_ranks)
+    with pytest.raises(ValueError, match="run with ' Paris'"):
+        result.rank_trajectory(" Rome")
+    with pytest.raises(KeyError, match="'W_gate' was not read; there is W_in, W_out"):
+        result.rank_trajectory(weight="W_gate")
+
+
+def test_dataframe_is_tidy(result):
+    frame = result.to_dataframe()
+    n = len(result.str_tokens)
+    zero_rows = n - 1
+    assert len(frame) == 2 * 3 * n * 8 - zero_rows * 8 + zero_rows
+    keys = ["weight", "layer", "position", "end", "k"]
+    assert not frame.dropna(subset="end").duplicated(keys).any()
+    cell = frame.query("weight == 'W_out' and layer == 1 and position == 2 and end == 'bottom'")
+    assert cell["token"].tolist() == result["W_out"].bottom_tokens()[1][2]
+    assert cell["k"].tolist() == [0, 1, 2, 3]
+    assert cell["log_prob"].tolist() == result["W_out"].bottom_values[1, 2].tolist()
+    assert cell["target_rank"].unique().tolist() == [int(result["W_out"].target_ranks[1, 2])]
+    assert cell["str_token"].unique().tolist() == [result.str_tokens[2]]
+    unread = frame.query("weight == 'W_out' and layer == 2 and position == 0").iloc[0]
+    assert unread["norm"] == 0 and frame["token_id"].isna().sum() == zero_rows
+
+
+def test_layers_and_positions_select(model, result):
+    part = tlb.BackwardLogitLens(model)(
+        PROMPT, TARGET, weights="W_out", layers=[-1, 0], positions=[-1, 1], top_k=4
+    )
+    assert part["W_out"].layers == [0, 2] and list(part) == ["W_out"]
+    n = len(result.str_tokens)
+    assert part.positions.tolist() == [n - 1, 1]
+    whole = result["W_out"].bottom_ids[[0, 2]][:, [-1, 1]]
+    assert torch.equal(part["W_out"].bottom_ids, whole)
+
+
+def test_result_keeps_no_model(model, result):
+    def no_model(thing):
+        raise AssertionError("the result refers to the model")
+
+    type(model).__reduce_ex__ = lambda self, protocol: no_model(self)
+    try:
+        copy = pickle.loads(pickle.dumps(result))
+    finally:
+        del type(model).__reduce_ex__
+    assert torch.equal(copy["W_in"].top_ids, result["W_in"].top_ids)
+
+
+def test_logits_never_exist_whole():
+    seen = []
+
+    def unembed(rows):
+        seen.append(len(rows))
+        return rows.repeat(1, 5)
+
+    vectors = torch.randn(11, 3)
+    read = read_vocabulary(vectors, unembed, 1, top_k=2, chunk_size=4)
+    assert seen == [4, 4, 3] and read.top_ids.shape == (11, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models(boot, kind, dtype):
+    result = tlb.BackwardLogitLens(boot(kind, dtype))(PROMPT, TARGET, top_k=3)
+    assert result.loss.dtype == torch.float32
+    assert result["W_out"].top_values[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 0}, r"top_k must be in \[1, "),
+        ({"top_k": 10**6}, r"top_k must be in \[1, "),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"weights": ("W_in", "W_nope")}, "this model has W_in"),
+    ],
+)
+def test_bad_input(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tlb.BackwardLogitLens(model)(PROMPT, TARGET, **arguments)

@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from tl_backward.lens import BackwardLensResult, WeightReadout
+from tl_backward.plotting import lens_page, visible
+
+LAYERS = [1, 4, 6]
+POSITIONS = [0, 2, 3, 5]
+PROMPT = ["<bos>", "Old", " Rome", "\n", "is", " in"]
+D_VOCAB = 1000
+ZERO = (2, 1)
+
+
+# ----- results and pages -----
+
+
+def readout(kind: str, layers: list[int], n_positions: int, top_k: int = 2) -> WeightReadout:
+    """Every token is named after its place: `W_out 0.3 top1` is layer index 0, position index 3."""
+    n_layers = len(layers)
+    shape = (n_layers, n_positions, top_k)
+    ids = torch.arange(2 * n_layers * n_positions * top_k).view(2, *shape)
+    names = [
+        f"{kind} {i}.{j} {end}{k}"
+        for end in ("top", "bottom")
+        for i in range(n_layers)
+        for j in range(n_positions)
+        for k in range(top_k)
+    ]
+    return WeightReadout(
+        kind=kind,
+        layers=layers,
+        top_ids=ids[0],
+        top_values=-0.25 - ids[0],
+        bottom_ids=ids[1],
+        bottom_values=-0.5 - ids[1],
+        target_ranks=torch.arange(n_layers * n_positions).view(n_layers, n_positions) + 500,
+        norms=torch.full((n_layers, n_positions), 7.0),
+        vjp_norms=torch.linspace(0.001, 1, n_layers * n_positions).view(n_layers, n_positions),
+        zero_mask=torch.zeros(n_layers, n_positions, dtype=torch.bool),
+        vocabulary=dict(enumerate(names)),
+    )
+
+
+def result_of(*readouts: WeightReadout) -> BackwardLensResult:
+    return BackwardLensResult(
+        readouts={readout.kind: readout for readout in readouts},
+        str_tokens=PROMPT,
+        positions=torch.tensor(POSITIONS),
+        target_ids=torch.tensor(3),
+        target=" <b>",
+        loss=torch.tensor(4.0),
+        d_vocab=D_VOCAB,
+        normalize=False,
+    )
+
+
+def small(kind: str = "W_out") -> WeightReadout:
+    return readout(kind, LAYERS, len(POSITIONS))
+
+
+def with_zero_row(readout: WeightReadout) -> WeightReadout:
+    """As the lens leaves a row whose vector is zero."""
+    values = {
+        "top_ids": -1,
+        "bottom_ids": -1,
+        "top_values": torch.nan,
+        "bottom_values": torch.nan,
+        "target_ranks": -1,
+        "norms": 0.0,
+        "vjp_norms": 0.0,
+        "zero_mask": True,
+    }
+    changed = {name: getattr(readout, name).clone() for name in values}
+    for name, value in values.items():
+        changed[name][ZERO] = value
+    return replace(readout, **changed)
+
+
+@dataclass
+class Cell:
+    attributes: dict[str, str | None]
+    text: str = ""
+    tokens: list[str] = field(default_factory=list)
+    card: str = ""
+
+    @property
+    def level(self) -> float:
+        return float((self.attributes["style"] or "").removeprefix("--level:").removesuffix("%"))
+
+    @property
+    def is_hit(self) -> bool:
+        return self.attributes.get("class") == "hit"
+
+
+class Page(HTMLParser):
+    """The tables of a page, rows of cells; it insists on properly nested tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.tables: list[list[list[Cell]]] = []
+        self.title = self.prompt = self.body = ""
+        self.path: list[tuple[str, str | None]] = []
+        self.feed(html)
+        self.close()
+        assert self.path == []
+
+    @property
+    def cell(self) -> Cell:
+        return self.tables[-1][-1][-1]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        if tag == "meta":
+            return
+        if tag == "br":
+            return self.handle_data("\n")
+        self.path.append((tag, attributes.get("class")))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append(Cell(attributes))
+        elif tag == "bdi" and self.path[-2][0] in ("td", "th"):
+            self.cell.tokens.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.path.pop()[0] == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        tags = [tag for tag, _ in self.path]
+        if "title" in tags:
+            self.title += data
+        if "body" in tags:
+            self.body += data
+        if ("p", "prompt") in self.path:
+            self.prompt += data
+        if ("div", "card") in self.path:
+            self.cell.card += data
+        elif "td" in tags or "th" in tags:
+            self.cell.text += data
+            if tags[-1] == "bdi":
+                self.cell.tokens[-1] += data
+
+
+def page_of(*readouts: WeightReadout) -> Page:
+    return Page(lens_page(result_of(*readouts)))
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+# ----- what stands where -----
+
+
+def test_a_table_per_weight_has_a_row_per_layer_and_a_column_per_position():
+    page = page_of(small("W_gate"), small("W_out"))
+    assert [[len(row) for row in table] for table in page.tables] == [[5] * 4] * 2
+    assert re.findall("<h2>(.*)</h2>", page.html) == ["W_gate", "W_out"]
+
+
+def test_the_header_names_the_positions_that_were_read():
+    header = page_of(small()).tables[0][0]
+    assert [cell.tokens for cell in header[1:]] == [["<bos>"], ["·Rome"], ["⏎"], ["·in"]]
+    assert [cell.text for cell in header[1:]] == ["<bos>0", "·Rome2", "⏎3", "·in5"]
+
+
+def test_the_last_layer_is_on_top_and_every_cell_in_its_place():
+    first, second = page_of(small("W_in"), small("W_out")).tables
+    for kind, table in (("W_in", first), ("W_out", second)):
+        assert [row[0].text for row in table[1:]] == ["6", "4", "1"]
+        for i, row in zip((2, 1, 0), table[1:], strict=True):
+            for j, cell in enumerate(row[1:]):
+                most, least = f"{kind}·{i}.{j}·top0", f"{kind}·{i}.{j}·bottom0"
+                assert cell.tokens == [most, least]
+                assert words(cell.text) == f"{most} \\ {least}"
+
+
+def test_the_card_of_a_cell_tells_the_rest():
+    w_in, w_out = page_of(small("W_in"), small("W_out")).tables
+    card = words(w_in[1][2].card)
+    assert card.startswith("layer 6, ·Rome at 2 ‖x‖ 7, ‖δ‖ 0.818 target ·<b>: rank 509 of 1000")
+    assert "-18.25 W_in·2.1·top0 -19.25 W_in·2.1·top1" in card
+    assert "-42.50 W_in·2.1·bottom0 -43.50 W_in·2.1·bottom1" in card
+    assert "‖x‖" not in w_out[1][2].card
+    assert "‖δ‖ 0.818" in w_out[1][2].card
+
+
+def test_the_head_of_the_page():
+    page = page_of(small())
+    assert words(page.prompt) == "<bos> Old ·Rome ⏎ is ·in → ·<b>"
+    assert "4.0000 nats" in page.body
+    assert "0.0183" in page.body  # exp(-4)
+    assert "normalised" not in page.body
+    normalised = lens_page(replace(result_of(small()), normalize=True))
+    assert "normalised" in Page(normalised).body
+
+
+def test_a_zero_row_is_an_empty_cell():
+    table = page_of(with_zero_row(small())).tables[0]
+    cells = {(row[0].text, j): cell for row in table[1:] for j, cell in enumerate(row[1:])}
+    assert cells["6", 1] == Cell({})
+    assert [place for place, cell in cells.items() if not cell.text] == [("6", 1)]
+
+
+def test_an_input_that_meets_a_zero_vjp_imprints_nothing():
+    w_in = small("W_in")
+    w_in.vjp_norms[ZERO] = 0
+    table = page_of(w_in).tables[0]
+    assert table[1][2] == Cell({})
+    assert table[1][1].text and table[2][2].text
+
+
+def test_a_weight_without_any_update_is_an_empty_table():
+    w_in = small("W_in")
+    w_in.vjp_norms.zero_()
+    assert all(cell == Cell({}) for row in page_of(w_in).tables[0][1:] for cell in row[1:])
+
+
+@pytest.mark.parametrize(
+    "kind, hit, other_end", [("W_in", 0, 999), ("W_gate", 0, 999), ("W_out", 999, 0)]
+)
+def test_the_mark_is_where_the_target_ends_the_readout_that_counts(kind, hit, other_end):
+    marked = small(kind)
+    marked.target_ranks[0, 2], marked.target_ranks[1, 3] = hit, other_end
+    table = page_of(marked).tables[0]
+    hits = [(i, j) for i, row in enumerate(table) for j, cell in enumerate(row) if cell.is_hit]
+    assert hits == [(3, 3)]
+
+
+# ----- colour -----
+
+
+def test_colour_grows_with_the_norm_up_to_the_largest_of_the_table():
+    first, second = small("W_in"), small("W_out")
+    norms = torch.tensor([[3e-5, 8.0, 0.02, 1.0], [0.3, 1e-3, 5.0, 0.1], [2.0, 4.0, 1e-4, 0.5]])
+    first.vjp_norms.copy_(norms)
+    second.vjp_norms.copy_(norms / 1000)
+    page = page_of(first, second)
+    for table in page.tables:
+        levels = [[cell.level for cell in row[1:]] for row in reversed(table[1:])]
+        order = torch.tensor(levels).flatten().argsort().tolist()
+        assert order == norms.flatten().argsort().tolist()
+        assert levels[0][1] == 100
+        assert levels[0][3] == 50, "an eighth of the largest norm, on the cube-root scale"
+        assert len({level for row in levels for level in row}) == 12
+    assert "8 (cube-root scale)" in words(page.body)
+    assert "0.008 (cube-root scale)" in words(page.body)
+
+
+def palettes(html: str) -> dict[str, dict[str, str]]:
+    """The colours of the light and of the dark mode."""
+    light, dark = html.split("@media (prefers-color-scheme: dark)")
+    return {
+        mode: dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", css))
+        for mode, css in (("light", light), ("dark", dark))
+    }
+
+
+def rgb(colour: str) -> torch.Tensor:
+    return torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def contrast(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The contrast ratio of WCAG 2."""
+
+    def luminance(colour: torch.Tensor) -> float:
+        linear = torch.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return float(linear @ torch.tensor([0.2126, 0.7152, 0.0722]))
+
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_contrast_by_the_rule():
+    assert contrast(rgb("#ffffff"), rgb("#000000")) == pytest.approx(21)
+    assert contrast(rgb("#767676"), rgb("#ffffff")) == pytest.approx(4.54, abs=0.01)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_text_stands_out_from_every_colour(mode):
+    html = lens_page(result_of(small()))
+    assert "color-mix(in srgb, var(--low), var(--high) var(--level))" in html
+    colours = {name: rgb(value) for name, value in palettes(html)[mode].items()}
+    cells = [torch.lerp(colours["low"], colours["high"], t / 20) for t in range(21)]
+    for background in (colours["page"], *cells):
+        assert contrast(colours["text"], background) >= 4.5
+        assert contrast(colours["quiet"], background) >= 4.5
+        assert contrast(colours["accent"], background) >= 3  # a graphic, not text
+    assert contrast(cells[0], cells[-1]) > 1.5, "a scale that can be seen"
+
+
+# ----- what a page must never do -----
+
+
+def test_tokens_are_text_and_never_markup():
+    attack = '<script>alert("x")</script>'
+    hostile = small("W_out")
+    hostile.vocabulary.update(dict.fromkeys(hostile.vocabulary, attack))
+    result = replace(result_of(hostile), str_tokens=[attack] * 6, target=attack)
+    html = lens_page(result)
+    page = Page(html)
+    assert "<script" not in html
+    assert page.title.count(attack) == 7
+    assert words(page.prompt).count(attack) == 7
+    assert page.tables[0][0][1].tokens == [attack]
+    assert page.tables[0][1][1].tokens == [attack, attack]
+    assert page.tables[0][1][1].card.count(attack) == 6  # its token, the target, 2 + 2 tokens
+
+
+def test_the_page_can_be_written_whatever_the_tokens():
+    odd = replace(result_of(small()), str_tokens=["\ud83d", "\x00", "\u202e", "", "é", "�"])
+    page = Page(lens_page(odd).encode().decode())
+    assert words(page.prompt).startswith(r"\ud83d \x00 \u202e ∅ é �")
+
+
+def test_the_page_needs_nothing_else():
+    html = lens_page(result_of(small()))
+    assert not re.search(r"http|//|url\(|@import|\bsrc=|\bhref=|<script|<link", html)
+
+
+def test_a_page_of_thirty_layers_stays_small():
+    big = [readout(kind, list(range(30)), 12, top_k=10) for kind in ("W_in", "W_out")]
+    result = replace(
+        result_of(*big), str_tokens=[" token"] * 12, positions=torch.arange(12), target=" Paris"
+    )
+    html = lens_page(result)
+    assert [len(table) for table in Page(html).tables] == [31, 31]
+    assert len(html.encode()) < 1_000_000
+
+
+def test_without_jinja2_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'tl-backward[plot]'")):
+        lens_page(result_of(small()))
+
+
+# ----- tokens -----
+
+
+@pytest.mark.parametrize(
+    "token, shown",
+    [
+        (" Rome", "·Rome"),
+        ("New York ", "New·York·"),
+        ("\n\n", "⏎⏎"),
+        ("\t", "⇥"),
+        ("a\r\n", "a\\x0d⏎"),
+        ("", "∅"),
+        ("\x00\x1b\x7f", r"\x00\x1b\x7f"),
+        ("\xa0", r"\xa0"),
+        ("\u200b\u202e\u2028", r"\u200b\u202e\u2028"),
+        ("\ud83d", r"\ud83d"),
+        ("\U000e0001", r"\U000e0001"),
+        ("�", "�"),
+        ("·", "·"),
+        ("\\", "\\"),
+        ("naïve 東京 🗼", "naïve·東京·🗼"),
+    ],
+)
+def test_visible(token, shown):
+    assert visible(token) == shown
