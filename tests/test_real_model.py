@@ -1,0 +1,34 @@
+"""SmolLM2-135M-Instruct, float32."""
+
+from __future__ import annotations
+
+import torch
+from conftest import reference_loss, relative_error
+
+import tl_backward as tlb
+
+PROMPT, TARGET = "Lionel Messi plays for", " Paris"
+
+
+def test_the_target_is_the_least_probable_token_in_late_layers(smollm2):
+    result = tlb.BackwardLogitLens(smollm2)(PROMPT, TARGET, layers=range(22, 29))
+    at_the_bottom = result["W_out"].target_ranks[:, -1] == result.d_vocab - 1
+    assert at_the_bottom.sum() >= 3
+    first = [layer[-1][0] for layer in result["W_out"].bottom_tokens()]
+    assert [token == TARGET for token in first] == at_the_bottom.tolist()
+
+
+def test_the_last_layer_has_a_vjp_at_the_last_token_only(smollm2):
+    _, cache = tlb.run_with_backward_cache(smollm2, PROMPT, TARGET, layers=-1)
+    for g in cache.values():
+        assert g.vjps[:-1].eq(0).all() and g.vjps[-1].ne(0).any()
+
+
+def test_factors_equal_autograd(smollm2):
+    _, cache = tlb.run_with_backward_cache(smollm2, PROMPT, TARGET)
+    sites = [site for site in tlb.weight_sites(smollm2) if site.layer in (0, 14, 29)]
+    loss = reference_loss(smollm2, smollm2.to_tokens(PROMPT), smollm2.to_single_token(TARGET))
+    gradients = torch.autograd.grad(loss, [site.parameter for site in sites])
+    for site, gradient in zip(sites, gradients, strict=True):
+        got = site.to_parameter_layout(cache[site.name].dense())
+        assert relative_error(got, gradient) <= 1e-4, site.name
