@@ -1,0 +1,186 @@
+"""The command line: ``python -m tl_backward``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tl_backward.lens import BackwardLensResult
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+TOKENS_SHOWN = 3
+READING = {
+    "W_in": "read by its inputs: the most probable tokens are imprinted",
+    "W_gate": "read by its inputs: the most probable tokens are imprinted",
+    "W_out": "read by its VJPs: a step moves towards the least probable tokens",
+}
+
+
+@app.callback()
+def main() -> None:
+    """Read a language model's backward pass in its own vocabulary."""
+
+
+@app.command(
+    epilog='Example: python -m tl_backward lens "Lionel Messi plays for" --target " Paris" '
+    "--layers 20,-1 --html paris.html"
+)
+def lens(
+    prompt: Annotated[str, typer.Argument(help="Text that the model reads.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Token to differentiate towards. Exactly one token: mind the leading space.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub name or local folder, as TransformerBridge.boot_transformers takes it.",
+            show_default="SmolLM2-135M-Instruct",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers, such as 0,5,-1 (-1 is the last).", metavar="LIST", show_default="all"
+        ),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Weight matrices.", metavar="LIST")] = "W_in,W_out",
+    top_k: Annotated[
+        int, typer.Option(help="Tokens kept at each end of the vocabulary.", metavar="K")
+    ] = 10,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with every position.", metavar="FILE", show_default=False),
+    ] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write everything as JSON.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Show what the gradient of -log p(target | prompt) would write into each layer's MLP.
+
+    Prints a table for the last token; `--html` and `--json` keep all positions.
+    """
+    console = Console()
+    with _exit_code_2_on_bad_input(console):
+        with console.status("loading the libraries") as status:
+            from tl_backward import BackwardLogitLens
+
+            status.update(f"loading {model or 'SmolLM2-135M-Instruct'}")
+            read = BackwardLogitLens(_load(model))
+        result = read(
+            prompt,
+            target,
+            weights=_split(weights),
+            layers=None if layers is None else _integers(layers),
+            top_k=top_k,
+        )
+        for kind in result:
+            console.print(_last_token_table(result, kind))
+        console.print(
+            f"{escape(repr(prompt))} -> {escape(repr(result.target))}: "
+            f"loss {result.loss:.4f} nats, p = {result.loss.neg().exp():.2g}"
+        )
+        if json_path:
+            json_path.write_text(json.dumps(_as_json(result, prompt, model)), encoding="utf-8")
+            console.print(f"all positions as JSON: {escape(str(json_path.resolve()))}")
+        if html:
+            page = result.to_html(html).resolve()
+            console.print(f"all positions as a page, open it in a browser: {page.as_uri()}")
+
+
+def _load(model: str | None) -> Any:
+    if model is None:
+        from tl_backward.demo_model import load_demo_model
+
+        return load_demo_model()
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        return TransformerBridge.boot_transformers(model).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load --model {model}: {error}") from error
+
+
+@contextmanager
+def _exit_code_2_on_bad_input(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+        raise typer.Exit(2) from None
+
+
+def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
+    from tl_backward.plotting import visible
+
+    readout = result[kind]
+    table = Table(
+        title=f"{kind} at the last token {visible(result.str_tokens[-1])!r}",
+        caption=f"{READING[kind]}\nrank of {visible(result.target)!r}: 0 is the most probable "
+        f"token, {result.d_vocab - 1} the least",
+        header_style="bold",
+    )
+    for name, width in (("layer", 5), ("norm", 6)):
+        table.add_column(name, justify="right", min_width=width)
+    for name in ("most probable", "least probable"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    table.add_column("rank", justify="right", min_width=len(str(result.d_vocab)))
+    top, bottom = readout.top_tokens(), readout.bottom_tokens()
+    for i, layer in enumerate(readout.layers):
+        table.add_row(
+            str(layer),
+            f"{readout.norms[i, -1]:.3g}",
+            *(escape("  ".join(map(visible, end[i][-1][:TOKENS_SHOWN]))) for end in (top, bottom)),
+            "-" if readout.zero_mask[i, -1] else str(int(readout.target_ranks[i, -1])),
+        )
+    return table
+
+
+def _as_json(result: BackwardLensResult, prompt: str, model: str | None) -> dict[str, Any]:
+    rows = json.loads(result.to_dataframe().to_json(orient="records"))
+    return {
+        "model": model or "SmolLM2-135M-Instruct",
+        "prompt": prompt,
+        "str_tokens": result.str_tokens,
+        "target": result.target,
+        "target_id": int(result.target_ids),
+        "loss": result.loss.item(),
+        "rows": rows,
+    }
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in _split(text)]
+    except ValueError:
+        raise ValueError(f"--layers takes whole numbers such as 0,5,-1, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m tl_backward")
