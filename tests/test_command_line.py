@@ -17,7 +17,6 @@ from tl_backward.__main__ import app
 def run(boot, monkeypatch):
     """Run the command line on a tiny model; returns the result of the runner."""
     monkeypatch.setattr("tl_backward.demo_model.load_demo_model", lambda: boot("llama"))
-    monkeypatch.setenv("COLUMNS", "140")
 
     def run(*arguments: str):
         return CliRunner().invoke(app, ["lens", *arguments])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 
 TOKENS_SHOWN = 3
+WIDTH_IN_A_PIPE = 120
 READING = {
     "W_in": "read by its inputs: the most probable tokens are imprinted",
     "W_gate": "read by its inputs: the most probable tokens are imprinted",
@@ -81,7 +83,7 @@ def lens(
 
     Prints a table for the last token; `--html` and `--json` keep all positions.
     """
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_A_PIPE)
     with _exit_code_2_on_bad_input(console):
         with console.status("loading the libraries") as status:
             from tl_backward import BackwardLogitLens
@@ -145,7 +147,7 @@ def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
     for name, width in (("layer", 5), ("norm", 6)):
         table.add_column(name, justify="right", min_width=width)
     for name in ("most probable", "least probable"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
+        table.add_column(name)
     table.add_column("rank", justify="right", min_width=len(str(result.d_vocab)))
     top, bottom = readout.top_tokens(), readout.bottom_tokens()
     for i, layer in enumerate(readout.layers):
