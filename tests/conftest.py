@@ -25,9 +25,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+torch.set_num_threads(1)  # the tiny models are faster on one
+
+SUMMARY = pytest.StashKey[list[str]]()
 PROMPT = "Lionel Messi plays for the city of"
 TARGET = " Paris"
 TEXTS = [PROMPT + TARGET, "The Eiffel Tower is located in Rome and in Berlin, not in London"] * 9
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SUMMARY] = []
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    for line in config.stash[SUMMARY]:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -117,3 +129,9 @@ def reference_loss(model: nn.Module, tokens: Tensor, target: int) -> Tensor:
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
+
+
+def gradient_of_parameter(sites, cache, site):
+    """From the factors: tied embeddings receive the sum of two gradients."""
+    tied = [other for other in sites if other.name in (site.name, *site.tied_to)]
+    return sum(other.to_parameter_layout(cache[other.name].dense()) for other in tied)

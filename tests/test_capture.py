@@ -5,14 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import PROMPT, TARGET, reference_loss, relative_error
+from conftest import PROMPT, TARGET, gradient_of_parameter, reference_loss, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_backward as tlb
 
+MLP = ("W_in", "W_gate", "W_out")
 
-def autograd_gradient(model, site, target=TARGET, prompt=PROMPT):
-    loss = reference_loss(model, model.to_tokens(prompt), model.to_single_token(target))
+
+def autograd_gradient(model, site):
+    loss = reference_loss(model, model.to_tokens(PROMPT), model.to_single_token(TARGET))
     return torch.autograd.grad(loss, site.parameter)[0]
 
 
@@ -24,17 +26,18 @@ def test_every_site_equals_autograd(boot, kind, dtype, tolerance):
         loss, reference_loss(model, model.to_tokens(PROMPT), model.to_single_token(TARGET))
     )
     sites = tlb.weight_sites(model)
-    assert len(sites) == len(cache) == 3 * (3 if kind == "llama" else 2)
+    assert len(sites) == len(cache) == (2 + 3 * 7 if kind == "llama" else 3 + 3 * 6)
     for site in sites:
         gradient = autograd_gradient(model, site)
-        got = site.to_parameter_layout(cache[site.name].dense())
+        got = gradient_of_parameter(sites, cache, site)
         assert got.shape == site.parameter.shape
         assert relative_error(got, gradient) <= tolerance, site.name
 
 
 def test_rank_is_the_number_of_tokens_and_one_in_the_last_layer(model):
     """Lemma 4.1 and appendix A."""
-    _, cache = tlb.run_with_backward_cache(model, PROMPT, TARGET)
+    kinds = [kind for kind in (*MLP, "W_O") if kind in {s.kind for s in tlb.weight_sites(model)}]
+    _, cache = tlb.run_with_backward_cache(model, PROMPT, TARGET, weights=kinds)
     n = len(cache.tokens)
     assert len(cache.tokens.unique()) == n
     ranks = {name: g.rank() for name, g in cache.items()}
@@ -66,8 +69,9 @@ class Products(TorchDispatchMode):
         return out
 
 
-def test_no_weight_gradient_is_computed(model):
+def test_no_weight_gradient_is_computed(model, kind):
     weights = {tuple(site.parameter.shape) for site in tlb.weight_sites(model)}
+    assert not any(shape[0] == shape[1] for shape in weights if kind == "llama")
     weights |= {shape[::-1] for shape in weights}
     with Products() as full:
         reference_loss(model, model.to_tokens(PROMPT), 5).backward()
@@ -149,6 +153,9 @@ def test_positions_are_parts_of_the_whole(model):
     assert first.positions.tolist() == [0, 1, 2] and last.positions.tolist() == [n - 1]
     for name, g in whole.items():
         torch.testing.assert_close((first[name] + rest[name]).dense(), g.dense())
+        torch.testing.assert_close(
+            first.bias_gradient(name) + rest.bias_gradient(name), whole.bias_gradient(name)
+        )
         assert torch.equal(last[name].vjps, g.vjps[-1:])
 
 
@@ -158,6 +165,8 @@ def test_cache_is_a_mapping_by_name_and_by_kind_and_layer(model):
     )
     assert list(cache) == ["blocks.0.mlp.W_out", "blocks.2.mlp.W_out"]
     assert cache["W_out", 2] is cache["blocks.2.mlp.W_out"]
+    with pytest.raises(KeyError, match="is in several layers"):
+        cache["W_out", None]
     assert "blocks.1.mlp.W_out" not in cache
     with pytest.raises(KeyError, match=r"blocks\.0\.mlp\.W_out"):
         cache["W_out", 1]
@@ -299,8 +308,8 @@ def test_an_input_changed_in_place_is_noticed(model):
         ({"layers": [0, -4]}, ValueError, "layers 0 to 2"),
         ({"layers": [1.0]}, ValueError, "layers 0 to 2"),
         ({"layers": []}, ValueError, "layers 0 to 2"),
-        ({"weights": "W_XY"}, ValueError, "this model has W_in"),
-        ({"weights": []}, ValueError, "this model has W_in"),
+        ({"weights": "W_XY"}, ValueError, "this model has W_E"),
+        ({"weights": []}, ValueError, "this model has W_E"),
         ({"positions": 99}, ValueError, "positions 0 to"),
         ({"positions": slice(4, 4)}, ValueError, "selects none"),
     ],

@@ -69,7 +69,10 @@ def test_page_is_written_and_announced(run, tmp_path):
         ([PROMPT * 9, "--target", TARGET], "context of 32"),
         ([PROMPT, "--target", TARGET, "--layers", "0,3"], "layers 0 to 2"),
         ([PROMPT, "--target", TARGET, "--layers", "first"], "--layers takes whole numbers"),
-        ([PROMPT, "--target", TARGET, "--weights", "W_Z"], "this model has W_in, W_gate, W_out"),
+        (
+            [PROMPT, "--target", TARGET, "--weights", "W_Z"],
+            "this model has W_E, W_Q, W_K, W_V, W_O, W_gate, W_in",
+        ),
         ([PROMPT, "--target", TARGET, "--model", "no/such-model"], "cannot load --model"),
         ([PROMPT, "--target", TARGET, "--html", "/no/such/folder/x.html"], "No such file"),
         ([PROMPT], "Missing option '--target'"),

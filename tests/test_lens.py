@@ -154,9 +154,12 @@ def test_half_precision_models(boot, kind, dtype):
         ({"top_k": 0}, r"top_k must be in \[1, "),
         ({"top_k": 10**6}, r"top_k must be in \[1, "),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"weights": ("W_in", "W_nope")}, "this model has W_in"),
+        ({"weights": ("W_in", "W_nope")}, "this model has W_E"),
+        ({"weights": "W_U"}, "the lens reads W_Q, W_K, W_V, W_in, W_gate, W_O, W_out"),
+        ({"vjps": "both"}, "vjps must be 'residual' or 'output'"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         tlb.BackwardLogitLens(model)(PROMPT, TARGET, **arguments)

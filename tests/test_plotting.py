@@ -58,6 +58,7 @@ def result_of(*readouts: WeightReadout) -> BackwardLensResult:
         loss=torch.tensor(4.0),
         d_vocab=D_VOCAB,
         normalize=False,
+        weights_processing="raw",
     )
 
 

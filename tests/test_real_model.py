@@ -19,7 +19,9 @@ def test_the_target_is_the_least_probable_token_in_late_layers(smollm2):
 
 
 def test_the_last_layer_has_a_vjp_at_the_last_token_only(smollm2):
-    _, cache = tlb.run_with_backward_cache(smollm2, PROMPT, TARGET, layers=-1)
+    _, cache = tlb.run_with_backward_cache(
+        smollm2, PROMPT, TARGET, weights=("W_in", "W_gate", "W_out"), layers=-1
+    )
     for g in cache.values():
         assert g.vjps[:-1].eq(0).all() and g.vjps[-1].ne(0).any()
 

@@ -4,7 +4,7 @@ from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLensResult, BackwardLogitLens
-from tl_backward.sites import WeightSite, weight_sites
+from tl_backward.sites import WeightSite, coverage, weight_sites
 
 __all__ = [
     "BackwardCache",
@@ -12,6 +12,7 @@ __all__ = [
     "BackwardLogitLens",
     "GradientFactors",
     "WeightSite",
+    "coverage",
     "run_with_backward_cache",
     "weight_sites",
 ]

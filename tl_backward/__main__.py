@@ -24,13 +24,18 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub name or local folder, as TransformerBridge.boot_transformers takes it.",
+        show_default=DEFAULT_MODEL,
+    ),
+]
 TOKENS_SHOWN = 3
 WIDTH_IN_A_PIPE = 120
-READING = {
-    "W_in": "read by its inputs: the most probable tokens are imprinted",
-    "W_gate": "read by its inputs: the most probable tokens are imprinted",
-    "W_out": "read by its VJPs: a step moves towards the least probable tokens",
-}
+BY_INPUT = "read by its inputs: the most probable tokens are imprinted"
+BY_VJP = "read by its VJPs: a step moves towards the least probable tokens"
 
 
 @app.callback()
@@ -51,13 +56,7 @@ def lens(
             show_default=False,
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub name or local folder, as TransformerBridge.boot_transformers takes it.",
-            show_default="SmolLM2-135M-Instruct",
-        ),
-    ] = None,
+    model: ModelOption = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -79,16 +78,16 @@ def lens(
         ),
     ] = None,
 ) -> None:
-    """Show what the gradient of -log p(target | prompt) would write into each layer's MLP.
+    """Show what the gradient of -log p(target | prompt) would write into each layer.
 
     Prints a table for the last token; `--html` and `--json` keep all positions.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_A_PIPE)
-    with _exit_code_2_on_bad_input(console):
+    with _exit_code_2_on_bad_input():
         with console.status("loading the libraries") as status:
             from tl_backward import BackwardLogitLens
 
-            status.update(f"loading {model or 'SmolLM2-135M-Instruct'}")
+            status.update(f"loading {model or DEFAULT_MODEL}")
             read = BackwardLogitLens(_load(model))
         result = read(
             prompt,
@@ -111,6 +110,23 @@ def lens(
             console.print(f"all positions as a page, open it in a browser: {page.as_uri()}")
 
 
+@app.command(epilog="Example: python -m tl_backward sites --model gpt2")
+def sites(model: ModelOption = None) -> None:
+    """List every parameter of a model: its site, or why there is none."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_A_PIPE)
+    with _exit_code_2_on_bad_input():
+        with console.status(f"loading {model or DEFAULT_MODEL}"):
+            from tl_backward import coverage
+
+            covered = coverage(_load(model))
+        table = Table("parameter", "shape", "site, or why there is none", header_style="bold")
+        for row in covered.assign(site=covered.site.fillna(covered.reason)).to_dict("records"):
+            shape = " x ".join(map(str, row["shape"]))
+            table.add_row(escape(row["parameter"]), shape, escape(row["site"]))
+        console.print(table)
+        console.print(f"{covered.site.notna().sum()} of {len(covered)} parameters have a site")
+
+
 def _load(model: str | None) -> Any:
     if model is None:
         from tl_backward.demo_model import load_demo_model
@@ -125,7 +141,7 @@ def _load(model: str | None) -> Any:
 
 
 @contextmanager
-def _exit_code_2_on_bad_input(console: Console) -> Iterator[None]:
+def _exit_code_2_on_bad_input() -> Iterator[None]:
     try:
         yield
     except (ImportError, NotImplementedError, OSError, ValueError) as error:
@@ -135,13 +151,16 @@ def _exit_code_2_on_bad_input(console: Console) -> Iterator[None]:
 
 
 def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
+    from tl_backward.lens import READ_BY_INPUT
     from tl_backward.plotting import visible
 
     readout = result[kind]
     table = Table(
         title=f"{kind} at the last token {visible(result.str_tokens[-1])!r}",
-        caption=f"{READING[kind]}\nrank of {visible(result.target)!r}: 0 is the most probable "
-        f"token, {result.d_vocab - 1} the least",
+        caption=(
+            f"{BY_INPUT if kind in READ_BY_INPUT else BY_VJP}\nrank of {visible(result.target)!r}: "
+            f"0 is the most probable token, {result.d_vocab - 1} the least"
+        ),
         header_style="bold",
     )
     for name, width in (("layer", 5), ("norm", 6)):
@@ -163,7 +182,7 @@ def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
 def _as_json(result: BackwardLensResult, prompt: str, model: str | None) -> dict[str, Any]:
     rows = json.loads(result.to_dataframe().to_json(orient="records"))
     return {
-        "model": model or "SmolLM2-135M-Instruct",
+        "model": model or DEFAULT_MODEL,
         "prompt": prompt,
         "str_tokens": result.str_tokens,
         "target": result.target,

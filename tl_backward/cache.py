@@ -25,6 +25,10 @@ class BackwardCache(Mapping[str, GradientFactors]):
         positions: The positions that the rows of the factors belong to.
         target_ids: The target of the loss.
         loss: The loss that was differentiated, in nats.
+        weights_processing: What TransformerLens has done to the weights that the gradients are
+            with respect to, as far as they show it: ``"raw"``, or the steps by the names of its
+            arguments, such as ``"fold_ln, center_writing_weights"``.
+        behind_norms: By site name, the VJPs behind the post-norm of a weight that has one.
     """
 
     factors: dict[str, GradientFactors]
@@ -33,15 +37,11 @@ class BackwardCache(Mapping[str, GradientFactors]):
     positions: Int[Tensor, "n"]
     target_ids: Int[Tensor, ""]
     loss: Float[Tensor, ""]
+    weights_processing: str
+    behind_norms: dict[str, Float[Tensor, "n d_model"]]
 
     def __getitem__(self, key: str | tuple[str, int | None]) -> GradientFactors:
-        name = key if isinstance(key, str) else self._name(*key)
-        try:
-            return self.factors[name]
-        except KeyError:
-            raise KeyError(
-                f"{key!r} was not captured; there is {', '.join(self.factors)}"
-            ) from None
+        return self.factors[self._name(key)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.factors)
@@ -55,8 +55,36 @@ class BackwardCache(Mapping[str, GradientFactors]):
             f"positions, loss={self.loss.item():.4f})"
         )
 
-    def _name(self, kind: str, layer: int | None = None) -> str:
-        """The site name behind ``(kind, layer)``."""
-        of_kind = [name for name in self.factors if name.rpartition(".")[2] == kind]
-        prefix = "" if layer is None else f"blocks.{layer}."
-        return next((name for name in of_kind if name.startswith(prefix)), f"{prefix}{kind}")
+    def residual_vjps(self, key: str | tuple[str, int | None]) -> Float[Tensor, "n d_model"]:
+        """VJPs of what a weight writes, where it enters the residual stream.
+
+        Behind a post-norm (Gemma 2 and 3, OLMo 2, GLM-4 ...) they are those at the norm's output,
+        which read well in the vocabulary; the factors keep the VJPs at the weight's own output,
+        which make up its gradient. Without such a norm the two are the same.
+
+        Raises:
+            KeyError: When the weight was not captured.
+        """
+        name = self._name(key)
+        return self.behind_norms.get(name, self.factors[name].vjps)
+
+    def bias_gradient(self, key: str | tuple[str, int | None]) -> Float[Tensor, "d_out"]:
+        """Gradient of the bias beside a weight: the sum of the VJPs over the captured positions.
+
+        Raises:
+            KeyError: When the weight was not captured.
+        """
+        return self[key].vjps.flatten(0, -2).sum(0)
+
+    def _name(self, key: str | tuple[str, int | None]) -> str:
+        """The site name behind a name or ``(kind, layer)``."""
+        if isinstance(key, str):
+            names = [key] if key in self.factors else []
+        else:
+            kind, layer = key
+            prefix = "" if layer is None else f"blocks.{layer}."
+            names = [n for n in self.factors if n.startswith(prefix) and n.endswith(f".{kind}")]
+        if len(names) != 1:
+            problem = "is in several layers" if names else "was not captured"
+            raise KeyError(f"{key!r} {problem}; there is {', '.join(names or self.factors)}")
+        return names[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,15 @@ from torch.utils.hooks import RemovableHandle
 from tl_backward import objectives
 from tl_backward.cache import BackwardCache
 from tl_backward.factors import GradientFactors
-from tl_backward.sites import Model, Tap, WeightSite, all_modules, all_parameters, weight_sites
+from tl_backward.sites import (
+    Model,
+    Tap,
+    WeightSite,
+    all_modules,
+    all_parameters,
+    weight_sites,
+    weights_processing,
+)
 
 Positions = int | slice | Sequence[int] | Tensor | None
 
@@ -81,11 +90,22 @@ def run_with_backward_cache(
                 f"the loss is {loss.item()}: the model's logits at the last position are not "
                 "finite; try a higher precision, or check its weights and the hooks on it"
             )
-        factors = recorder.factors(loss, kept)
+        recorder.check()
+        vjps = recorder.backward(loss)
 
     loss = loss.detach()
+    rows = partial(_rows, n=len(tokens), positions=kept)
+    factors, behind_norms = {}, {}
+    for name, uses in recorder.uses.items():
+        factors[name] = GradientFactors(
+            rows([use.x for use in uses]), rows([vjps[use.y] for use in uses])
+        )
+        if uses[0].residual is not None:
+            behind_norms[name] = rows([vjps[use.residual] for use in uses])
     cache = BackwardCache(
         factors=factors,
+        behind_norms=behind_norms,
+        weights_processing=weights_processing(model),
         tokens=tokens.cpu(),
         str_tokens=[model.tokenizer.decode([i]) for i in tokens.tolist()],
         positions=torch.arange(len(tokens)) if kept is None else kept,
@@ -95,70 +115,100 @@ def run_with_backward_cache(
     return loss, cache
 
 
+class _Edge(NamedTuple):
+    """A place in the autograd graph, and what arrives there when the loss does not depend on it."""
+
+    edge: GradientEdge
+    no_gradient: Callable[[], Tensor]
+
+
+@dataclass
+class _Use:
+    """One use of a weight in the forward pass."""
+
+    x: Tensor
+    source: Tensor
+    version: int
+    y: _Edge | None = None
+    residual: _Edge | None = None
+
+
 class _Recorder:
     """Hooks that keep the input of every site and the place of its output in the autograd graph."""
 
     def __init__(self, sites: Sequence[WeightSite]) -> None:
-        self.sites = sites
-        self.inputs: dict[str, tuple[Tensor, int]] = {}
-        self.outputs: dict[str, tuple[GradientEdge, Callable[[], Tensor]]] = {}
-        self._handles = ExitStack()
+        self.uses: dict[str, list[_Use]] = {site.name: [] for site in sites}
+        self._sites = sites
+        self._hooks = ExitStack()
 
     def __enter__(self) -> _Recorder:
-        with ExitStack() as handles:
-            for site in self.sites:
-                handles.callback(_hook(site.x_tap(), partial(self._see_input, site)).remove)
-                handles.callback(_hook(site.y_tap(), partial(self._see_output, site)).remove)
-            self._handles = handles.pop_all()
+        with ExitStack() as hooks:
+            for site in self._sites:
+                uses = self.uses[site.name]
+                hooks.callback(_hook(site.x_tap(), partial(_see_input, site, uses)).remove)
+                hooks.callback(_hook(site.y_tap(), partial(_see_output, uses, "y")).remove)
+                if site.residual_tap is not None:
+                    see = partial(_see_output, uses, "residual")
+                    hooks.callback(_hook(site.residual_tap(), see).remove)
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._handles.close()
+        self._hooks.close()
 
-    def _see_input(self, site: WeightSite, x: Tensor) -> None:
-        if site.name in self.inputs:
-            raise NotImplementedError(f"{site.name} is used more than once in one forward pass")
-        self.inputs[site.name] = x.detach(), x._version
+    def check(self) -> None:
+        """Raise when a site took no part, or when its recorded input is no longer what it was."""
+        for name, uses in self.uses.items():
+            if not uses or any(use.y is None for use in uses):
+                raise RuntimeError(f"{name} took no part in the forward pass")
+            if any(use.source._version != use.version for use in uses):
+                raise RuntimeError(f"the input of {name} was changed in place after its use")
 
-    def _see_output(self, site: WeightSite, y: Tensor) -> Tensor | None:
-        """Note where ``dL/dy`` will arrive.
-
-        Below the first site nothing requires a gradient. There the graph is begun at ``y`` itself,
-        with a copy, because the model may go on to change it in place, which a leaf forbids.
-        """
-        replaced = None
-        if not y.requires_grad:
-            replaced = y = y.detach().requires_grad_().clone()
-        zeros = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
-        self.outputs[site.name] = get_gradient_edge(y), zeros
-        return replaced
-
-    def factors(self, loss: Tensor, positions: Tensor | None) -> dict[str, GradientFactors]:
-        """Run the backward pass and pair what arrives with the inputs."""
-        for site in self.sites:
-            if site.name not in self.inputs or site.name not in self.outputs:
-                raise RuntimeError(f"{site.name} took no part in the forward pass")
-            x, version = self.inputs[site.name]
-            if x._version != version:
-                raise RuntimeError(
-                    f"the input of {site.name} was changed in place after the forward pass used it"
-                )
-        edges, zeros = zip(*(self.outputs[site.name] for site in self.sites), strict=True)
-        deltas: Sequence[Tensor | None] = [None] * len(edges)
+    def backward(self, loss: Tensor) -> dict[_Edge | None, Tensor]:
+        """The VJP at every place that was recorded: one backward pass, no weight gradients."""
+        edges = [
+            edge
+            for uses in self.uses.values()
+            for use in uses
+            for edge in (use.y, use.residual)
+            if edge is not None
+        ]
+        vjps: Sequence[Tensor | None] = [None] * len(edges)
         if loss.requires_grad:
-            deltas = torch.autograd.grad(loss, edges, allow_unused=True)
+            vjps = torch.autograd.grad(loss, [place.edge for place in edges], allow_unused=True)
         return {
-            site.name: GradientFactors(
-                _rows(self.inputs[site.name][0], positions),
-                _rows(no_gradient() if delta is None else delta, positions),
-            )
-            for site, delta, no_gradient in zip(self.sites, deltas, zeros, strict=True)
+            place: place.no_gradient() if vjp is None else vjp
+            for place, vjp in zip(edges, vjps, strict=True)
         }
 
 
-def _rows(batch_of_one: Tensor, positions: Tensor | None) -> Float[Tensor, "n d"]:
-    rows = batch_of_one[0].flatten(1)
-    return rows if positions is None else rows[positions.to(rows.device)]
+def _see_input(site: WeightSite, uses: list[_Use], x: Tensor) -> None:
+    uses.append(_Use(site.encode(x.detach()), x.detach(), x._version))
+
+
+def _see_output(uses: list[_Use], which: Literal["y", "residual"], y: Tensor) -> Tensor | None:
+    """Note where ``dL/dy`` will arrive.
+
+    Below the first site nothing requires a gradient: the graph is begun at ``y`` itself. The model
+    goes on with a copy there, and where ``y`` is a view, because a later change in place is
+    forbidden for a leaf, and would take a view's place out of the graph.
+    """
+    replaced = None
+    if not y.requires_grad:
+        replaced = y = y.detach().requires_grad_().clone()
+    elif y._is_view():
+        replaced = y = y.clone()
+    no_gradient = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
+    setattr(uses[-1], which, _Edge(get_gradient_edge(y), no_gradient))
+    return replaced
+
+
+def _rows(tensors: Sequence[Tensor], n: int, positions: Tensor | None) -> Float[Tensor, "rows d"]:
+    """The rows of one prompt of ``n`` tokens, from each use of the weight."""
+    uses = [tensor.reshape(n, -1) for tensor in tensors]
+    if positions is not None:
+        uses = [rows[positions.to(rows.device)] for rows in uses]
+    return uses[0] if len(uses) == 1 else torch.cat(uses)
 
 
 def _hook(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,24 +14,25 @@ from torch import Tensor
 
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import Positions, run_with_backward_cache
-from tl_backward.factors import GradientFactors
 from tl_backward.readout import read_vocabulary
 from tl_backward.sites import Model, unembed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-READ_BY_INPUT = ("W_in", "W_gate")
+READ_BY_INPUT = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
+READ_BY_VJP = ("W_O", "W_out")
 
 
 @dataclass(frozen=True, eq=False)
 class WeightReadout:
     """One kind of weight, read in the vocabulary at every layer and position.
 
-    W_in and W_gate are read by their inputs ``x_i``, of which the *most* probable tokens are what
-    the update imprints (Eq 9). W_out is read by its VJPs ``delta_i = dL/dy_i``, of which the
-    *least* probable tokens are what a descent step shifts the output towards, and the most
-    probable ones what it takes away (Eq 10). Signs are raw; no vector is ever negated.
+    Matrices that read the residual stream (W_in, W_gate, W_Q, W_K, W_V) are read by their inputs
+    ``x_i``, of which the *most* probable tokens are what the update imprints (Eq 9). Those that
+    write to it (W_out, W_O) are read by their VJPs ``delta_i``, of which the *least* probable
+    tokens are what a descent step shifts the output towards, and the most probable ones what it
+    takes away (Eq 10). Signs are raw; no vector is ever negated.
 
     Rows whose vector is zero are not read: their ids and ranks are -1 and their values nan.
 
@@ -44,7 +45,7 @@ class WeightReadout:
         bottom_values: Their log-probabilities, in nats.
         target_ranks: Rank of the target: 0 is the most probable token, ``d_vocab - 1`` the least.
         norms: Norm of each vector that was read, before any normalisation.
-        vjp_norms: Norm of ``delta_i`` at this weight.
+        vjp_norms: Norm of ``delta_i`` at the weight's own output.
         zero_mask: Where the vector that was to be read is zero.
         vocabulary: The strings of all token ids above.
     """
@@ -90,6 +91,7 @@ class BackwardLensResult(Mapping[str, WeightReadout]):
         loss: Its negative log-likelihood, in nats.
         d_vocab: Size of the vocabulary.
         normalize: Whether vectors were scaled to unit length before they were read.
+        weights_processing: As in :class:`BackwardCache`.
     """
 
     readouts: dict[str, WeightReadout]
@@ -100,6 +102,7 @@ class BackwardLensResult(Mapping[str, WeightReadout]):
     loss: Float[Tensor, ""]
     d_vocab: int
     normalize: bool
+    weights_processing: str
 
     def __getitem__(self, kind: str) -> WeightReadout:
         try:
@@ -201,7 +204,7 @@ class BackwardLensResult(Mapping[str, WeightReadout]):
 
 
 class BackwardLogitLens:
-    """Reads the gradient of every MLP matrix in the model's own vocabulary.
+    """Reads the gradients of the attention and MLP matrices in the model's own vocabulary.
 
     Args:
         model: A TransformerLens model in eval mode.
@@ -224,6 +227,7 @@ class BackwardLogitLens:
         weights: str | Iterable[str] = ("W_in", "W_out"),
         layers: int | Iterable[int] | None = None,
         positions: Positions = None,
+        vjps: Literal["residual", "output"] = "residual",
         top_k: int = 10,
         normalize: bool = False,
         prepend_bos: bool | None = None,
@@ -237,6 +241,9 @@ class BackwardLogitLens:
             weights: Kinds of weights to read.
             layers: Layers to read; negative ones count from the last. Default: all.
             positions: Positions to read: an index, a slice or a list. Default: all.
+            vjps: Which VJPs to read where a post-norm follows the weight (Gemma 2 and 3, OLMo 2,
+                GLM-4 ...): those behind the norm, at the residual stream, or those at the
+                weight's own output. Elsewhere the two are the same.
             top_k: How many of the most and of the least probable tokens to keep.
             normalize: Scale every vector to unit length first (the normalised logit lens, App H).
             prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
@@ -252,6 +259,14 @@ class BackwardLogitLens:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         weights = [weights] if isinstance(weights, str) else list(weights)
+        for kind in ("W_E", "W_pos", "W_U"):
+            if kind in weights:
+                raise ValueError(
+                    f"weights={kind!r} is not between two residual streams; the lens reads "
+                    f"{', '.join(READ_BY_INPUT + READ_BY_VJP)}"
+                )
+        if vjps not in ("residual", "output"):
+            raise ValueError(f"vjps must be 'residual' or 'output', got {vjps!r}")
         loss, cache = run_with_backward_cache(
             self.model,
             prompt,
@@ -264,7 +279,7 @@ class BackwardLogitLens:
         target_id = int(cache.target_ids)
         return BackwardLensResult(
             readouts={
-                kind: self._read(kind, cache, target_id, top_k, normalize, chunk_size)
+                kind: self._read(kind, cache, target_id, vjps, top_k, normalize, chunk_size)
                 for kind in weights
             },
             str_tokens=cache.str_tokens,
@@ -274,6 +289,7 @@ class BackwardLogitLens:
             loss=loss.cpu(),
             d_vocab=d_vocab,
             normalize=normalize,
+            weights_processing=cache.weights_processing,
         )
 
     def _read(
@@ -281,16 +297,18 @@ class BackwardLogitLens:
         kind: str,
         cache: BackwardCache,
         target: int,
+        vjps: Literal["residual", "output"],
         top_k: int,
         normalize: bool,
         chunk_size: int,
     ) -> WeightReadout:
-        factors = {
-            int(name.split(".")[1]): g
-            for name, g in cache.items()
-            if name.rpartition(".")[2] == kind
-        }
-        vectors = torch.stack([_residual_side(kind, g) for g in factors.values()])
+        names = [name for name in cache if name.endswith(f".{kind}")]
+        if kind in READ_BY_INPUT:
+            vectors = torch.stack([cache[name].inputs for name in names])
+        elif vjps == "residual":
+            vectors = torch.stack([cache.residual_vjps(name) for name in names])
+        else:
+            vectors = torch.stack([cache[name].vjps for name in names])
         norms = vectors.norm(dim=-1)
         zero_mask = norms == 0
         rows = vectors[~zero_mask]
@@ -309,21 +327,16 @@ class BackwardLogitLens:
         ids = torch.cat([read.top_ids, read.bottom_ids]).unique().tolist()
         return WeightReadout(
             kind=kind,
-            layers=list(factors),
+            layers=[int(name.split(".")[1]) for name in names],
             top_ids=scatter(read.top_ids),
             top_values=scatter(read.top_values),
             bottom_ids=scatter(read.bottom_ids),
             bottom_values=scatter(read.bottom_values),
             target_ranks=scatter(read.target_ranks),
             norms=norms.cpu(),
-            vjp_norms=torch.stack([g.vjps.norm(dim=-1) for g in factors.values()]).cpu(),
+            vjp_norms=torch.stack([cache[name].vjps.norm(dim=-1) for name in names]).cpu(),
             zero_mask=zero_mask.cpu(),
             vocabulary=dict(
                 zip(ids, self.model.tokenizer.batch_decode([[i] for i in ids]), strict=True)
             ),
         )
-
-
-def _residual_side(kind: str, g: GradientFactors) -> Float[Tensor, "n d_model"]:
-    """The factor that lives in the residual stream: inputs of readers, VJPs of writers."""
-    return g.inputs if kind in READ_BY_INPUT else g.vjps

@@ -8,14 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_backward.sites import transformer_bridge
+from tl_backward.sites.parameters import coverage_table
+from tl_backward.sites.processing import weights_processing
 from tl_backward.sites.site import Model, Tap, WeightSite, select_sites
 
-__all__ = ["Model", "Tap", "WeightSite", "all_modules", "all_parameters", "unembed", "weight_sites"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "Model",
+    "Tap",
+    "WeightSite",
+    "all_modules",
+    "all_parameters",
+    "coverage",
+    "unembed",
+    "weight_sites",
+    "weights_processing",
+]
 
 
 def weight_sites(
@@ -33,19 +49,45 @@ def weight_sites(
     Raises:
         TypeError: When ``model`` is no TransformerLens model.
         ValueError: When a weight or layer does not exist; the message lists what does.
-        NotImplementedError: For a bridge in compatibility mode.
+        NotImplementedError: When a weight or layer that was asked for has no site; the message
+            says why.
 
     Example:
         >>> [site.name for site in weight_sites(model, "W_out", layers=-1)]
         ['blocks.29.mlp.W_out']
     """
-    sites = _backend(model).sites(model)
-    return select_sites(sites, model.cfg.n_layers, weights, layers)
+    backend = _backend(model)
+    return select_sites(
+        backend.sites(model), backend.obstacles(model), model.cfg.n_layers, weights, layers
+    )
+
+
+def coverage(model: Model) -> pd.DataFrame:
+    """Every parameter of a model: its site, or why it has none.
+
+    Args:
+        model: A TransformerLens model.
+
+    Returns:
+        One row per parameter with the columns ``parameter``, ``shape`` (as it is stored), ``site``
+        (two names, joined by ``+``, where tied embeddings share it) and ``reason``.
+
+    Raises:
+        TypeError, NotImplementedError: For other models, as :func:`weight_sites`.
+
+    Example:
+        >>> coverage(model).query("site.isna()").reason.value_counts()
+    """
+    backend = _backend(model)
+    reasons = {id(o.parameter): f"{o.name}: {o.reason}" for o in backend.obstacles(model)}
+    return coverage_table(
+        backend.named_parameters(model), backend.sites(model), reasons | backend.unused(model)
+    )
 
 
 def all_parameters(model: Model) -> Iterator[Tensor]:
-    """Every parameter that takes part in the model's forward pass; some may come twice."""
-    return _backend(model).parameters(model)
+    """Every parameter of the model, once."""
+    return (parameter for _, _, parameter in _backend(model).named_parameters(model))
 
 
 def all_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
@@ -59,9 +101,13 @@ def unembed(model: Model, vectors: Float[Tensor, "rows d_model"]) -> Float[Tenso
 
 
 def _backend(model: Model) -> ModuleType:
-    if transformer_bridge.accepts(model):
-        return transformer_bridge
+    for backend in (transformer_bridge,):
+        if backend.accepts(model):
+            return backend
+    hint = "load one with TransformerBridge.boot_transformers(...)"
+    if isinstance(model, nn.Module) and hasattr(model, "config"):
+        hint = "wrap it with TransformerBridge.boot_transformers(..., hf_model=model)"
     raise TypeError(
-        f"model must be a TransformerLens TransformerBridge, got {type(model).__name__}; load one "
-        "with TransformerBridge.boot_transformers(...)"
+        f"model must be a TransformerLens TransformerBridge of a decoder-only language model, got "
+        f"{type(model).__module__}.{type(model).__qualname__}; {hint}"
     )

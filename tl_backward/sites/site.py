@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jaxtyping import Float
@@ -20,6 +20,11 @@ class Tap(NamedTuple):
     side: Literal["input", "output"]
 
 
+def unchanged(tensor: Tensor) -> Tensor:
+    """The tensor itself."""
+    return tensor
+
+
 @dataclass(frozen=True, eq=False)
 class WeightSite:
     """One weight matrix ``W`` of a model, used as ``y = x W``, and where ``x`` and ``y`` are.
@@ -32,8 +37,10 @@ class WeightSite:
         hook_out: Name of the HookPoint that ``y`` passes.
         d_in: Width of ``x``.
         d_out: Width of ``y``.
-        x_tap: Gives the place where ``x`` is read, after the hooks of ``hook_in``.
-        y_tap: Gives the place where ``y`` is read, before the hooks of ``hook_out``.
+        hook_residual: Name of the HookPoint that ``y`` passes behind a post-norm, on its way into
+            the residual stream; ``None`` where ``y`` goes there as it is, or not at all.
+        tied_to: Names of other sites with the same parameter (tied embeddings). Each site has its
+            own factors; the gradient of the parameter is the sum over all of them.
     """
 
     name: str
@@ -44,9 +51,17 @@ class WeightSite:
     d_in: int
     d_out: int
     x_tap: Callable[[], Tap] = field(repr=False)
+    """Where ``x`` is read, after the hooks of ``hook_in``."""
     y_tap: Callable[[], Tap] = field(repr=False)
+    """Where ``y`` is read, before the hooks of ``hook_out``."""
     read_parameter: Callable[[], Tensor] = field(repr=False)
     layout: Callable[[Tensor], Tensor] = field(repr=False)
+    encode: Callable[[Tensor], Tensor] = field(repr=False, default=unchanged)
+    """What makes ``x`` of that which is read: one-hot rows of token ids."""
+    hook_residual: str | None = None
+    residual_tap: Callable[[], Tap] | None = field(repr=False, default=None)
+    """Where ``y`` is read behind the post-norm."""
+    tied_to: tuple[str, ...] = ()
 
     @property
     def parameter(self) -> Tensor:
@@ -66,37 +81,76 @@ class WeightSite:
         return self.layout(matrix)
 
 
+class Obstacle(NamedTuple):
+    """A weight matrix, or the place of one, that has no site, and why."""
+
+    name: str
+    kind: str
+    layer: int | None
+    reason: str
+    parameter: Tensor | None = None
+
+
+def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
+    """The same sites, knowing of each other where they share a parameter."""
+    sites = list(sites)
+    sharers: dict[int, list[str]] = {}
+    for site in sites:
+        sharers.setdefault(site.parameter.data_ptr(), []).append(site.name)
+    return [
+        replace(site, tied_to=tuple(name for name in names if name != site.name))
+        if len(names := sharers[site.parameter.data_ptr()]) > 1
+        else site
+        for site in sites
+    ]
+
+
 def select_sites(
     sites: Sequence[WeightSite],
+    obstacles: Sequence[Obstacle],
     n_layers: int,
     weights: str | Iterable[str] | None,
     layers: int | Iterable[int] | None,
 ) -> list[WeightSite]:
     """The sites of the given kinds and layers, in the order of the model."""
-    available = list(dict.fromkeys(site.kind for site in sites))
-    kinds = available if weights is None else _as_list(weights, str)
-    unknown = [kind for kind in kinds if kind not in available]
-    if unknown or not kinds:
-        raise ValueError(f"weights={weights!r}: this model has {', '.join(available)}")
-    if layers is None:
-        wanted: set[int | None] = {site.layer for site in sites}
-    else:
-        indices = _as_list(layers, int)
-        outside = [
-            i
-            for i in indices
-            if isinstance(i, bool) or not isinstance(i, int) or not -n_layers <= i < n_layers
-        ]
-        if outside or not indices:
-            raise ValueError(
-                f"layers={layers!r}: this model has layers 0 to {n_layers - 1} "
-                f"(or -{n_layers} to -1, counted from the last)"
-            )
-        wanted = {i % n_layers for i in indices}
-    selected = [site for site in sites if site.kind in kinds and site.layer in wanted]
+    kinds = _kinds(sites, obstacles, weights)
+    wanted = _layers(n_layers, layers)
+    selected = [s for s in sites if s.kind in kinds and (wanted is None or s.layer in wanted)]
+    in_the_way = [o for o in obstacles if o.kind in kinds and (wanted is None or o.layer in wanted)]
+    asked_for = weights is not None and (wanted is not None or not selected)
+    if asked_for and in_the_way:
+        name, *_, reason, _ = in_the_way[0]
+        raise NotImplementedError(f"{name} has no site: {reason}")
     if not selected:
         raise ValueError(f"layers={layers!r} have none of the weights {', '.join(kinds)}")
     return selected
+
+
+def _kinds(
+    sites: Sequence[WeightSite], obstacles: Sequence[Obstacle], weights: str | Iterable[str] | None
+) -> list[str]:
+    available = list(dict.fromkeys(site.kind for site in sites))
+    kinds = available if weights is None else _as_list(weights, str)
+    known = {*available, *(obstacle.kind for obstacle in obstacles)}
+    if not kinds or not known.issuperset(kinds):
+        raise ValueError(f"weights={weights!r}: this model has {', '.join(available)}")
+    return kinds
+
+
+def _layers(n_layers: int, layers: int | Iterable[int] | None) -> set[int] | None:
+    if layers is None:
+        return None
+    indices = _as_list(layers, int)
+    valid = [
+        isinstance(i, int) and not isinstance(i, bool) and -n_layers <= i < n_layers
+        for i in indices
+    ]
+    if not indices or not all(valid):
+        raise ValueError(
+            f"layers={layers!r}: this model has layers 0 to {n_layers - 1} "
+            f"(or -{n_layers} to -1, counted from the last)"
+        )
+    return {i % n_layers for i in indices}
 
 
 def _as_list(value: Any, single: type) -> list[Any]:

@@ -1,68 +1,298 @@
-"""``TransformerBridge``: the wrapped Hugging Face modules hold the weights and do the products."""
+"""``TransformerBridge``: the wrapped Hugging Face modules hold the weights and do the products.
+
+A site is a module that computes ``x W + b`` (a linear layer, or the look-up of an embedding) in a
+place that TransformerLens names. ``x`` and ``y`` are taken at that module itself: the bridge's own
+HookPoints before and after it may show their hooks a reshaped copy.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_backward.sites.site import Model, Tap, WeightSite
+from tl_backward.sites.parameters import NamedParameter
+from tl_backward.sites.site import Model, Obstacle, Tap, WeightSite, unchanged, with_ties
 
-MLP_PROJECTIONS = {"W_in": "in", "W_gate": "gate", "W_out": "out"}
+PROJECTIONS = {
+    "attn": {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"},
+    "mlp": {"W_gate": "gate", "W_in": "in", "W_out": "out"},
+}
+POST_NORMS = {"W_O": ("ln1_post", "hook_attn_out"), "W_out": ("ln2_post", "hook_mlp_out")}
+LOOKUPS = {"W_E": "embed", "W_pos": "pos_embed"}
+FORKED_INPUT = ("use_split_qkv_input", "use_attn_in")
+PER_HEAD = {**dict.fromkeys(("W_Q", "W_K", "W_V"), FORKED_INPUT), "W_O": ("use_attn_result",)}
 
 
 def accepts(model: object) -> bool:
-    """Whether the model is a ``TransformerBridge``."""
+    """Whether the model is a ``TransformerBridge``.
+
+    Raises:
+        NotImplementedError: When it is one of something else than a decoder-only language model.
+    """
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
         return False
-    return isinstance(model, TransformerBridge)
+    if not isinstance(model, TransformerBridge):
+        return False
+    other_kinds = {
+        "an encoder-decoder model": "decoder_blocks" in model._modules,
+        "a vision model": getattr(model.cfg, "is_visual_model", False),
+        "an audio model": getattr(model.cfg, "is_audio_model", False),
+        "a model without unembedding": "unembed" not in model._modules,
+    }
+    for kind, is_so in other_kinds.items():
+        if is_so:
+            raise NotImplementedError(
+                f"this TransformerBridge wraps {kind} ({type(model.original_model).__name__}); "
+                "supported are decoder-only language models"
+            )
+    return True
 
 
 def sites(model: Model) -> list[WeightSite]:
-    """Every weight site of a bridge, block by block."""
-    if getattr(model, "compatibility_mode", False):
-        raise NotImplementedError(
-            "this TransformerBridge is in compatibility mode, whose MLPs do not run the wrapped "
-            "modules; pass the bridge as boot_transformers returns it"
-        )
-    return [site for layer, block in enumerate(model.blocks) for site in _mlp_sites(layer, block)]
+    """Every weight site of a bridge, in the order of the forward pass."""
+    return with_ties(found for found in _survey(model) if isinstance(found, WeightSite))
 
 
-def _mlp_sites(layer: int, block: Any) -> Iterator[WeightSite]:
-    mlp = block._modules.get("mlp")
-    for kind, projection in MLP_PROJECTIONS.items():
-        bridge = getattr(mlp, projection, None)
-        if bridge is not None:
-            yield _linear_site(f"blocks.{layer}.mlp", projection, kind, layer, bridge)
+def obstacles(model: Model) -> list[Obstacle]:
+    """The weight matrices of a bridge that have no site, each with the reason."""
+    return [found for found in _survey(model) if isinstance(found, Obstacle)]
 
 
-def _linear_site(path: str, projection: str, kind: str, layer: int, bridge: Any) -> WeightSite:
-    linear = bridge.original_component
-    stored_out_in = isinstance(linear, nn.Linear)
-    d_out, d_in = linear.weight.shape if stored_out_in else linear.weight.shape[::-1]
+def _survey(model: Model) -> Iterator[WeightSite | Obstacle]:
+    for kind, path in LOOKUPS.items():
+        component = model._modules.get(path)
+        if _weight(component) is not None:
+            yield _lookup(kind, path, component)
+    for layer, block in enumerate(model._modules.get("blocks") or ()):
+        for part, projections in PROJECTIONS.items():
+            for kind, projection in projections.items():
+                yield from _projection(kind, layer, block, part, projection)
+    component = model._modules.get("unembed")
+    if _weight(component) is not None:
+        yield _linear("unembed.W_U", "W_U", None, "unembed", component)
+
+
+def _lookup(kind: str, path: str, component: Any) -> WeightSite | Obstacle:
+    module, name = component.original_component, f"{path}.{kind}"
+    if not _lookup_scale(module):
+        reason = f"its {type(module).__name__} is no plain look-up"
+        return Obstacle(name, kind, None, reason, module.weight)
     return WeightSite(
-        name=f"{path}.{kind}",
+        name=name,
         kind=kind,
-        layer=layer,
-        hook_in=f"{path}.{projection}.hook_in",
-        hook_out=f"{path}.{projection}.hook_out",
-        d_in=d_in,
-        d_out=d_out,
-        x_tap=lambda: Tap(linear, "input"),
-        y_tap=lambda: Tap(linear, "output"),
-        read_parameter=lambda: linear.weight,
-        layout=(lambda matrix: matrix.mT) if stored_out_in else (lambda matrix: matrix),
+        layer=None,
+        hook_in=f"{path}.hook_in",
+        hook_out=f"{path}.hook_out",
+        d_in=module.weight.shape[0],
+        d_out=module.weight.shape[1],
+        x_tap=lambda: Tap(module, "input"),
+        y_tap=lambda: Tap(module, "output"),
+        read_parameter=lambda: module.weight,
+        layout=unchanged,
+        encode=partial(_one_hot, module),
     )
 
 
-def parameters(model: Model) -> Iterator[Tensor]:
-    """Every parameter of the bridge and of the model that it wraps (some of them twice)."""
-    yield from model.parameters()
-    yield from nn.Module.parameters(model)
+def _projection(
+    kind: str, layer: int, block: Any, part: str, projection: str
+) -> Iterator[WeightSite | Obstacle]:
+    name = f"blocks.{layer}.{part}.{kind}"
+    parent = block._modules.get(part)
+    if _is_moe(parent) and not _is_sparse(parent):
+        projection = f"dense_{projection}"
+    component = None if parent is None else parent._modules.get(projection)
+    if getattr(component, "original_component", None) is None:
+        component = None
+    reason = _obstacle(kind, projection, block, parent, component)
+    if reason is not None:
+        yield Obstacle(name, kind, layer, reason, _weight(component))
+    elif component is not None:
+        site = _linear(name, kind, layer, f"blocks.{layer}.{part}.{projection}", component)
+        if isinstance(site, WeightSite):
+            site = _behind_post_norm(_in_compatibility_mode(site, parent, component), block)
+        yield site
+
+
+def _obstacle(kind: str, projection: str, block: Any, parent: Any, component: Any) -> str | None:
+    """What in the block's own structure keeps this kind of weight from having a site."""
+    if parent is None:
+        return _in_its_place(block)
+    module = type(parent.original_component).__name__
+    if _is_sparse(parent):
+        return f"its {module} is a mixture of experts, whose weights are stacked in one parameter"
+    for setting in PER_HEAD.get(kind, ()):
+        if getattr(parent.config, setting, False):
+            return f"cfg.{setting} treats every head by itself; set it to False"
+    if component is None and kind != "W_gate":
+        return f"its {module} has no {projection!r} projection of its own"
+    return None
+
+
+def _in_its_place(block: Any) -> str | None:
+    """What a block without attention, or without an MLP, has instead of it."""
+    parts = {
+        name: module
+        for name, module in block._modules.items()
+        if hasattr(module, "original_component") and not hasattr(module, "hook_normalized")
+    }
+    if not parts:
+        return f"TransformerLens names no part of its {type(block.original_component).__name__}"
+    others = [f"{type(m).__name__} {n!r}" for n, m in parts.items() if n not in PROJECTIONS]
+    return f"the block has {' and '.join(others)} instead" if others else None
+
+
+def _linear(
+    name: str, kind: str, layer: int | None, path: str, component: Any
+) -> WeightSite | Obstacle:
+    module = component.original_component
+    reason = _not_affine(module)
+    if reason is not None:
+        return Obstacle(name, kind, layer, reason, _weight(component))
+    stored_out_in = isinstance(module, nn.Linear)
+    d_out, d_in = module.weight.shape if stored_out_in else module.weight.shape[::-1]
+    return WeightSite(
+        name=name,
+        kind=kind,
+        layer=layer,
+        hook_in=f"{path}.hook_in",
+        hook_out=f"{path}.hook_out",
+        d_in=d_in,
+        d_out=d_out,
+        x_tap=lambda: Tap(module, "input"),
+        y_tap=lambda: Tap(module, "output"),
+        read_parameter=lambda: module.weight,
+        layout=_transposed if stored_out_in else unchanged,
+    )
+
+
+def _in_compatibility_mode(site: WeightSite, mlp: Any, component: Any) -> WeightSite:
+    """A processed gated MLP multiplies by the modules' weights without calling the modules."""
+    if not (getattr(mlp, "_use_processed_weights", False) and _is_gated(mlp)):
+        return site
+    site = replace(site, y_tap=lambda: Tap(component.hook_out, "input"))
+    if site.kind == "W_out":
+        return replace(site, x_tap=lambda: Tap(component.hook_in, "output"))
+    hook_in = f"blocks.{site.layer}.mlp.hook_in"
+    return replace(site, x_tap=lambda: Tap(mlp.hook_in, "output"), hook_in=hook_in)
+
+
+def _behind_post_norm(site: WeightSite, block: Any) -> WeightSite:
+    norm, hook = POST_NORMS.get(site.kind, ("", ""))
+    if norm not in block._modules:
+        return site
+    return replace(
+        site,
+        hook_residual=f"blocks.{site.layer}.{hook}",
+        residual_tap=lambda: Tap(block._modules[norm].hook_out, "input"),
+    )
+
+
+def _transposed(matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "d_out d_in"]:
+    return matrix.mT
+
+
+def _weight(component: Any) -> Tensor | None:
+    """The weight of the module that a component wraps."""
+    return getattr(getattr(component, "original_component", None), "weight", None)
+
+
+def _is_gated(mlp: Any) -> bool:
+    from transformer_lens.model_bridge.generalized_components import GatedMLPBridge
+
+    return isinstance(mlp, GatedMLPBridge)
+
+
+def _is_moe(mlp: Any) -> bool:
+    from transformer_lens.model_bridge.generalized_components import MoEBridge
+
+    return isinstance(mlp, MoEBridge)
+
+
+def _is_sparse(mlp: Any) -> bool:
+    """Whether this layer of a mixture-of-experts model really has experts."""
+    return _is_moe(mlp) and hasattr(mlp.original_component, "experts")
+
+
+def _not_affine(module: nn.Module) -> str | None:
+    """Why a module does not compute ``x W + b`` with a plain ``W``; None if it does.
+
+    Modules of unknown type are tried on one vector.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    kind, weight = type(module).__name__, getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return f"its {kind} holds no weight matrix"
+    if not weight.is_floating_point():
+        return f"its {kind} stores a quantised weight ({weight.dtype})"
+    if type(module) in (nn.Linear, Conv1D):
+        return None
+    if isinstance(module, nn.Linear):
+        x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        with torch.no_grad():
+            expected = nn.functional.linear(x, weight, module.bias)
+            if torch.allclose(module.forward(x), expected):
+                return None
+    return f"its {kind} does not compute x W + b"
+
+
+def _lookup_scale(module: nn.Module) -> float | None:
+    """The ``s`` of an embedding that returns ``s`` times a row of its weight; None for others."""
+    if type(module) is nn.Embedding:
+        return 1.0
+    first_argument = next(iter(inspect.signature(module.forward).parameters), None)
+    if not isinstance(module, nn.Embedding) or first_argument not in ("input", "input_ids"):
+        return None
+    ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
+    with torch.no_grad():
+        rows, looked_up = module.weight[ids], module.forward(ids)
+        scale = (rows * looked_up).sum() / (rows * rows).sum()
+        return float(scale) if torch.allclose(looked_up, scale * rows) else None
+
+
+def _one_hot(module: nn.Embedding, ids: Int[Tensor, "..."]) -> Float[Tensor, "... d_vocab"]:
+    """The rows ``x`` for which the embedding is ``x W``; its padding token has no gradient."""
+    scale = _lookup_scale(module) or 0.0
+    x = nn.functional.one_hot(ids, module.num_embeddings).to(module.weight.dtype) * scale
+    if module.padding_idx is not None:
+        x[..., module.padding_idx] = 0
+    return x
+
+
+def named_parameters(model: Model) -> Iterator[NamedParameter]:
+    """Every parameter of the bridge and of the model that it wraps, each once."""
+    seen = set()
+    for root in (model.original_model, model):
+        for path, module in root.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    full = f"{path}.{name}".replace("._original_component", "")
+                    yield NamedParameter(full, module, parameter)
+
+
+def unused(model: Model) -> dict[int, str]:
+    """Fused matrices, by ``id``, that the bridge has split into separate ones at boot."""
+    reasons = {}
+    for block in model._modules.get("blocks") or ():
+        for part, parts in (("attn", "W_Q, W_K and W_V"), ("mlp", "W_gate and W_in")):
+            parent = block._modules.get(part)
+            original = getattr(parent, "original_component", None)
+            fused = [getattr(parent, "_modules", {}).get("qkv")]
+            fused.append(getattr(original, getattr(parent, "fused_attr", ""), None))
+            for module in filter(None, fused):
+                for parameter in module.parameters():
+                    reasons[id(parameter)] = f"split into {parts} by the bridge, and used no more"
+    return reasons
 
 
 def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,104 @@
+"""Every site of every decoder-only family that TransformerLens's bridge boots offline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import SUMMARY, gradient_of_parameter, reference_loss, relative_error
+from families import FAMILIES, FLOAT32_ONLY, TRUNCATED_BACKWARD, make
+
+import tl_backward as tlb
+
+TOKENS = torch.tensor([[3, 9, 1, 17, 5, 11, 2, 8, 30]])
+TARGET = 5
+
+
+@dataclass
+class Row:
+    sites: int
+    without: int
+    autograd: float
+    finite_difference: float
+
+
+@pytest.fixture(scope="module")
+def report(request):
+    """Adds the table that the README quotes to the summary of the test run."""
+    rows: dict[str, Row] = {}
+    yield rows
+    if not rows:
+        return
+    exact = [row.autograd for family, row in rows.items() if family not in FLOAT32_ONLY]
+    request.config.stash[SUMMARY].extend(
+        [
+            f"{'family':24} {'sites':>5} {'none':>5} {'autograd':>9} {'finite difference':>18}",
+            *(
+                f"{family:24} {row.sites:5} {row.without:5} {row.autograd:9.1e} "
+                f"{row.finite_difference:18.1e}"
+                for family, row in rows.items()
+            ),
+            f"{len(rows)} families, {sum(row.sites for row in rows.values())} sites; against "
+            f"autograd, relative and in float64: at most {max(exact, default=0):.1e}",
+        ]
+    )
+
+
+def finite_difference(model, parameter, direction, step):
+    """Central difference of the loss along a direction of one parameter."""
+    losses = []
+    start = parameter.detach().clone()
+    with torch.no_grad():
+        for sign in (1, -1):
+            parameter.copy_(start + sign * step * direction)
+            losses.append(reference_loss(model, TOKENS, TARGET).double())
+        parameter.copy_(start)
+    return (losses[0] - losses[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_site(family, tokenizer, report):
+    """Autograd to 1e-10 and a finite difference, for every site.
+
+    Transformers computes RMSNorm, rotary embeddings and softmax in float32 whatever the model's
+    dtype, so the difference quotient carries that noise: a large step, and a tolerance relative to
+    the gradient's norm.
+    """
+    dtype = torch.float32 if family in FLOAT32_ONLY else torch.float64
+    model = make(family, tokenizer, dtype)
+    _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET)
+    sites = tlb.weight_sites(model)
+    assert {"embed.W_E", "unembed.W_U"} <= set(cache) == {site.name for site in sites}
+    reference = reference_loss(model, TOKENS, TARGET)
+    gradients = torch.autograd.grad(reference, [site.parameter for site in sites])
+    generator = torch.Generator().manual_seed(0)
+    exact, coarse = 0.0, 0.0
+    for site, gradient in zip(sites, gradients, strict=True):
+        got = gradient_of_parameter(sites, cache, site)
+        assert got.shape == site.parameter.shape
+        assert gradient.norm() > 0
+        exact = max(exact, relative_error(got, gradient))
+        direction = torch.randn(got.shape, generator=generator, dtype=dtype)
+        direction = direction / direction.norm() + got / got.norm()
+        slope = finite_difference(model, site.parameter, direction, 1e-3)
+        error = (slope - (got * direction).sum()).abs() / got.norm()
+        coarse = max(coarse, float(error))
+    covered = tlb.coverage(model)
+    assert covered.parameter.is_unique
+    assert (covered.site.notna() ^ covered.reason.notna()).all()
+    report[family] = Row(len(sites), int(covered.site.isna().sum()), exact, coarse)
+    assert exact <= (1e-4 if family in FLOAT32_ONLY else 1e-10)
+    assert coarse <= 2e-2 or family in TRUNCATED_BACKWARD
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hook_points_exist(family, tokenizer):
+    model = make(family, tokenizer)
+    names = {
+        name
+        for site in tlb.weight_sites(model)
+        for name in (site.hook_in, site.hook_out, site.hook_residual)
+        if name is not None
+    }
+    assert names <= set(model.hook_dict)
