@@ -13,8 +13,10 @@ HTML ?= backward_lens.html
 demo: $(VENV)/.demo
 	$(BIN)/python -m tl_backward lens "$(PROMPT)" --target "$(TARGET)" --html $(HTML)
 
+## Everything the project claims, checked under each TransformerLens that it supports.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+	$(BIN)/nox --reuse-existing-virtualenvs
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

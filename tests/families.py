@@ -217,6 +217,8 @@ ARCHITECTURES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 # Families that do not run in float64.
 FLOAT32_ONLY = {"xglm": "makes the lowest float64 number as a float32: torch.full((), finfo.min)"}
 
+TL_4_ONLY = {"cohere": "its adapter of cohere refuses to boot with a norm on queries and keys"}
+
 # Families whose own backward pass is not the derivative of their forward pass.
 TRUNCATED_BACKWARD = {"hrm_text": "runs all cycles but the last under torch.no_grad()"}
 

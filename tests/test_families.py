@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import SUMMARY, gradient_of_parameter, reference_loss, relative_error
-from families import FAMILIES, FLOAT32_ONLY, TRUNCATED_BACKWARD, make
+from conftest import SUMMARY, TL_VERSION, gradient_of_parameter, reference_loss, relative_error
+from families import FAMILIES, FLOAT32_ONLY, TL_4_ONLY, TRUNCATED_BACKWARD, make
 
 import tl_backward as tlb
 
@@ -57,6 +57,12 @@ def finite_difference(model, parameter, direction, step):
     return (losses[0] - losses[1]) / (2 * step)
 
 
+def boot_or_skip(family, tokenizer, dtype=torch.float64):
+    if TL_VERSION < 4 and family in TL_4_ONLY:
+        pytest.skip(f"TransformerLens 3: {TL_4_ONLY[family]}")
+    return make(family, tokenizer, dtype)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_site(family, tokenizer, report):
     """Autograd to 1e-10 and a finite difference, for every site.
@@ -66,7 +72,7 @@ def test_every_site(family, tokenizer, report):
     the gradient's norm.
     """
     dtype = torch.float32 if family in FLOAT32_ONLY else torch.float64
-    model = make(family, tokenizer, dtype)
+    model = boot_or_skip(family, tokenizer, dtype)
     _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET)
     sites = tlb.weight_sites(model)
     assert {"embed.W_E", "unembed.W_U"} <= set(cache) == {site.name for site in sites}
@@ -94,7 +100,7 @@ def test_every_site(family, tokenizer, report):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hook_points_exist(family, tokenizer):
-    model = make(family, tokenizer)
+    model = boot_or_skip(family, tokenizer)
     names = {
         name
         for site in tlb.weight_sites(model)

@@ -5,7 +5,6 @@ import pickle
 import pytest
 import torch
 from conftest import PROMPT, TARGET
-from transformer_lens.tools.analysis import logit_readout
 
 import tl_backward as tlb
 from tl_backward.readout import read_vocabulary
@@ -26,6 +25,10 @@ def vectors_of(model, kind, **arguments):
 @pytest.mark.parametrize("kind_of_weight", ["W_in", "W_out"])
 def test_readout_equals_transformer_lens(model, kind_of_weight, normalize):
     """Ids, log-probabilities and ranks against TransformerLens's own readout kernel."""
+    kernel = pytest.importorskip(
+        "transformer_lens.tools.analysis.logit_lens",
+        reason="TransformerLens 3 has no logit_readout",
+    )
     result = tlb.BackwardLogitLens(model)(
         PROMPT, TARGET, top_k=4, normalize=normalize, chunk_size=3
     )
@@ -34,7 +37,9 @@ def test_readout_equals_transformer_lens(model, kind_of_weight, normalize):
     torch.testing.assert_close(read.norms, vectors.norm(dim=-1))
     if normalize:
         vectors = vectors / vectors.norm(dim=-1, keepdim=True)
-    log_probs = logit_readout(model, vectors.nan_to_num(), return_type="log_probs").values.double()
+    log_probs = kernel.logit_readout(
+        model, vectors.nan_to_num(), return_type="log_probs"
+    ).values.double()
     values, ids = log_probs.sort(dim=-1)
     target = log_probs[..., model.to_single_token(TARGET), None]
     seen = ~read.zero_mask

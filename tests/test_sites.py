@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PROMPT, TARGET, gradient_of_parameter, reference_loss, relative_error
+from conftest import (
+    PROMPT,
+    TARGET,
+    gradient_of_parameter,
+    reference_loss,
+    relative_error,
+    tiny_config,
+)
 from families import make
-from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import (
+    AutoModelForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from typer.testing import CliRunner
 
 import tl_backward as tlb
@@ -235,10 +248,18 @@ def test_models_of_other_kinds_are_refused(tokenizer):
 @pytest.mark.usefixtures("unchecked")
 def test_objects_of_other_kinds_are_refused(boot):
     hf = boot("llama").original_model
-    with pytest.raises(TypeError, match=r"got .*LlamaForCausalLM; wrap it with .*hf_model="):
+    with pytest.raises(TypeError, match=r"got LlamaForCausalLM; wrap it with .*hf_model="):
         tlb.weight_sites(hf)
-    with pytest.raises(TypeError, match=r"got .*RemoteBridge"):
-        tlb.coverage(RemoteBridge.__new__(RemoteBridge))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_remote_bridge_is_refused():
+    remote = pytest.importorskip(
+        "transformer_lens.model_bridge.remote_bridge",
+        reason="TransformerLens 3 has no RemoteBridge",
+    )
+    with pytest.raises(TypeError, match="got RemoteBridge"):
+        tlb.coverage(remote.RemoteBridge.__new__(remote.RemoteBridge))
 
 
 class Scaled(torch.nn.Linear):
@@ -259,6 +280,30 @@ def test_linear_layers_of_unknown_type_are_tried(boot):
     with pytest.raises(NotImplementedError, match=r"Scaled does not compute x W \+ b"):
         tlb.weight_sites(model, "W_out", 1)
     assert [site.layer for site in tlb.weight_sites(model, "W_out")] == [0, 2]
+
+
+def test_quantised_tensor_subclasses_are_exact(tokenizer):
+    """torchao's int8 weights: the factors are those of the dequantised weights."""
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer))).eval()
+    torchao.quantize_(
+        hf, torchao.Int8WeightOnlyConfig(), filter_fn=lambda m, name: name.endswith("_proj")
+    )
+    exact = AutoModelForCausalLM.from_config(hf.config).eval()
+    exact.load_state_dict(
+        {n: w.dequantize() if "_proj" in n else w for n, w in hf.state_dict().items()}
+    )
+    caches = []
+    for wrapped in (hf, exact):
+        model = TransformerBridge.boot_transformers("llama", hf_model=wrapped, tokenizer=tokenizer)
+        caches.append(tlb.run_with_backward_cache(model, TOKENS, 5)[1])
+        assert all(site.tied_to == () for site in tlb.weight_sites(model))
+    quantised, reference = caches
+    assert len(quantised) == len(reference) == 23
+    for name, g in reference.items():
+        assert relative_error(quantised[name].dense(), g.dense()) <= 1e-4, name
 
 
 def test_quantised_weights_are_refused_by_name(boot):

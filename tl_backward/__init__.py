@@ -4,7 +4,13 @@ from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLensResult, BackwardLogitLens
-from tl_backward.sites import WeightSite, coverage, weight_sites
+from tl_backward.sites import (
+    WeightSite,
+    add_hook_points,
+    coverage,
+    remove_hook_points,
+    weight_sites,
+)
 
 __all__ = [
     "BackwardCache",
@@ -12,7 +18,9 @@ __all__ = [
     "BackwardLogitLens",
     "GradientFactors",
     "WeightSite",
+    "add_hook_points",
     "coverage",
+    "remove_hook_points",
     "run_with_backward_cache",
     "weight_sites",
 ]

@@ -23,6 +23,7 @@ from tl_backward.sites import (
     WeightSite,
     all_modules,
     all_parameters,
+    attached_hook_points,
     weight_sites,
     weights_processing,
 )
@@ -81,6 +82,7 @@ def run_with_backward_cache(
 
     with ExitStack() as stack:
         stack.enter_context(_frozen(all_parameters(model)))
+        stack.enter_context(attached_hook_points(model))
         recorder = stack.enter_context(_Recorder(sites))
         stack.enter_context(torch.enable_grad())
         logits = model(tokens.unsqueeze(0), return_type="logits")[0]

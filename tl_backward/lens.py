@@ -304,11 +304,12 @@ class BackwardLogitLens:
     ) -> WeightReadout:
         names = [name for name in cache if name.endswith(f".{kind}")]
         if kind in READ_BY_INPUT:
-            vectors = torch.stack([cache[name].inputs for name in names])
+            read_from = [cache[name].inputs for name in names]
         elif vjps == "residual":
-            vectors = torch.stack([cache.residual_vjps(name) for name in names])
+            read_from = [cache.residual_vjps(name) for name in names]
         else:
-            vectors = torch.stack([cache[name].vjps for name in names])
+            read_from = [cache[name].vjps for name in names]
+        vectors = torch.stack([rows.to(read_from[0].device) for rows in read_from])
         norms = vectors.norm(dim=-1)
         zero_mask = norms == 0
         rows = vectors[~zero_mask]
@@ -334,7 +335,7 @@ class BackwardLogitLens:
             bottom_values=scatter(read.bottom_values),
             target_ranks=scatter(read.target_ranks),
             norms=norms.cpu(),
-            vjp_norms=torch.stack([cache[name].vjps.norm(dim=-1) for name in names]).cpu(),
+            vjp_norms=torch.stack([cache[name].vjps.norm(dim=-1).cpu() for name in names]),
             zero_mask=zero_mask.cpu(),
             vocabulary=dict(
                 zip(ids, self.model.tokenizer.batch_decode([[i] for i in ids]), strict=True)

@@ -7,13 +7,15 @@ works with :class:`WeightSite` and the functions here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_backward.sites import transformer_bridge
+from tl_backward.sites import hooked_transformer, transformer_bridge
+from tl_backward.sites.hooked_transformer import add_hook_points, remove_hook_points
 from tl_backward.sites.parameters import coverage_table
 from tl_backward.sites.processing import weights_processing
 from tl_backward.sites.site import Model, Tap, WeightSite, select_sites
@@ -25,9 +27,12 @@ __all__ = [
     "Model",
     "Tap",
     "WeightSite",
+    "add_hook_points",
     "all_modules",
     "all_parameters",
+    "attached_hook_points",
     "coverage",
+    "remove_hook_points",
     "unembed",
     "weight_sites",
     "weights_processing",
@@ -42,7 +47,7 @@ def weight_sites(
     """The weight matrices of a model, each with the points where its input and output pass.
 
     Args:
-        model: A TransformerLens ``TransformerBridge``.
+        model: A TransformerLens ``TransformerBridge`` or ``HookedTransformer``.
         weights: Kinds, such as ``"W_out"`` or ``("W_in", "W_gate")``. Default: all there are.
         layers: Layer indices; negative ones count from the last. Default: all.
 
@@ -81,7 +86,7 @@ def coverage(model: Model) -> pd.DataFrame:
     backend = _backend(model)
     reasons = {id(o.parameter): f"{o.name}: {o.reason}" for o in backend.obstacles(model)}
     return coverage_table(
-        backend.named_parameters(model), backend.sites(model), reasons | backend.unused(model)
+        backend.named_parameters(model), backend.sites(model), reasons | backend.reasons(model)
     )
 
 
@@ -95,19 +100,24 @@ def all_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
     return _backend(model).modules(model)
 
 
+def attached_hook_points(model: Model) -> AbstractContextManager[None]:
+    """The model with every HookPoint that its sites name; those it lacked go again at the end."""
+    return _backend(model).attached_hook_points(model)
+
+
 def unembed(model: Model, vectors: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
     """Vectors through the model's own final norm and unembedding (Eq 7, before the softmax)."""
     return _backend(model).unembed(model, vectors)
 
 
 def _backend(model: Model) -> ModuleType:
-    for backend in (transformer_bridge,):
+    for backend in (transformer_bridge, hooked_transformer):
         if backend.accepts(model):
             return backend
     hint = "load one with TransformerBridge.boot_transformers(...)"
     if isinstance(model, nn.Module) and hasattr(model, "config"):
         hint = "wrap it with TransformerBridge.boot_transformers(..., hf_model=model)"
     raise TypeError(
-        f"model must be a TransformerLens TransformerBridge of a decoder-only language model, got "
-        f"{type(model).__module__}.{type(model).__qualname__}; {hint}"
+        "model must be a TransformerLens HookedTransformer, or a TransformerBridge of a "
+        f"decoder-only language model, got {type(model).__name__}; {hint}"
     )

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 Model: TypeAlias = Any
 """A TransformerLens model, of any of the classes that this package has a file for."""
 
+FORKED_INPUT = ("use_split_qkv_input", "use_attn_in")
+PER_HEAD = {**dict.fromkeys(("W_Q", "W_K", "W_V"), FORKED_INPUT), "W_O": ("use_attn_result",)}
+"""The settings of TransformerLens under which a weight is not used as one ``y = x W``."""
+
+POST_NORMS = {"W_O": ("ln1_post", "hook_attn_out"), "W_out": ("ln2_post", "hook_mlp_out")}
+"""The norm that may stand behind a weight, and the HookPoint behind that norm."""
+
 
 class Tap(NamedTuple):
     """A module and the side of it at which a tensor passes."""
@@ -65,7 +72,11 @@ class WeightSite:
 
     @property
     def parameter(self) -> Tensor:
-        """The live tensor that the forward pass multiplies by, in its own layout."""
+        """The live tensor that the forward pass multiplies by, in its own layout.
+
+        Where a library stores it quantised as a tensor subclass (torchao), the gradient is the one
+        with respect to its dequantised value.
+        """
         return self.read_parameter()
 
     def to_parameter_layout(self, matrix: Float[Tensor, "d_in d_out"]) -> Tensor:
@@ -96,11 +107,9 @@ def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
     sites = list(sites)
     sharers: dict[int, list[str]] = {}
     for site in sites:
-        sharers.setdefault(site.parameter.data_ptr(), []).append(site.name)
+        sharers.setdefault(id(site.parameter), []).append(site.name)
     return [
-        replace(site, tied_to=tuple(name for name in names if name != site.name))
-        if len(names := sharers[site.parameter.data_ptr()]) > 1
-        else site
+        replace(site, tied_to=tuple(n for n in sharers[id(site.parameter)] if n != site.name))
         for site in sites
     ]
 

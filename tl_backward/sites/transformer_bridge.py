@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,16 +19,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_backward.sites.parameters import NamedParameter
-from tl_backward.sites.site import Model, Obstacle, Tap, WeightSite, unchanged, with_ties
+from tl_backward.sites.site import (
+    PER_HEAD,
+    POST_NORMS,
+    Model,
+    Obstacle,
+    Tap,
+    WeightSite,
+    unchanged,
+    with_ties,
+)
 
 PROJECTIONS = {
     "attn": {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"},
     "mlp": {"W_gate": "gate", "W_in": "in", "W_out": "out"},
 }
-POST_NORMS = {"W_O": ("ln1_post", "hook_attn_out"), "W_out": ("ln2_post", "hook_mlp_out")}
 LOOKUPS = {"W_E": "embed", "W_pos": "pos_embed"}
-FORKED_INPUT = ("use_split_qkv_input", "use_attn_in")
-PER_HEAD = {**dict.fromkeys(("W_Q", "W_K", "W_V"), FORKED_INPUT), "W_O": ("use_attn_result",)}
 
 
 def accepts(model: object) -> bool:
@@ -280,9 +287,9 @@ def named_parameters(model: Model) -> Iterator[NamedParameter]:
                     yield NamedParameter(full, module, parameter)
 
 
-def unused(model: Model) -> dict[int, str]:
-    """Fused matrices, by ``id``, that the bridge has split into separate ones at boot."""
-    reasons = {}
+def reasons(model: Model) -> dict[int, str]:
+    """Why parameters have no site, by ``id``: fused matrices that the bridge split at boot."""
+    found = {}
     for block in model._modules.get("blocks") or ():
         for part, parts in (("attn", "W_Q, W_K and W_V"), ("mlp", "W_gate and W_in")):
             parent = block._modules.get(part)
@@ -291,8 +298,13 @@ def unused(model: Model) -> dict[int, str]:
             fused.append(getattr(original, getattr(parent, "fused_attr", ""), None))
             for module in filter(None, fused):
                 for parameter in module.parameters():
-                    reasons[id(parameter)] = f"split into {parts} by the bridge, and used no more"
-    return reasons
+                    found[id(parameter)] = f"split into {parts} by the bridge, and used no more"
+    return found
+
+
+def attached_hook_points(model: Model) -> AbstractContextManager[None]:
+    """Nothing to add: a bridge has every HookPoint that its sites name."""
+    return nullcontext()
 
 
 def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:

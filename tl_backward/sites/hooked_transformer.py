@@ -1,0 +1,451 @@
+"""``HookedTransformer``: bare parameters, between HookPoints that are added around them.
+
+While the added HookPoints are there, the modules around a weight are of subclasses of their own
+classes, as ``torch.nn.utils.parametrize`` makes them. These pass the HookPoints and leave the
+computing to TransformerLens. No torch hook is involved, so the order in which a user's hooks run,
+forward and backward, is the order in which the tensors pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_backward.sites.parameters import NamedParameter
+from tl_backward.sites.site import (
+    PER_HEAD,
+    POST_NORMS,
+    Model,
+    Obstacle,
+    Tap,
+    WeightSite,
+    unchanged,
+    with_ties,
+)
+
+UNGROUPED = "ungroup_grouped_query_attention"
+
+ATTENTION_PROJECTIONS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
+MLP_PROJECTIONS = {"W_gate": "gate", "W_in": "in", "W_out": "out"}
+
+
+def accepts(model: object) -> bool:
+    """Whether the model is a ``HookedTransformer``; there are none from TransformerLens 4 on."""
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:
+        return False
+    return isinstance(model, HookedTransformer)
+
+
+def sites(model: Model) -> list[WeightSite]:
+    """Every weight site of the model, in the order of the forward pass.
+
+    Their taps are at the added HookPoints: call them inside ``attached_hook_points``.
+
+    Raises:
+        NotImplementedError: For weights quantised to 4 bits.
+    """
+    return with_ties(found for found in _survey(model) if isinstance(found, WeightSite))
+
+
+def obstacles(model: Model) -> list[Obstacle]:
+    """The weight matrices of the model that have no site, each with the reason."""
+    return [found for found in _survey(model) if isinstance(found, Obstacle)]
+
+
+def _survey(model: Model) -> Iterator[WeightSite | Obstacle]:
+    _refuse_quantized(model)
+    yield _lookup_site(model, "embed", "W_E")
+    if _reads_positions(model):
+        yield _lookup_site(model, "pos_embed", "W_pos")
+    for layer, block in enumerate(model.blocks):
+        for kind in ATTENTION_PROJECTIONS:
+            yield _attention_site(model, layer, kind)
+        mlp = block._modules.get("mlp")
+        for kind, projection in MLP_PROJECTIONS.items():
+            if mlp is not None and _is_dense(mlp) and kind in mlp._parameters:
+                yield _behind_post_norm(
+                    _matrix_site(model, f"blocks.{layer}.mlp", kind, layer, f".{projection}"), block
+                )
+            elif mlp is not None and not _is_dense(mlp):
+                name = f"blocks.{layer}.mlp.{kind}"
+                yield Obstacle(name, kind, layer, "its MLP is a mixture of experts")
+    yield _matrix_site(model, "unembed", "W_U", None, "")
+
+
+def _behind_post_norm(site: WeightSite, block: Any) -> WeightSite:
+    norm, hook = POST_NORMS.get(site.kind, ("", ""))
+    if norm not in block._modules:
+        return site
+    return replace(
+        site,
+        hook_residual=f"blocks.{site.layer}.{hook}",
+        residual_tap=lambda: Tap(block.get_submodule(hook), "input"),
+    )
+
+
+def named_parameters(model: Model) -> Iterator[NamedParameter]:
+    """Every parameter of the model."""
+    for name, parameter in model.named_parameters():
+        yield NamedParameter(name, model.get_submodule(name.rpartition(".")[0]), parameter)
+
+
+def reasons(model: Model) -> dict[int, str]:
+    """Why parameters have no site, by ``id``: biases, and positions that nothing reads."""
+    found = {}
+    names = {site.name for site in sites(model)}
+    for name, module, parameter in named_parameters(model):
+        path, _, end = name.rpartition(".")
+        weight = f"{path}.W_{end.removeprefix('_').removeprefix('b_')}"
+        if end.removeprefix("_").startswith("b_") and weight in names:
+            found[id(parameter)] = f"bias: its gradient is cache.bias_gradient({weight!r})"
+        elif end == "W_pos":
+            found[id(parameter)] = "the model has other positions and does not read it"
+        elif "Norm" in type(module).__name__:
+            found[id(parameter)] = f"gain or bias of a norm ({type(module).__name__})"
+    return found
+
+
+def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the model, with its name."""
+    return model.named_modules()
+
+
+def unembed(model: Model, vectors: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
+    """Final norm, unembedding and the soft cap of the logits, if the model has one."""
+    W_U, cap = model.unembed.W_U, model.cfg.output_logits_soft_cap
+    vectors = vectors.to(device=W_U.device, dtype=W_U.dtype)
+    if model.cfg.normalization_type is not None:
+        vectors = model.ln_final(vectors.unsqueeze(0)).squeeze(0)
+    logits = vectors @ W_U + model.unembed.b_U
+    return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+
+
+def add_hook_points(model: Model) -> None:
+    """Give the model the HookPoints that it lacks, under the names they have on a bridge.
+
+    These are ``blocks.L.attn.{q,k,v,o}``, ``blocks.L.mlp.{in,gate,out}``, ``embed``, ``pos_embed``
+    and ``unembed``, each with ``.hook_in`` and ``.hook_out``; ``embed.hook_in`` sees the token ids
+    and ``pos_embed.hook_in`` the positions (-1 for padding). No number that the model computes
+    changes. Adding them twice is harmless; `remove_hook_points` takes them away.
+
+    Raises:
+        NotImplementedError: For weights quantised to 4 bits.
+    """
+    _refuse_quantized(model)
+    present = dict(model.named_modules())
+    for module, passing in _passings(model):
+        if _passing(module) is None:
+            _mix_in(passing, module)
+    for name, module in model.named_modules():
+        if name not in present:
+            parent, _, end = name.rpartition(".")
+            module.name = name
+            module.training = model.get_submodule(parent).training
+            model.mod_dict[name] = module
+            if end in ("hook_in", "hook_out"):
+                model.hook_dict[name] = module
+
+
+def remove_hook_points(model: Model) -> None:
+    """Take away what `add_hook_points` added, with the hooks on it, and nothing else."""
+    present = dict(model.named_modules())
+    for module in present.values():
+        if passing := _passing(module):
+            for name in passing.added:
+                module._modules.pop(name, None)
+            module.__dict__.pop("neighbour", None)
+            module.__class__ = type(module).__base__
+    for name in present.keys() - dict(model.named_modules()).keys():
+        model.mod_dict.pop(name, None)
+        model.hook_dict.pop(name, None)
+
+
+@contextmanager
+def attached_hook_points(model: Model) -> Iterator[None]:
+    """The model with the added HookPoints; they go at the end unless they were there before."""
+    if _passing(model.embed):
+        yield
+        return
+    try:
+        add_hook_points(model)
+        yield
+    finally:
+        remove_hook_points(model)
+
+
+def _lookup_site(model: Model, path: str, kind: str) -> WeightSite:
+    """A table whose rows are looked up: its input is the one-hot row of each index."""
+    module = model.get_submodule(path)
+
+    def one_hot(indices: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_in"]:
+        table = getattr(module, kind)
+        rows = torch.arange(len(table), device=indices.device)
+        return (indices.unsqueeze(-1) == rows).to(table.dtype)
+
+    return _matrix_site(model, path, kind, None, "", encode=one_hot)
+
+
+def _matrix_site(
+    model: Model, path: str, kind: str, layer: int | None, projection: str, **fields: Any
+) -> WeightSite:
+    """A weight that is stored as ``[d_in, d_out]``."""
+    d_in, d_out = getattr(model.get_submodule(path), kind).shape
+    return _site(model, path, kind, kind, layer, projection, d_in, d_out, **fields)
+
+
+def _attention_site(model: Model, layer: int, kind: str) -> WeightSite | Obstacle:
+    """A weight with an axis of heads; with grouped queries, keys and values have fewer of them."""
+    path = f"blocks.{layer}.attn"
+    attention = model.get_submodule(path)
+    stored = f"_{kind}" if f"_{kind}" in attention._parameters else kind
+    heads, rows, columns = getattr(attention, stored).shape
+    if kind == "W_O":
+        d_in, d_out, pattern = heads * rows, columns, "(h d) m -> h d m"
+    else:
+        d_in, d_out, pattern = rows, heads * columns, "m (h d) -> h m d"
+    name = f"{path}.{kind}"
+    for setting in PER_HEAD[kind] if stored == kind else (*PER_HEAD[kind], UNGROUPED):
+        if getattr(attention.cfg, setting):
+            reason = f"cfg.{setting} treats every head by itself; set it to False"
+            return Obstacle(name, kind, layer, reason, getattr(attention, stored))
+    projection = f".{ATTENTION_PROJECTIONS[kind]}"
+    layout = partial(rearrange, pattern=pattern, h=heads)
+    site = _site(model, path, kind, stored, layer, projection, d_in, d_out, layout=layout)
+    return _behind_post_norm(site, model.blocks[layer])
+
+
+def _site(
+    model: Model,
+    path: str,
+    kind: str,
+    stored: str,
+    layer: int | None,
+    projection: str,
+    d_in: int,
+    d_out: int,
+    layout: Callable[[Tensor], Tensor] = unchanged,
+    **fields: Any,
+) -> WeightSite:
+    module = model.get_submodule(path)
+    hook_in, hook_out = (f"{path}{projection}.{end}" for end in ("hook_in", "hook_out"))
+    return WeightSite(
+        name=f"{path}.{kind}",
+        kind=kind,
+        layer=layer,
+        hook_in=hook_in,
+        hook_out=hook_out,
+        d_in=d_in,
+        d_out=d_out,
+        x_tap=lambda: Tap(model.get_submodule(hook_in), "output"),
+        y_tap=lambda: Tap(model.get_submodule(hook_out), "input"),
+        read_parameter=lambda: getattr(module, stored),
+        layout=layout,
+        **fields,
+    )
+
+
+def _refuse_quantized(model: Model) -> None:
+    if model.cfg.load_in_4bit:
+        raise NotImplementedError(
+            "this HookedTransformer holds weights quantised to 4 bits (cfg.load_in_4bit), which "
+            "have no site yet; load it without load_in_4bit"
+        )
+
+
+def _reads_positions(model: Model) -> bool:
+    return model.cfg.positional_embedding_type in ("standard", "shortformer")
+
+
+def _is_dense(mlp: Any) -> bool:
+    return "W_in" in mlp._parameters
+
+
+@dataclass(frozen=True, eq=False)
+class _Passing:
+    """What a module gets while the added HookPoints are there.
+
+    Attributes:
+        methods: Methods of its class. The class's own ``forward`` is then ``plain_forward``.
+        added: Submodules: HookPoints, or pairs of them.
+        seams: Submodules of it at whose input or output an added HookPoint is passed.
+    """
+
+    methods: Mapping[str, Callable]
+    added: tuple[str, ...] = ()
+    seams: Mapping[str, tuple[_Passing, str]] = field(default_factory=dict)
+
+
+def _passing(module: nn.Module) -> _Passing | None:
+    return getattr(type(module), "passing", None)
+
+
+def _mix_in(passing: _Passing, module: Any) -> None:
+    module.__class__ = _mixed(passing, module.__class__)
+    for name in passing.added:
+        module.add_module(name, _hook_point() if name in ("hook_in", "hook_out") else _ends())
+    for name, (seam, point) in passing.seams.items():
+        submodule: Any = module.get_submodule(name)
+        vars(submodule)["neighbour"] = module.get_submodule(point)
+        submodule.__class__ = _mixed(seam, submodule.__class__)
+
+
+@cache
+def _mixed(passing: _Passing, cls: Any) -> Any:
+    extra = {"passing": passing, "plain_forward": cls.forward}
+    return type(cls.__name__, (cls,), {**passing.methods, **extra})
+
+
+def _hook_point() -> nn.Module:
+    from transformer_lens.hook_points import HookPoint
+
+    return HookPoint()
+
+
+def _ends() -> nn.Module:
+    ends = nn.Module()
+    ends.hook_in, ends.hook_out = _hook_point(), _hook_point()
+    return ends
+
+
+def _enter(hook_in: Any, x: Tensor) -> Tensor:
+    """``x`` through a HookPoint whose hooks may edit it in place, though others read ``x`` too."""
+    return hook_in(x.clone() if hook_in.fwd_hooks else x)
+
+
+def _call_before(self: Any, x: Tensor) -> Tensor:
+    return nn.Module.__call__(self, self.neighbour(x))
+
+
+def _call_after(self: Any, x: Tensor) -> Tensor:
+    return self.neighbour(nn.Module.__call__(self, x))
+
+
+BEFORE = _Passing({"__call__": _call_before})
+AFTER = _Passing({"__call__": _call_after})
+
+
+def _linear(self: Any, x: Tensor) -> Tensor:
+    return self.hook_out(self.plain_forward(_enter(self.hook_in, x)))
+
+
+def _normed_embed(self: Any, tokens: Tensor) -> Tensor:
+    return self.plain_forward(_enter(self.hook_in, tokens))
+
+
+def _pos_embed(self: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """TransformerLens works the positions out inside, from the padding and the tokens before.
+
+    Its own lookup tells them, in a table of the numbers from 1 on; padding gives 0.
+    """
+    numbers = torch.arange(1, len(self.W_pos) + 1, device=self.W_pos.device).unsqueeze(-1)
+    stand_in = SimpleNamespace(W_pos=numbers)
+    positions = type(self).plain_forward(stand_in, tokens, *args, **kwargs).squeeze(-1) - 1
+    seen = _enter(self.hook_in, positions)
+    if seen is positions or torch.equal(seen, positions):
+        return self.hook_out(self.plain_forward(tokens, *args, **kwargs))
+    return self.hook_out(torch.where(seen.unsqueeze(-1) < 0, 0, self.W_pos[seen]))
+
+
+def _attention(
+    self: Any,
+    query_input: Tensor,
+    key_input: Tensor,
+    value_input: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    query_input = _enter(self.q.hook_in, query_input)
+    key_input = _enter(self.k.hook_in, key_input)
+    value_input = _enter(self.v.hook_in, value_input)
+    output = self.plain_forward(query_input, key_input, value_input, *args, **kwargs)
+    return self.o.hook_out(output)
+
+
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    return self.out.hook_out(self.plain_forward(_enter(getattr(self, "in").hook_in, x)))
+
+
+def _gated_mlp(self: Any, x: Tensor) -> Tensor:
+    branches = _Branches(_enter(self.gate.hook_in, x), _enter(getattr(self, "in").hook_in, x))
+    return self.out.hook_out(self.plain_forward(branches))
+
+
+class _Branches:
+    """Stands for the one input of a gated MLP, of which every product takes the next tensor.
+
+    So TransformerLens's own forward, whichever operations it uses, multiplies ``W_gate`` and then
+    ``W_in`` by tensors of their own.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = list(tensors)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    def to(self, device: torch.device) -> _Branches:
+        return _Branches(*(tensor.to(device) for tensor in self.tensors))
+
+    @classmethod
+    def __torch_function__(
+        cls, product: Callable, types: Any, args: tuple, kwargs: dict | None = None
+    ) -> Tensor:
+        branches, *weight = args
+        return product(branches.tensors.pop(0), *weight, **(kwargs or {}))
+
+
+LINEAR = _Passing({"forward": _linear}, ("hook_in", "hook_out"))
+NORMED_EMBED = _Passing(
+    {"forward": _normed_embed}, ("hook_in", "hook_out"), {"ln": (BEFORE, "hook_out")}
+)
+POS_EMBED = _Passing({"forward": _pos_embed}, ("hook_in", "hook_out"))
+ATTENTION = _Passing(
+    {"forward": _attention},
+    ("q", "k", "v", "o"),
+    {
+        "hook_q": (BEFORE, "q.hook_out"),
+        "hook_k": (BEFORE, "k.hook_out"),
+        "hook_v": (BEFORE, "v.hook_out"),
+        "hook_z": (AFTER, "o.hook_in"),
+    },
+)
+MLP = _Passing(
+    {"forward": _mlp},
+    ("in", "out"),
+    {"hook_pre": (BEFORE, "in.hook_out"), "hook_post": (AFTER, "out.hook_in")},
+)
+GATED_MLP = _Passing(
+    {"forward": _gated_mlp},
+    ("in", "gate", "out"),
+    {
+        "hook_pre": (BEFORE, "gate.hook_out"),
+        "hook_pre_linear": (BEFORE, "in.hook_out"),
+        "hook_post": (AFTER, "out.hook_in"),
+    },
+)
+
+
+def _passings(model: Model) -> Iterator[tuple[nn.Module, _Passing]]:
+    """The modules around the weights, and what each of them gets."""
+    yield model.embed, NORMED_EMBED if "ln" in model.embed._modules else LINEAR
+    if _reads_positions(model):
+        yield model.pos_embed, POS_EMBED
+    for block in model.blocks:
+        yield block.attn, ATTENTION
+        mlp = block._modules.get("mlp")
+        if mlp is not None and _is_dense(mlp):
+            yield mlp, GATED_MLP if "W_gate" in mlp._parameters else MLP
+    if "hook_in" not in model.unembed._modules:
+        yield model.unembed, LINEAR
