@@ -177,6 +177,13 @@ def test_attention_only(queries, positions, normalization):
 
 
 POST_NORM = {"use_normalization_before_and_after": True, "normalization_type": "RMS"}
+OLMO_2 = {
+    **GATED,
+    **ROTARY,
+    "original_architecture": "Olmo2ForCausalLM",
+    "normalization_type": "RMS",
+    "d_model": 24,  # its norms of queries and keys take heads * d_head for granted
+}
 
 
 @pytest.mark.parametrize(
@@ -186,6 +193,7 @@ POST_NORM = {"use_normalization_before_and_after": True, "normalization_type": "
         {"act_fn": "solu_ln", "normalization_type": "LNPre"},
         {**GATED, **POST_NORM},
         {**GQA, **POST_NORM},
+        OLMO_2,
         {"post_embedding_ln": True},
         {**ALIBI, "post_embedding_ln": True},
         {"use_hook_mlp_in": True},
@@ -203,6 +211,54 @@ def test_other_settings(settings):
     model = build(**settings)
     mlp = ("W_gate", "W_in", "W_out") if "gated_mlp" in settings else ("W_in", "W_out")
     assert list(check_every_site(model)) == site_names(model, mlp)
+
+
+BIASES = [{}, {**GATED, **GQA, **POST_NORM}, {**ALIBI, "act_fn": "solu_ln"}]
+
+
+@pytest.mark.parametrize("settings", BIASES, ids=["gpt2", "gemma", "solu"])
+def test_the_coverage_says_where_the_gradient_of_a_bias_is(settings):
+    model = build(**settings)
+    _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET)
+    vjps = {}
+    with backend.attached_hook_points(model):
+        ends = [f"blocks.{layer}.mlp.out.hook_in" for layer in range(2)]
+        note = [(name, lambda vjp, hook: vjps.update({hook.name: vjp.clone()})) for name in ends]
+        with model.hooks(bwd_hooks=note):
+            reference_loss(model, TOKENS, TARGET).backward()
+    reasons = tlb.coverage(model).set_index("parameter").reason
+    biases = [name for name in reasons.index if ".b_" in name or "._b_" in name]
+    assert len(biases) == 2 * 6 + 1
+    for name in biases:
+        where, gradient = reasons[name], model.get_parameter(name).grad
+        if "cache.bias_gradient" in where:
+            got = cache.bias_gradient(where.split("'")[1])
+        else:
+            got = vjps[where.split()[-1]].sum((0, 1))
+        torch.testing.assert_close(got, gradient.flatten(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings", [{**GATED, **POST_NORM}, OLMO_2, {}], ids=["before", "after", "none"]
+)
+def test_post_norms_are_known(settings):
+    """A site says where its output is behind a norm; without one it is there already."""
+    model = build(**settings)
+    _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET)
+    with backend.attached_hook_points(model):
+        _, activations = model.run_with_cache(TOKENS)
+    seen = {}
+    ends = [f"blocks.{i}.{end}" for i in range(2) for end in ("hook_attn_out", "hook_mlp_out")]
+    note = [(name, lambda vjp, hook: seen.update({hook.name: vjp[0].clone()})) for name in ends]
+    with model.hooks(bwd_hooks=note):
+        reference_loss(model, TOKENS, TARGET).backward()
+    for site in tlb.weight_sites(model, ["W_O", "W_out"]):
+        stream = "hook_attn_out" if site.kind == "W_O" else "hook_mlp_out"
+        behind = f"blocks.{site.layer}.{stream}"
+        moved = not torch.equal(activations[site.hook_out], activations[behind])
+        assert site.hook_residual == (behind if moved else None)
+        torch.testing.assert_close(cache.residual_vjps(site.name), seen[behind])
+    assert moved == bool(settings) or settings is OLMO_2  # which is another thing in 2.18
 
 
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")

@@ -128,12 +128,17 @@ def sites(model: ModelOption = None) -> None:
 
 
 def _load(model: str | None) -> Any:
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError as error:
+        raise ImportError(
+            "the command line loads models as TransformerBridge, which this TransformerLens does "
+            "not have: pip install 'transformer-lens>=3.9'"
+        ) from error
     if model is None:
         from tl_backward.demo_model import load_demo_model
 
         return load_demo_model()
-    from transformer_lens.model_bridge import TransformerBridge
-
     try:
         return TransformerBridge.boot_transformers(model).eval()
     except (OSError, ValueError) as error:

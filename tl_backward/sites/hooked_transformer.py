@@ -84,14 +84,25 @@ def _survey(model: Model) -> Iterator[WeightSite | Obstacle]:
 
 
 def _behind_post_norm(site: WeightSite, block: Any) -> WeightSite:
-    norm, hook = POST_NORMS.get(site.kind, ("", ""))
-    if norm not in block._modules:
+    if site.kind not in POST_NORMS:
+        return site
+    norm, hook = POST_NORMS[site.kind]
+    if norm not in block._modules and not _norms_afterwards(block):
         return site
     return replace(
         site,
         hook_residual=f"blocks.{site.layer}.{hook}",
         residual_tap=lambda: Tap(block.get_submodule(hook), "input"),
     )
+
+
+def _norms_afterwards(block: Any) -> bool:
+    """Whether ``ln1`` and ``ln2`` stand behind attention and MLP (OLMo 2 and 3)."""
+    try:
+        from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+    except ImportError:
+        return False
+    return block.cfg.original_architecture in POST_NORM_ARCHITECTURES
 
 
 def named_parameters(model: Model) -> Iterator[NamedParameter]:
@@ -107,7 +118,12 @@ def reasons(model: Model) -> dict[int, str]:
     for name, module, parameter in named_parameters(model):
         path, _, end = name.rpartition(".")
         weight = f"{path}.W_{end.removeprefix('_').removeprefix('b_')}"
-        if end.removeprefix("_").startswith("b_") and weight in names:
+        if end == "b_in" and "W_gate" in module._parameters:
+            point = f"{path}.out.hook_in"
+            found[id(parameter)] = (
+                f"bias behind the gate: its gradient is the sum of the VJPs at {point}"
+            )
+        elif end.removeprefix("_").startswith("b_") and weight in names:
             found[id(parameter)] = f"bias: its gradient is cache.bias_gradient({weight!r})"
         elif end == "W_pos":
             found[id(parameter)] = "the model has other positions and does not read it"
