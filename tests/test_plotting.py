@@ -193,7 +193,7 @@ def test_the_card_of_a_cell_tells_the_rest():
     assert "-18.25 W_in·2.1·top0 -19.25 W_in·2.1·top1" in card
     assert "-42.50 W_in·2.1·bottom0 -43.50 W_in·2.1·bottom1" in card
     assert "‖x‖" not in w_out[1][2].card
-    assert "‖δ‖ 0.818" in w_out[1][2].card
+    assert "‖δ‖ 0.818, read at the residual stream: 7 target" in words(w_out[1][2].card)
 
 
 def test_the_head_of_the_page():
