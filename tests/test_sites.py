@@ -284,7 +284,10 @@ def test_linear_layers_of_unknown_type_are_tried(boot):
 
 def test_quantised_tensor_subclasses_are_exact(tokenizer):
     """torchao's int8 weights: the factors are those of the dequantised weights."""
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    torchao = pytest.importorskip(
+        "torchao.quantization",
+        reason="torchao is installed for TransformerLens 3 only (noxfile.py)",
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         hf = AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer))).eval()
