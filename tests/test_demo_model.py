@@ -38,7 +38,14 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def bridge(converted: Path):
+def has_bridge() -> None:
+    pytest.importorskip(
+        "transformer_lens.model_bridge", reason="TransformerLens 2 has no TransformerBridge"
+    )
+
+
+@pytest.fixture(scope="module")
+def bridge(converted: Path, has_bridge):
     return demo_model.load_demo_model()
 
 
@@ -98,7 +105,7 @@ def test_the_model_is_in_eval_mode(bridge):
     assert not bridge.original_model.training
 
 
-def test_boot_arguments_reach_transformer_lens(converted: Path):
+def test_boot_arguments_reach_transformer_lens(converted: Path, has_bridge):
     bridge = demo_model.load_demo_model(dtype=torch.float64)
     assert {parameter.dtype for parameter in bridge.parameters()} == {torch.float64}
 

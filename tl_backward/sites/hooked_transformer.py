@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
-    POST_NORMS,
+    RESIDUAL_HOOKS,
     Model,
     Obstacle,
     Tap,
@@ -84,10 +84,8 @@ def _survey(model: Model) -> Iterator[WeightSite | Obstacle]:
 
 
 def _behind_post_norm(site: WeightSite, block: Any) -> WeightSite:
-    if site.kind not in POST_NORMS:
-        return site
-    norm, hook = POST_NORMS[site.kind]
-    if norm not in block._modules and not _norms_afterwards(block):
+    hook = RESIDUAL_HOOKS.get(site.kind)
+    if hook is None or not ("ln1_post" in block._modules or _norms_afterwards(block)):
         return site
     return replace(
         site,

@@ -16,8 +16,8 @@ FORKED_INPUT = ("use_split_qkv_input", "use_attn_in")
 PER_HEAD = {**dict.fromkeys(("W_Q", "W_K", "W_V"), FORKED_INPUT), "W_O": ("use_attn_result",)}
 """The settings of TransformerLens under which a weight is not used as one ``y = x W``."""
 
-POST_NORMS = {"W_O": ("ln1_post", "hook_attn_out"), "W_out": ("ln2_post", "hook_mlp_out")}
-"""The norm that may stand behind a weight, and the HookPoint behind that norm."""
+RESIDUAL_HOOKS = {"W_O": "hook_attn_out", "W_out": "hook_mlp_out"}
+"""Where, in its block, that which a weight writes enters the residual stream."""
 
 
 class Tap(NamedTuple):

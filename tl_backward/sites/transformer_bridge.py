@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
-    POST_NORMS,
+    RESIDUAL_HOOKS,
     Model,
     Obstacle,
     Tap,
@@ -182,10 +182,16 @@ def _linear(
 
 
 def _in_compatibility_mode(site: WeightSite, mlp: Any, component: Any) -> WeightSite:
-    """A processed gated MLP multiplies by the modules' weights without calling the modules."""
+    """A processed gated MLP multiplies by its weights without calling the modules."""
     if not (getattr(mlp, "_use_processed_weights", False) and _is_gated(mlp)):
         return site
     site = replace(site, y_tap=lambda: Tap(component.hook_out, "input"))
+    if hasattr(mlp, f"_processed_{site.kind}"):  # TransformerLens 3 keeps them beside the modules
+        site = replace(
+            site,
+            read_parameter=lambda: getattr(mlp, f"_processed_{site.kind}"),
+            layout=_transposed,
+        )
     if site.kind == "W_out":
         return replace(site, x_tap=lambda: Tap(component.hook_in, "output"))
     hook_in = f"blocks.{site.layer}.mlp.hook_in"
@@ -193,13 +199,15 @@ def _in_compatibility_mode(site: WeightSite, mlp: Any, component: Any) -> Weight
 
 
 def _behind_post_norm(site: WeightSite, block: Any) -> WeightSite:
-    norm, hook = POST_NORMS.get(site.kind, ("", ""))
-    if norm not in block._modules:
+    """Where TransformerLens takes what a part of the block writes from the norm behind it."""
+    hook = RESIDUAL_HOOKS.get(site.kind, "")
+    norm = block._modules.get(str(block.hook_aliases.get(hook)).partition(".")[0])
+    if not hasattr(norm, "hook_normalized"):
         return site
     return replace(
         site,
         hook_residual=f"blocks.{site.layer}.{hook}",
-        residual_tap=lambda: Tap(block._modules[norm].hook_out, "input"),
+        residual_tap=lambda: Tap(norm.hook_out, "input"),
     )
 
 
@@ -288,7 +296,7 @@ def named_parameters(model: Model) -> Iterator[NamedParameter]:
 
 
 def reasons(model: Model) -> dict[int, str]:
-    """Why parameters have no site, by ``id``: fused matrices that the bridge split at boot."""
+    """Why parameters have no site, by ``id``: those of which a processed copy is in use."""
     found = {}
     for block in model._modules.get("blocks") or ():
         for part, parts in (("attn", "W_Q, W_K and W_V"), ("mlp", "W_gate and W_in")):
@@ -299,6 +307,11 @@ def reasons(model: Model) -> dict[int, str]:
             for module in filter(None, fused):
                 for parameter in module.parameters():
                     found[id(parameter)] = f"split into {parts} by the bridge, and used no more"
+        mlp = block._modules.get("mlp")
+        for kind, projection in PROJECTIONS["mlp"].items():
+            if hasattr(mlp, f"_processed_{kind}") and projection in mlp._modules:
+                for parameter in mlp._modules[projection].parameters():
+                    found[id(parameter)] = f"replaced by a processed {kind} that is no parameter"
     return found
 
 
