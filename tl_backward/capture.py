@@ -29,6 +29,7 @@ from tl_backward.sites import (
 )
 
 Positions = int | slice | Sequence[int] | Tensor | None
+Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
 def run_with_backward_cache(
@@ -40,13 +41,16 @@ def run_with_backward_cache(
     layers: int | Iterable[int] | None = None,
     positions: Positions = None,
     prepend_bos: bool | None = None,
+    fwd_hooks: Hooks = (),
+    bwd_hooks: Hooks = (),
 ) -> tuple[Float[Tensor, ""], BackwardCache]:
     """Run the model forward and backward once and keep the factors of its weight gradients.
 
     The loss is the negative log-likelihood of ``target`` after the last token of ``prompt``. The
     backward pass computes vector-Jacobian products only: no weight gradient is formed, none is
     stored in ``.grad``, and it stops at the first weight that was asked for. Parameters may be
-    frozen. Hooks that are on the model take part and stay.
+    frozen. Hooks that are on the model take part and stay. What a backward hook returns takes the
+    VJP's place, and the factors of all weights upstream of the hook follow from it.
 
     Args:
         model: A TransformerLens model in eval mode.
@@ -58,6 +62,11 @@ def run_with_backward_cache(
             TransformerLens. The factors then stand for these tokens' part of the gradient.
             Default: all.
         prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
+        fwd_hooks: Pairs of a HookPoint's name (or a function that selects names) and a hook, as in
+            ``model.run_with_hooks``: on the model for this run only. On a ``HookedTransformer``,
+            names that :func:`add_hook_points` adds work without it.
+        bwd_hooks: The same for the backward pass. ``hook(vjp, hook=...)`` returns a tensor shaped
+            like ``vjp``, or None to leave it; it may edit ``vjp`` in place.
 
     Returns:
         The loss (a scalar, detached) and the cache of factors.
@@ -65,8 +74,8 @@ def run_with_backward_cache(
     Raises:
         TypeError: When the model is no TransformerLens model, or prompt or target is malformed.
         ValueError: For an empty or too long prompt, a target that is not one token, a weight,
-            layer or position that does not exist, a model in training mode, and a loss that is
-            not finite.
+            layer or position that does not exist, a model in training mode, a loss that is not
+            finite, and a backward hook that returns another shape.
         NotImplementedError: For several prompts at once, and as :func:`weight_sites` does.
         RuntimeError: Under ``torch.inference_mode()``.
 
@@ -83,6 +92,8 @@ def run_with_backward_cache(
     with ExitStack() as stack:
         stack.enter_context(_frozen(all_parameters(model)))
         stack.enter_context(attached_hook_points(model))
+        stack.enter_context(model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)))
+        stack.enter_context(_guarded(model))
         recorder = stack.enter_context(_Recorder(sites))
         stack.enter_context(torch.enable_grad())
         logits = model(tokens.unsqueeze(0), return_type="logits")[0]
@@ -223,6 +234,33 @@ def _hook(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         return None if replaced is None else (replaced, *args[1:])
 
     return tap.module.register_forward_pre_hook(before)
+
+
+@contextmanager
+def _guarded(model: Model) -> Iterator[None]:
+    """Give each backward hook a VJP of its own to edit in place, and check what it returns.
+
+    Autograd hands the very same tensor to all branches of a sum, as of the residual stream.
+    """
+    with ExitStack() as hooks:
+        for point in {point for point in model.hook_dict.values() if point.bwd_hooks}:
+            hooks.callback(point.register_full_backward_pre_hook(_copied).remove)
+            hooks.callback(point.register_full_backward_hook(_require_same_shape).remove)
+        yield
+
+
+def _copied(point: nn.Module, vjps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(vjp.clone() for vjp in vjps)
+
+
+def _require_same_shape(point: Any, patched: tuple[Any, ...], given: tuple[Tensor, ...]) -> None:
+    vjp = patched[0]
+    if vjp is not None and getattr(vjp, "shape", None) != given[0].shape:
+        got = f"the shape {list(vjp.shape)}" if isinstance(vjp, Tensor) else repr(vjp)
+        raise ValueError(
+            f"a backward hook at {point.name} returned {got}; it must return a tensor shaped like "
+            "the VJP that it is given, or None"
+        )
 
 
 @contextmanager
