@@ -185,6 +185,24 @@ def test_prompt_and_target_as_ids(model):
             assert torch.equal(ids["W_in", 0].vjps, text["W_in", 0].vjps)
 
 
+def test_a_model_without_tokenizer_takes_token_ids(model):
+    tokens, target = model.to_tokens(PROMPT), model.to_single_token(TARGET)
+    _, cache = tlb.run_with_backward_cache(model, tokens, target, weights="W_out")
+    tokenizer, model.tokenizer = model.tokenizer, None
+    try:
+        _, bare = tlb.run_with_backward_cache(model, tokens, target, weights="W_out")
+        result = tlb.BackwardLogitLens(model)(tokens, target, weights="W_out", top_k=2)
+        for argument in ({"prompt": PROMPT}, {"target": TARGET}):
+            with pytest.raises(ValueError, match=f"pass {next(iter(argument))} as token ids"):
+                tlb.run_with_backward_cache(model, **{"prompt": tokens, "target": 5} | argument)
+    finally:
+        model.tokenizer = tokenizer
+    assert torch.equal(bare["W_out", 1].vjps, cache["W_out", 1].vjps)
+    assert bare.str_tokens == [str(i) for i in tokens[0].tolist()]
+    read = result["W_out"]
+    assert read.top_tokens()[0][1] == [str(i) for i in read.top_ids[0, 1].tolist()]
+
+
 def test_hooks_on_the_model_take_part(model):
     """Activation patching changes the captured run as it changes autograd's."""
 

@@ -193,6 +193,25 @@ def test_activation_patching(models, name, kind, end):
     assert (loss - reference_loss(model, TOKENS, TARGET)).abs() > 1e-6
 
 
+@pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
+def test_backward_hooks_on_all_hook_points(tokenizer):
+    """Some of Jamba's pass a tuple, of which not every item has a gradient."""
+    from families import make
+
+    model, seen = make("jamba", tokenizer), set()
+
+    def see(vjp, hook):
+        seen.add(hook.name)
+
+    _, plain = tlb.run_with_backward_cache(model, TOKENS, TARGET)
+    _, cache = tlb.run_with_backward_cache(
+        model, TOKENS, TARGET, bwd_hooks=[(lambda name: True, see)]
+    )
+    assert len(seen) > 4 * len(model.blocks)
+    for name, g in plain.items():  # they move norms off float32, where transformers keeps them
+        torch.testing.assert_close(cache[name].vjps, g.vjps, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["W_E", "W_V", "W_out", "W_U"])
 def test_where_the_captured_graph_begins(model, kind):
     """The hook of the most upstream weight asked for runs behind it, and cannot matter before."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from tl_backward import objectives
 from tl_backward.cache import BackwardCache
 from tl_backward.factors import GradientFactors
+from tl_backward.objectives import next_token_nll
 from tl_backward.sites import (
     Model,
     Tap,
@@ -27,6 +27,7 @@ from tl_backward.sites import (
     weight_sites,
     weights_processing,
 )
+from tl_backward.tokens import decode_each, prompt_tokens, target_id
 
 Positions = int | slice | Sequence[int] | Tensor | None
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
@@ -85,8 +86,8 @@ def run_with_backward_cache(
     """
     sites = weight_sites(model, weights, layers)
     _require_ready(model)
-    tokens = _tokenize(model, prompt, prepend_bos)
-    target_ids = torch.tensor(objectives.target_id(model, target))
+    tokens = prompt_tokens(model, prompt, prepend_bos)
+    target_ids = torch.tensor(target_id(model, target))
     kept = None if positions is None else _resolve_positions(positions, len(tokens))
 
     with ExitStack() as stack:
@@ -97,7 +98,7 @@ def run_with_backward_cache(
         recorder = stack.enter_context(_Recorder(sites))
         stack.enter_context(torch.enable_grad())
         logits = model(tokens.unsqueeze(0), return_type="logits")[0]
-        loss = objectives.next_token_nll(logits, target_ids.to(logits.device))
+        loss = next_token_nll(logits, target_ids.to(logits.device))
         if not loss.isfinite():
             raise ValueError(
                 f"the loss is {loss.item()}: the model's logits at the last position are not "
@@ -120,7 +121,7 @@ def run_with_backward_cache(
         behind_norms=behind_norms,
         weights_processing=weights_processing(model),
         tokens=tokens.cpu(),
-        str_tokens=[model.tokenizer.decode([i]) for i in tokens.tolist()],
+        str_tokens=decode_each(model, tokens.tolist()),
         positions=torch.arange(len(tokens)) if kept is None else kept,
         target_ids=target_ids,
         loss=loss,
@@ -249,14 +250,17 @@ def _guarded(model: Model) -> Iterator[None]:
         yield
 
 
-def _copied(point: nn.Module, vjps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(vjp.clone() for vjp in vjps)
+def _copied(point: Any, vjps: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if vjp is None else vjp.clone() for vjp in vjps)
 
 
-def _require_same_shape(point: Any, patched: tuple[Any, ...], given: tuple[Tensor, ...]) -> None:
-    vjp = patched[0]
-    if vjp is not None and getattr(vjp, "shape", None) != given[0].shape:
-        got = f"the shape {list(vjp.shape)}" if isinstance(vjp, Tensor) else repr(vjp)
+def _require_same_shape(
+    point: Any, patched: tuple[Any, ...], given: tuple[Tensor | None, ...]
+) -> None:
+    for returned, vjp in zip(patched, given, strict=False):
+        if returned is None or vjp is None or getattr(returned, "shape", None) == vjp.shape:
+            continue
+        got = f"the shape {list(returned.shape)}" if isinstance(returned, Tensor) else returned
         raise ValueError(
             f"a backward hook at {point.name} returned {got}; it must return a tensor shaped like "
             "the VJP that it is given, or None"
@@ -290,35 +294,6 @@ def _require_ready(model: Model) -> None:
             f"the model is in training mode (at least its module {training[0] or 'root'!r}), where "
             "dropout makes gradients random; call model.eval() first"
         )
-
-
-def _tokenize(model: Any, prompt: str | Tensor, prepend_bos: bool | None) -> Int[Tensor, "pos"]:
-    """The tokens of one prompt, checked."""
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError("prompt is empty; pass at least one token of text")
-        tokens = model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)
-    elif isinstance(prompt, Tensor) and not prompt.is_floating_point() and prompt.ndim in (1, 2):
-        tokens = prompt if prompt.ndim == 2 else prompt.unsqueeze(0)
-        tokens = tokens.to(model.cfg.device)
-    elif isinstance(prompt, list):
-        raise NotImplementedError("several prompts at once are not supported yet; pass one prompt")
-    else:
-        raise TypeError(f"prompt must be a string or a tensor of token ids, got {prompt!r}")
-    if len(tokens) != 1:
-        raise NotImplementedError(
-            f"prompt must be a single one for now, got a batch of {len(tokens)}"
-        )
-    n, n_ctx, d_vocab = tokens.shape[1], model.cfg.n_ctx, model.cfg.d_vocab
-    if n == 0:
-        raise ValueError("prompt is empty; pass at least one token")
-    if n_ctx is not None and n > n_ctx:
-        raise ValueError(
-            f"prompt has {n} tokens, more than the model's context of {n_ctx}; shorten it"
-        )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
-        raise ValueError(f"prompt holds token ids outside the vocabulary, 0 to {d_vocab - 1}")
-    return tokens[0]
 
 
 def _resolve_positions(positions: Positions, n: int) -> Int[Tensor, "n"]:

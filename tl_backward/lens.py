@@ -16,6 +16,7 @@ from tl_backward.cache import BackwardCache
 from tl_backward.capture import Positions, run_with_backward_cache
 from tl_backward.readout import read_vocabulary
 from tl_backward.sites import Model, unembed
+from tl_backward.tokens import decode_each
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -285,7 +286,7 @@ class BackwardLogitLens:
             str_tokens=cache.str_tokens,
             positions=cache.positions,
             target_ids=cache.target_ids,
-            target=self.model.tokenizer.decode([target_id]),
+            target=decode_each(self.model, [target_id])[0],
             loss=loss.cpu(),
             d_vocab=d_vocab,
             normalize=normalize,
@@ -337,7 +338,5 @@ class BackwardLogitLens:
             norms=norms.cpu(),
             vjp_norms=torch.stack([cache[name].vjps.norm(dim=-1).cpu() for name in names]),
             zero_mask=zero_mask.cpu(),
-            vocabulary=dict(
-                zip(ids, self.model.tokenizer.batch_decode([[i] for i in ids]), strict=True)
-            ),
+            vocabulary=dict(zip(ids, decode_each(self.model, ids), strict=True)),
         )
