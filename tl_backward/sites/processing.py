@@ -21,8 +21,11 @@ def weights_processing(model: Model) -> str:
 
     Named as the arguments of ``HookedTransformer.from_pretrained`` and
     ``TransformerBridge.enable_compatibility_mode``: ``fold_ln``, ``center_writing_weights``,
-    ``center_unembed``, ``fold_value_biases``. A model whose norms have no gain shows no folding.
+    ``center_unembed``, ``fold_value_biases``. A model whose norms have no gain shows no folding. A
+    bridge outside compatibility mode is raw, whatever its weights look like.
     """
+    if not getattr(model, "compatibility_mode", True):
+        return "raw"
     block = next(iter(getattr(model, "blocks", ())), None)
     attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
     b_V, b_O = _read(attn, "b_V"), _read(attn, "b_O")
