@@ -95,7 +95,6 @@ def run_with_backward_cache(
         stack.enter_context(attached_hook_points(model))
         stack.enter_context(model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)))
         stack.enter_context(_guarded(model))
-        stack.enter_context(_unembedding_by_rows(model))
         recorder = stack.enter_context(_Recorder(sites))
         stack.enter_context(torch.enable_grad())
         logits = model(tokens.unsqueeze(0), return_type="logits")[0]
@@ -236,45 +235,6 @@ def _hook(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         return None if replaced is None else (replaced, *args[1:])
 
     return tap.module.register_forward_pre_hook(before)
-
-
-@contextmanager
-def _unembedding_by_rows(model: Model) -> Iterator[None]:
-    """Spare the unembedding's backward pass the rows of the logits that have no gradient.
-
-    The loss mostly looks at one position, and this product is the largest of all.
-    """
-    with ExitStack() as hooks:
-        site = next((site for site in weight_sites(model) if site.kind == "W_U"), None)
-        if site is not None and type(site.parameter) in (Tensor, nn.Parameter):
-            inputs: list[Tensor] = []
-            hooks.callback(_hook(site.x_tap(), inputs.append).remove)
-            hooks.callback(_hook(site.y_tap(), partial(_multiply_by_rows, site, inputs)).remove)
-        yield
-
-
-def _multiply_by_rows(site: WeightSite, inputs: list[Tensor], y: Tensor) -> Tensor | None:
-    x, W = inputs.pop(), site.parameter
-    if not x.requires_grad:
-        return None
-    return _ByRows.apply(x, y.detach(), W if W.shape[0] == site.d_out else W.mT)
-
-
-class _ByRows(torch.autograd.Function):
-    """``y = x W + b``, already computed, with a backward pass over the rows that have a VJP."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, W_T: Tensor) -> Tensor:
-        ctx.W_T = W_T
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, vjps: Tensor) -> tuple[Tensor, None, None]:
-        rows = vjps.flatten(0, -2)
-        used = rows.ne(0).any(dim=-1)
-        through = rows.new_zeros(len(rows), ctx.W_T.shape[1])
-        through[used] = rows[used] @ ctx.W_T
-        return through.view(*vjps.shape[:-1], -1), None, None
 
 
 @contextmanager
