@@ -11,6 +11,7 @@ from tl_backward.sites import (
     remove_hook_points,
     weight_sites,
 )
+from tl_backward.sweep import sweep
 
 __all__ = [
     "BackwardCache",
@@ -22,5 +23,6 @@ __all__ = [
     "coverage",
     "remove_hook_points",
     "run_with_backward_cache",
+    "sweep",
     "weight_sites",
 ]
