@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import product
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -40,6 +41,10 @@ NEEDS = {
     "test_sites.py": HAS_BRIDGE,
 }
 collect_ignore = [file for file, is_there in NEEDS.items() if not is_there]
+
+CLASSES = ["bridge"] * HAS_BRIDGE + ["hooked"] * HAS_HOOKED_TRANSFORMER
+MODELS = [f"{cls}-{kind}" for cls, kind in product(CLASSES, ("llama", "gpt2"))]
+MODELS += ["bridge-gpt2-compatibility"] * HAS_BRIDGE
 
 SUMMARY = pytest.StashKey[list[str]]()
 PROMPT = "Lionel Messi plays for the city of"
@@ -134,6 +139,30 @@ def kind(request) -> str:
 @pytest.fixture
 def model(boot, kind):
     return boot(kind)
+
+
+@pytest.fixture(scope="session")
+def models(request):
+    from test_hooked_transformer import GATED, GQA, ROTARY, build
+
+    made = {}
+
+    def model(name):
+        if name not in made:
+            cls, kind, *compatibility = name.split("-")
+            llama = {**GATED, **GQA, **ROTARY, "normalization_type": "RMS"}
+            if cls == "hooked":
+                made[name] = build(**llama if kind == "llama" else {})
+            else:
+                made[name] = request.getfixturevalue("boot")(kind)
+            if compatibility:
+                made[name].enable_compatibility_mode(disable_warnings=True)
+            made[name](
+                torch.tensor([[1, 2]])
+            )  # a bridge adds hooks to its norms at its first forward pass
+        return made[name]
+
+    return model
 
 
 @pytest.fixture

@@ -219,6 +219,14 @@ FLOAT32_ONLY = {"xglm": "makes the lowest float64 number as a float32: torch.ful
 
 TL_4_ONLY = {"cohere": "its adapter of cohere refuses to boot with a norm on queries and keys"}
 
+# Families that give other logits to a text that is padded on the left, whatever the mask says.
+SEE_PADDING_ON_THE_LEFT = (
+    *("openai-gpt", "hrm_text", "deepseek_v4", "mamba", "mamba2", "falcon_mamba", "rwkv"),
+    *("recurrent_gemma", "jamba", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h"),
+    *("zamba2", "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+    "olmo_hybrid",
+)
+
 # Families whose own backward pass is not the derivative of their forward pass.
 TRUNCATED_BACKWARD = {"hrm_text": "runs all cycles but the last under torch.no_grad()"}
 

@@ -64,7 +64,7 @@ def test_page_is_written_and_announced(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([PROMPT, "--target", "Paris"], "' Paris' is one token"),
+        ([PROMPT, "--target", "Paris"], "a target of one token"),
         (["", "--target", TARGET], "prompt is empty"),
         ([PROMPT * 9, "--target", TARGET], "context of 32"),
         ([PROMPT, "--target", TARGET, "--layers", "0,3"], "layers 0 to 2"),

@@ -577,3 +577,42 @@ def test_example_needs_a_batch_that_large():
 def test_truncation_needs_as_many_singular_values(k: int):
     with pytest.raises(ValueError, match=rf"k must be in \[1, 3\], got {k}"):
         gradient(5).truncate(k)
+
+
+def ragged(*lengths: int) -> GradientFactors:
+    whole = gradient(sum(lengths))
+    return GradientFactors(whole.inputs, whole.vjps, lengths)
+
+
+def test_examples_of_different_lengths():
+    g = ragged(3, 1, 4)
+    assert repr(g).endswith("n=8, lengths=(3, 1, 4), dtype=torch.float64)")
+    examples = [g.example(b) for b in range(3)]
+    assert [len(e.vjps) for e in examples] == [3, 1, 4]
+    assert all(e.lengths is None for e in examples)
+    torch.testing.assert_close(sum(e.dense() for e in examples), g.dense())
+    for other in (g.T, 0.5 * g):
+        assert other.lengths == g.lengths
+    torch.testing.assert_close((0.5 * g).example(2).dense(), 0.5 * examples[2].dense())
+    torch.testing.assert_close(g.T.example(1).dense(), examples[1].dense().T)
+
+
+def test_sum_of_batches_goes_example_by_example():
+    g, h, even = ragged(3, 1), ragged(2, 5), gradient(2, 4)
+    for a, b, lengths in ((g, h, (5, 6)), (g, even, (7, 5)), (even, h, (6, 9))):
+        assert (a + b).lengths == lengths
+        for i in range(2):
+            want = a.example(i).dense() + b.example(i).dense()
+            torch.testing.assert_close((a + b).example(i).dense(), want)
+
+
+@bad_input
+def test_lengths_must_add_up():
+    whole = gradient(5)
+    for lengths in ((2, 2), (6,)):
+        with pytest.raises(ValueError, match="must add up to the number of rows"):
+            GradientFactors(whole.inputs, whole.vjps, lengths)
+    with pytest.raises(ValueError, match="shapes and batches must be equal"):
+        ragged(3, 1) + ragged(3, 1, 1)
+    with pytest.raises(IndexError):
+        ragged(3, 1).example(2)

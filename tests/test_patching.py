@@ -8,24 +8,15 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from itertools import product
 
 import pytest
 import torch
-from conftest import (
-    HAS_BRIDGE,
-    HAS_HOOKED_TRANSFORMER,
-    gradient_of_parameter,
-    reference_loss,
-)
+from conftest import CLASSES, HAS_BRIDGE, MODELS, gradient_of_parameter, reference_loss
 
 import tl_backward as tlb
 from tl_backward.sites import attached_hook_points
 
 TOKENS, TARGET = torch.tensor([[3, 17, 3, 29, 8, 0]]), 5
-CLASSES = ["bridge"] * HAS_BRIDGE + ["hooked"] * HAS_HOOKED_TRANSFORMER
-MODELS = [f"{cls}-{kind}" for cls, kind in product(CLASSES, ("llama", "gpt2"))]
-MODELS += ["bridge-gpt2-compatibility"] * HAS_BRIDGE
 ATTENTION = ["W_Q", "W_K", "W_V", "W_O"]
 LOOKUPS = ["W_E", "W_pos"]
 KINDS = {
@@ -40,28 +31,6 @@ PLACES = [
     for end in ("hook_in", "hook_out")
 ]
 HAVE_VJP = [place for place in PLACES if place[1] not in LOOKUPS or place[2] == "hook_out"]
-
-
-@pytest.fixture(scope="module")
-def models(request):
-    from test_hooked_transformer import GATED, GQA, ROTARY, build
-
-    made = {}
-
-    def model(name):
-        if name not in made:
-            cls, kind, *compatibility = name.split("-")
-            llama = {**GATED, **GQA, **ROTARY, "normalization_type": "RMS"}
-            if cls == "hooked":
-                made[name] = build(**llama if kind == "llama" else {})
-            else:
-                made[name] = request.getfixturevalue("boot")(kind)
-            if compatibility:
-                made[name].enable_compatibility_mode(disable_warnings=True)
-            made[name](TOKENS)  # a bridge adds hooks to its norms at its first forward pass
-        return made[name]
-
-    return model
 
 
 @pytest.fixture(params=MODELS)

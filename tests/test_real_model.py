@@ -6,6 +6,7 @@ import torch
 from conftest import reference_loss, relative_error
 
 import tl_backward as tlb
+from tl_backward.demo_model import load_demo_model
 
 PROMPT, TARGET = "Lionel Messi plays for", " Paris"
 
@@ -24,6 +25,23 @@ def test_the_last_layer_has_a_vjp_at_the_last_token_only(smollm2):
     )
     for g in cache.values():
         assert g.vjps[:-1].eq(0).all() and g.vjps[-1].ne(0).any()
+
+
+def test_a_batch_is_as_near_to_float64_as_its_examples_alone(smollm2):
+    """In float32 the sum over the vocabulary at the unembedding leaves 1e-4 of rounding."""
+    prompts = [PROMPT, "The capital of France is", "Water freezes at a temperature of zero"]
+    arguments = {"weights": ("W_O", "W_out"), "layers": (0, 14, 29)}
+    _, batch = tlb.run_with_backward_cache(smollm2, prompts, TARGET, **arguments)
+    alone = [
+        tlb.run_with_backward_cache(smollm2, prompt, TARGET, **arguments)[1] for prompt in prompts
+    ]
+    exact_model = load_demo_model().double()
+    for b, prompt in enumerate(prompts):
+        _, exact = tlb.run_with_backward_cache(exact_model, prompt, TARGET, **arguments)
+        for name, g in exact.items():
+            for cache in (batch.example(b), alone[b]):
+                assert relative_error(cache[name].inputs.double(), g.inputs) <= 1e-5, name
+                assert relative_error(cache[name].vjps.double(), g.vjps) <= 3e-4, name
 
 
 def test_factors_equal_autograd(smollm2):

@@ -4,6 +4,7 @@ from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLensResult, BackwardLogitLens
+from tl_backward.objectives import kl_divergence, lm_cross_entropy_loss, logit_diff
 from tl_backward.sites import (
     WeightSite,
     add_hook_points,
@@ -21,6 +22,9 @@ __all__ = [
     "WeightSite",
     "add_hook_points",
     "coverage",
+    "kl_divergence",
+    "lm_cross_entropy_loss",
+    "logit_diff",
     "remove_hook_points",
     "run_with_backward_cache",
     "sweep",

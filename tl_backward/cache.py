@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_backward.factors import GradientFactors
+from tl_backward.residual import Residual, SliceInput, Stack, attribution, stacked
+from tl_backward.rows import of_example
 
-FORMAT = "tl_backward.BackwardCache"
-VERSION = "1"
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +25,20 @@ class BackwardCache(Mapping[str, GradientFactors]):
 
     ``cache["blocks.5.mlp.W_out"]`` and ``cache["W_out", 5]`` are the same
     :class:`~tl_backward.GradientFactors`. It keeps no reference to the model and no autograd graph.
+    Of several prompts, the factors stand for the sum over them, and :meth:`example` gives each.
 
     Attributes:
         factors: The factors by site name, in the order of the model.
-        tokens: The tokens of the prompt.
+        residual: What was seen at the residual stream.
+        tokens: The tokens of the text that was run: the prompt, and of a target of several tokens
+            all but the last. A list of them for several prompts.
         str_tokens: The same as strings.
-        positions: The positions that the rows of the factors belong to.
-        target_ids: The target of the loss.
-        loss: The loss that was differentiated, in nats.
+        positions: The positions that the rows of the factors belong to, or a list of them.
+        target_ids: The target's tokens: a scalar if there is one, a vector if there are more, with
+            a batch axis before them for several prompts (shorter targets end with -1).
+        target_positions: The positions whose logits predict the target's tokens, or a list of
+            them. Empty for a ``loss_fn``.
+        loss: The loss that was differentiated, of every prompt; a target's is in nats.
         weights_processing: What TransformerLens has done to the weights that the gradients are
             with respect to, as far as they show it: ``"raw"``, or the steps by the names of its
             arguments, such as ``"fold_ln, center_writing_weights"``.
@@ -40,13 +46,15 @@ class BackwardCache(Mapping[str, GradientFactors]):
     """
 
     factors: dict[str, GradientFactors]
-    tokens: Int[Tensor, "pos"]
-    str_tokens: list[str]
-    positions: Int[Tensor, "n"]
-    target_ids: Int[Tensor, ""]
-    loss: Float[Tensor, ""]
+    behind_norms: dict[str, Float[Tensor, "... rows d_model"]]
+    residual: Residual
+    tokens: Int[Tensor, "pos"] | list[Int[Tensor, "_"]]
+    str_tokens: list[Any]
+    positions: Int[Tensor, "n"] | list[Int[Tensor, "_"]]
+    target_ids: Int[Tensor, "..."]
+    target_positions: Int[Tensor, "k"] | list[Int[Tensor, "_"]]
+    loss: Float[Tensor, "*batch"]
     weights_processing: str
-    behind_norms: dict[str, Float[Tensor, "n d_model"]]
 
     def __getitem__(self, key: str | tuple[str, int | None]) -> GradientFactors:
         return self.factors[self._name(key)]
@@ -58,12 +66,42 @@ class BackwardCache(Mapping[str, GradientFactors]):
         return len(self.factors)
 
     def __repr__(self) -> str:
-        return (
-            f"BackwardCache({len(self)} weights, {len(self.positions)} of {len(self.tokens)} "
-            f"positions, loss={self.loss.item():.4f})"
+        if isinstance(self.tokens, list):
+            of = f"{len(self.tokens)} prompts, mean loss={self.loss.mean().item():.4f}"
+        else:
+            of = f"{len(self.positions)} of {len(self.tokens)} positions, loss={self.loss:.4f}"
+        return f"BackwardCache({len(self)} weights, {of})"
+
+    def example(self, b: int) -> BackwardCache:
+        """The cache of one prompt of several, as if it had been run alone.
+
+        Raises:
+            ValueError: When there is a single prompt.
+            IndexError: When there are fewer prompts.
+        """
+        if not isinstance(self.tokens, list):
+            raise ValueError("this cache is of a single prompt")
+        if not -len(self.tokens) <= b < len(self.tokens):
+            raise IndexError(f"example {b}: this cache has {len(self.tokens)} prompts")
+        ids = self.target_ids[b].reshape(-1)
+        ids = ids[ids >= 0]
+        return replace(
+            self,
+            factors={name: g.example(b) for name, g in self.factors.items()},
+            behind_norms={
+                name: of_example(vjps, b, self.factors[name].lengths)
+                for name, vjps in self.behind_norms.items()
+            },
+            residual=self.residual.example(b),
+            tokens=self.tokens[b],
+            str_tokens=self.str_tokens[b],
+            positions=self.positions[b],
+            target_ids=ids[0] if len(ids) == 1 else ids,
+            target_positions=self.target_positions[b],
+            loss=self.loss[b],
         )
 
-    def residual_vjps(self, key: str | tuple[str, int | None]) -> Float[Tensor, "n d_model"]:
+    def residual_vjps(self, key: str | tuple[str, int | None]) -> Float[Tensor, "*batch n d_model"]:
         """VJPs of what a weight writes, where it enters the residual stream.
 
         Behind a post-norm (Gemma 2 and 3, OLMo 2, GLM-4 ...) they are those at the norm's output,
@@ -83,6 +121,126 @@ class BackwardCache(Mapping[str, GradientFactors]):
             KeyError: When the weight was not captured.
         """
         return self[key].vjps.flatten(0, -2).sum(0)
+
+    def accumulated_vjps(
+        self,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        pos_slice: SliceInput = None,
+        mlp_input: bool = False,
+        return_labels: bool = False,
+    ) -> Stack | tuple[Stack, list[str]]:
+        """VJPs of the residual stream, at the points of ``ActivationCache.accumulated_resid``.
+
+        Args:
+            layer: The last layer whose input is included; None or -1 for all, and the end of the
+                stream (``final_post``).
+            incl_mid: Whether to include the middle of blocks, between attention and MLP.
+            pos_slice: Positions, as TransformerLens's ``Slice`` takes them.
+            mlp_input: Whether to include the middle of ``layer`` itself.
+            return_labels: Whether to return the labels, too: ``0_pre, 0_mid, 1_pre, ...``.
+
+        Returns:
+            ``dL/dresid``, raw sign, ``[component, *batch, n, d_model]``. Texts of different lengths
+            have their rows in one axis.
+
+        Raises:
+            ValueError: When a point was not captured (the capture stops at the first layer that was
+                asked for), is not there (parallel blocks have no middle), or ``layer`` is out of
+                range.
+        """
+        points = self.residual.accumulated(layer, incl_mid, mlp_input)
+        return stacked(points, pos_slice, return_labels, self.residual.lengths)
+
+    def decompose_vjps(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        pos_slice: SliceInput = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Stack | tuple[Stack, list[str]]:
+        """What each part of the model adds to the VJP before ``layer``, as it comes down to it.
+
+        The mirror of ``ActivationCache.decompose_resid``: there the embedding and every attention
+        and MLP *below* a layer add up to the residual stream that enters it, here the unembedding
+        and every attention and MLP *from that layer on* add up to the VJP there.
+
+        Args:
+            layer: The layer; None or -1 for 0, where all parts are included.
+            mlp_input: Whether to decompose the VJP in the middle of ``layer`` instead, which leaves
+                its attention out.
+            mode: ``"all"``, or only the parts of ``"mlp"`` or ``"attn"``.
+            pos_slice: Positions, as TransformerLens's ``Slice`` takes them.
+            incl_embeds: Whether to include the unembedding: the VJP at the end of the stream.
+            return_labels: Whether to return the labels, too: ``unembed, 0_attn_out, 0_mlp_out``.
+
+        Returns:
+            ``[component, *batch, n, d_model]``, raw sign.
+
+        Raises:
+            ValueError: As :meth:`accumulated_vjps`, and for another ``mode``.
+            NotImplementedError: When a block has neither attention with a site of W_O nor a middle.
+        """
+        if mode not in ("all", "mlp", "attn"):
+            raise ValueError(f"mode must be 'all', 'mlp' or 'attn', got {mode!r}")
+        parts = self.residual.decomposed(layer, mlp_input, mode, incl_embeds)
+        return stacked(parts, pos_slice, return_labels, self.residual.lengths)
+
+    def stack_head_vjps(
+        self,
+        layer: int | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: SliceInput = None,
+    ) -> Stack | tuple[Stack, list[str]]:
+        """What each attention head from ``layer`` on adds to the VJP before ``layer``.
+
+        The mirror of ``ActivationCache.stack_head_results``. The heads of a layer add up to its
+        ``attn_out`` of :meth:`decompose_vjps`, also where they share keys and values. (Not where
+        later layers use this layer's keys and values, as in Gemma 3n: these come in addition.)
+
+        Args:
+            layer: The layer; None or -1 for 0, where all heads are included.
+            return_labels: Whether to return the labels, too: ``L0H0, L0H1, ...``.
+            incl_remainder: Whether to add the rest of the VJP, label ``remainder``.
+            pos_slice: Positions, as TransformerLens's ``Slice`` takes them.
+
+        Returns:
+            ``[component, *batch, n, d_model]``, raw sign.
+
+        Raises:
+            ValueError: When the cache was captured without ``per_head=True``, and as
+                :meth:`accumulated_vjps`.
+        """
+        parts = self.residual.by_head(layer, incl_remainder)
+        return stacked(parts, pos_slice, return_labels, self.residual.lengths)
+
+    def attribute(self, other: BackwardCache) -> pd.DataFrame:
+        """First-order effect on ``other``'s loss of patching this run's activations into it.
+
+        ``(activation - other's activation) . other's VJP`` of every node, the node scores of
+        ``transformer_lens.tools.analysis.attribution_patch(model, clean, corrupt)`` (4.3): this
+        cache is the clean run, ``other`` the corrupt one, whose VJPs are used.
+
+        Returns:
+            One row per node with the columns ``example, kind`` (``embed``, ``attn_head_out`` or
+            ``mlp_out``), ``layer, head, position, score``.
+
+        Raises:
+            ValueError: When the two are not of equally long texts and the same positions.
+
+        Example:
+            >>> clean.attribute(corrupt).nlargest(10, "score")
+        """
+        mine, others = self._positions(), other._positions()
+        if mine != others:
+            raise ValueError(
+                "other: activations are compared position by position, so both runs must have "
+                f"texts of the same lengths and the same positions, got {mine} and {others}"
+            )
+        return attribution(self.residual, other.residual, others)
 
     def save(self, path: str | Path) -> Path:
         """Write the cache to one safetensors file, from which :meth:`load` restores it exactly.
@@ -104,47 +262,9 @@ class BackwardCache(Mapping[str, GradientFactors]):
             >>> cache.save("messi.safetensors")
             >>> BackwardCache.load("messi.safetensors")["W_out", 5].norm()
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from tl_backward.storage import save_cache
 
-        path = Path(path)
-        stored: dict[str, Tensor] = {}
-        names: dict[tuple[object, ...], str] = {}
-
-        def store(name: str, tensor: Tensor) -> str:
-            """Add the tensor unless it is there already; the name that it has in the file."""
-            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if place not in names:
-                names[place] = name
-                stored[name] = tensor.detach().to(
-                    "cpu", copy=True, memory_format=torch.contiguous_format
-                )
-            return names[place]
-
-        contents = {
-            "factors": {
-                site: [store(f"{site}.inputs", g.inputs), store(f"{site}.vjps", g.vjps)]
-                for site, g in self.factors.items()
-            },
-            "behind_norms": {
-                site: store(f"{site}.behind_norm", vjps) for site, vjps in self.behind_norms.items()
-            },
-            "tokens": store("tokens", self.tokens),
-            "positions": store("positions", self.positions),
-            "target_ids": store("target_ids", self.target_ids),
-            "loss": store("loss", self.loss),
-            "str_tokens": [_escape(token) for token in self.str_tokens],
-            "weights_processing": self.weights_processing,
-        }
-        metadata = {"format": FORMAT, "version": VERSION, "contents": json.dumps(contents)}
-        with TemporaryDirectory(prefix=".tl_backward-", dir=path.parent) as folder:
-            whole = Path(folder, path.name)
-            try:
-                save_file(stored, whole, metadata)
-            except SafetensorError as error:
-                raise OSError(f"{path} could not be written: {error}") from error
-            os.replace(whole, path)
-        return path
+        return save_cache(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> BackwardCache:
@@ -166,41 +286,13 @@ class BackwardCache(Mapping[str, GradientFactors]):
         Example:
             >>> BackwardCache.load("messi.safetensors", device="cuda")
         """
-        path = Path(path)
-        text, stored = _read(path)
-        try:
-            contents = json.loads(text)
-            factors, behind_norms = contents["factors"], contents["behind_norms"]
-            ids = {name: contents[name] for name in ("tokens", "positions", "target_ids")}
-            expected = {
-                *(name for pair in factors.values() for name in pair),
-                *behind_norms.values(),
-                *ids.values(),
-                contents["loss"],
-            }
-            if expected != stored.keys():
-                raise ValueError(
-                    f"missing tensors: {sorted(expected - stored.keys())}, "
-                    f"unknown ones: {sorted(stored.keys() - expected)}"
-                )
-            on_device = {
-                name: stored[name].to(device) for name in expected.difference(ids.values())
-            }
-            return cls(
-                factors={
-                    site: GradientFactors(on_device[inputs], on_device[vjps])
-                    for site, (inputs, vjps) in factors.items()
-                },
-                behind_norms={site: on_device[name] for site, name in behind_norms.items()},
-                loss=on_device[contents["loss"]],
-                **{field: stored[name] for field, name in ids.items()},
-                str_tokens=[_unescape(token) for token in contents["str_tokens"]],
-                weights_processing=contents["weights_processing"],
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is a damaged BackwardCache ({error!r}); save the cache again"
-            ) from error
+        from tl_backward.storage import load_cache
+
+        return load_cache(Path(path), device)
+
+    def _positions(self) -> list[list[int]]:
+        each = self.positions if isinstance(self.positions, list) else [self.positions]
+        return [positions.tolist() for positions in each]
 
     def _name(self, key: str | tuple[str, int | None]) -> str:
         """The site name behind a name or ``(kind, layer)``."""
@@ -214,41 +306,3 @@ class BackwardCache(Mapping[str, GradientFactors]):
             problem = "is in several layers" if names else "was not captured"
             raise KeyError(f"{key!r} {problem}; there is {', '.join(names or self.factors)}")
         return names[0]
-
-
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The contents as JSON and the tensors, in memory of their own, of a saved cache."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, file.keys()
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is a safetensors file, but holds no BackwardCache; pass a file that "
-                    "BackwardCache.save has written"
-                )
-            if metadata.get("version") != VERSION:
-                raise ValueError(
-                    f"{path} is in version {metadata.get('version')} of its format, and this "
-                    f"tl_backward reads version {VERSION}; upgrade tl_backward, or save the cache "
-                    "again with this one"
-                )
-            stored = {name: file.get_tensor(name).clone() for name in names}
-            return metadata.get("contents", ""), stored
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated, damaged, or no safetensors file ({error}); save the cache "
-            "again, or pass a file that BackwardCache.save has written"
-        ) from error
-
-
-def _escape(text: str) -> str:
-    """Text with Python's escapes: JSON alone would join two surrogates into one character."""
-    return text.encode("unicode_escape").decode("ascii")
-
-
-def _unescape(text: str) -> str:
-    return text.encode("ascii").decode("unicode_escape")

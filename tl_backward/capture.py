@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from tl_backward.cache import BackwardCache
 from tl_backward.factors import GradientFactors
-from tl_backward.objectives import next_token_nll
+from tl_backward.objectives import Loss, Objective, losses_of_examples, target_nll
+from tl_backward.recording import Recorder
+from tl_backward.residual import needs_graph, residual_from, watch_residual
+from tl_backward.rows import Rows
 from tl_backward.sites import (
     Model,
-    Tap,
     WeightSite,
     all_modules,
     all_parameters,
     attached_hook_points,
+    left_padding_obstacle,
     weight_sites,
     weights_processing,
 )
-from tl_backward.tokens import decode_each, prompt_tokens, target_id
+from tl_backward.tokens import (
+    Prompt,
+    Target,
+    decode_each,
+    is_single,
+    pad_id,
+    padded,
+    padding_side_of,
+    prompt_tokens,
+    single_token_ids,
+    target_tokens,
+)
 
 Positions = int | slice | Sequence[int] | Tensor | None
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
@@ -35,34 +46,51 @@ Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 def run_with_backward_cache(
     model: Model,
-    prompt: str | Int[Tensor, "... pos"],
-    target: str | int | Int[Tensor, "..."],
+    prompt: Prompt,
+    target: Target | None = None,
     *,
+    loss_fn: Loss | None = None,
     weights: str | Iterable[str] | None = None,
     layers: int | Iterable[int] | None = None,
     positions: Positions = None,
+    per_head: bool = False,
     prepend_bos: bool | None = None,
+    padding_side: Literal["left", "right"] | None = None,
     fwd_hooks: Hooks = (),
     bwd_hooks: Hooks = (),
-) -> tuple[Float[Tensor, ""], BackwardCache]:
+) -> tuple[Float[Tensor, "*batch"], BackwardCache]:
     """Run the model forward and backward once and keep the factors of its weight gradients.
 
-    The loss is the negative log-likelihood of ``target`` after the last token of ``prompt``. The
-    backward pass computes vector-Jacobian products only: no weight gradient is formed, none is
+    The backward pass computes vector-Jacobian products only: no weight gradient is formed, none is
     stored in ``.grad``, and it stops at the first weight that was asked for. Parameters may be
     frozen. Hooks that are on the model take part and stay. What a backward hook returns takes the
     VJP's place, and the factors of all weights upstream of the hook follow from it.
 
+    Of several prompts, each has a loss of its own, and gets what it would get alone; padding has no
+    rows in the factors.
+
     Args:
         model: A TransformerLens model in eval mode.
-        prompt: Text, or the tokens of one prompt (then nothing is prepended).
-        target: The token to differentiate towards: a string of exactly one token, or its id.
+        prompt: Text or token ids (to which nothing is prepended), of one prompt or, in a list, of
+            several. A tensor with several rows may be padded, as ``model.to_tokens`` pads it.
+        target: What to differentiate towards: the loss is the negative log-likelihood of these
+            tokens after the prompt, mean over them. Text or token ids, one for all prompts, or one
+            for each in a list. Of a target of several tokens all but the last are appended to the
+            prompt (teacher forcing); ``cache.target_positions`` says which positions predict it.
+        loss_fn: Instead of a target: ``loss_fn(logits, tokens)`` with ``[batch, pos, d_vocab]``
+            logits and the ``[batch, pos]`` tokens, both without padding, that returns one loss for
+            each text, shape ``[batch]``. It sees all prompts at once where they are of one length,
+            and each alone otherwise. Made for it: :func:`logit_diff`, :func:`kl_divergence` and
+            :func:`lm_cross_entropy_loss`.
         weights: Kinds of weights to capture, such as ``"W_out"``. Default: all.
         layers: Layers to capture; negative ones count from the last. Default: all.
-        positions: Positions to keep in the factors: an index, a slice or a list of indices, as in
-            TransformerLens. The factors then stand for these tokens' part of the gradient.
-            Default: all.
+        positions: Positions of every prompt to keep in the factors: an index, a slice or a list of
+            indices, as in TransformerLens. The factors then stand for these tokens' part of the
+            gradient. Default: all.
+        per_head: Keep what each attention head contributes to the VJP at the residual stream, for
+            ``cache.stack_head_vjps``. Costs a backward pass through attention for every head.
         prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
+        padding_side: On which side shorter prompts are padded. Default: the tokenizer's setting.
         fwd_hooks: Pairs of a HookPoint's name (or a function that selects names) and a hook, as in
             ``model.run_with_hooks``: on the model for this run only. On a ``HookedTransformer``,
             names that :func:`add_hook_points` adds work without it.
@@ -70,171 +98,194 @@ def run_with_backward_cache(
             like ``vjp``, or None to leave it; it may edit ``vjp`` in place.
 
     Returns:
-        The loss (a scalar, detached) and the cache of factors.
+        The loss, detached (a scalar, or one for each prompt of a list), and the cache of factors.
 
     Raises:
-        TypeError: When the model is no TransformerLens model, or prompt or target is malformed.
-        ValueError: For an empty or too long prompt, a target that is not one token, a weight,
-            layer or position that does not exist, a model in training mode, a loss that is not
-            finite, and a backward hook that returns another shape.
-        NotImplementedError: For several prompts at once, and as :func:`weight_sites` does.
+        TypeError: When the model is no TransformerLens model, or prompt, target or loss is
+            malformed.
+        ValueError: For an empty or too long prompt, targets that are not as many as the prompts, a
+            weight, layer or position that does not exist, a model in training mode, a loss that has
+            the wrong shape or is detached or not finite, VJPs that are not finite, and a backward
+            hook that returns another shape.
+        NotImplementedError: As :func:`weight_sites`.
         RuntimeError: Under ``torch.inference_mode()``.
 
     Example:
         >>> loss, cache = run_with_backward_cache(model, "Lionel Messi plays for", " Paris")
         >>> cache["W_out", 5].norm()
+        >>> losses, cache = run_with_backward_cache(model, [one, another], [" Paris", " Rome"])
+        >>> cache["W_out", 5].example(1).norm()
     """
     sites = weight_sites(model, weights, layers)
     _require_ready(model)
-    tokens = prompt_tokens(model, prompt, prepend_bos)
-    target_ids = torch.tensor(target_id(model, target))
-    kept = None if positions is None else _resolve_positions(positions, len(tokens))
+    if (target is None) == (loss_fn is None):
+        raise ValueError("pass either target= or loss_fn=, what to differentiate")
+    side = padding_side_of(model, padding_side)
+    single = is_single(prompt)
+    texts = prompt_tokens(model, prompt, prepend_bos, side)
+    n_prompts = None if single else len(texts)
+    targets = [[]] * len(texts) if target is None else target_tokens(model, target, n_prompts)
+    target_positions = [
+        torch.arange(len(text) - 1, len(text) - 1 + len(ids))
+        for text, ids in zip(texts, targets, strict=True)
+    ]
+    texts = [
+        torch.cat([text, text.new_tensor(ids[:-1])])
+        for text, ids in zip(texts, targets, strict=True)
+    ]
+    _require_room(model, texts, targets, single)
+    if isinstance(loss_fn, Objective):
+        loss_fn = loss_fn.resolved(
+            lambda argument, value: single_token_ids(model, argument, value, n_prompts), len(texts)
+        )
+    tokens, mask = padded(texts, pad_id(model), side)
+    if side == "left" and not mask.all():
+        _require_left_padding(model)
+    starts = [0 if side == "right" else tokens.shape[1] - len(text) for text in texts]
+    kept = [
+        _resolve_positions(positions, len(text), None if single else b)
+        for b, text in enumerate(texts)
+    ]
+    rows = Rows(single, tokens.shape[1], starts, kept)
 
     with ExitStack() as stack:
         stack.enter_context(_frozen(all_parameters(model)))
         stack.enter_context(attached_hook_points(model))
         stack.enter_context(model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)))
         stack.enter_context(_guarded(model))
-        recorder = stack.enter_context(_Recorder(sites))
+        recorder = stack.enter_context(Recorder(len(texts)))
+        _watch_weights(recorder, sites)
+        after = None if layers is None else min(site.layer or 0 for site in sites)
+        if all(site.kind == "W_U" for site in sites):
+            after = model.cfg.n_layers
+        watched = watch_residual(recorder, model, after, per_head)
         stack.enter_context(torch.enable_grad())
-        logits = model(tokens.unsqueeze(0), return_type="logits")[0]
-        loss = next_token_nll(logits, target_ids.to(logits.device))
-        if not loss.isfinite():
-            raise ValueError(
-                f"the loss is {loss.item()}: the model's logits at the last position are not "
-                "finite; try a higher precision, or check its weights and the hooks on it"
-            )
-        recorder.check()
-        vjps = recorder.backward(loss)
-
-    loss = loss.detach()
-    rows = partial(_rows, n=len(tokens), positions=kept)
-    factors, behind_norms = {}, {}
-    for name, uses in recorder.uses.items():
-        factors[name] = GradientFactors(
-            rows([use.x for use in uses]), rows([vjps[use.y] for use in uses])
+        tokens = tokens.to(model.cfg.device)
+        logits = model(tokens, return_type="logits", **_padding(model, mask, side))
+        losses = losses_of_examples(
+            target_nll(targets) if loss_fn is None else loss_fn,
+            logits,
+            [slice(start, start + len(text)) for start, text in zip(starts, texts, strict=True)],
+            tokens,
         )
-        if uses[0].residual is not None:
-            behind_norms[name] = rows([vjps[use.residual] for use in uses])
+        _require_used(recorder, sites)
+        vjps = recorder.backward(losses.sum(), retain_graph=needs_graph(recorder, watched))
+        _require_finite(sites, vjps, side)
+        residual = residual_from(recorder, watched, vjps, rows)
+        factors = {site.name: _factors_of(recorder, site, vjps, rows) for site in sites}
+        behind_norms = {
+            site.name: rows.of(vjps[site.name, "residual"])
+            for site in sites
+            if site.residual_tap is not None
+        }
+
+    losses = losses.detach()
+    whole = partial(_single_or_batch, single=single)
     cache = BackwardCache(
         factors=factors,
         behind_norms=behind_norms,
+        residual=residual,
         weights_processing=weights_processing(model),
-        tokens=tokens.cpu(),
-        str_tokens=decode_each(model, tokens.tolist()),
-        positions=torch.arange(len(tokens)) if kept is None else kept,
-        target_ids=target_ids,
-        loss=loss,
+        tokens=whole(texts),
+        str_tokens=whole([decode_each(model, text.tolist()) for text in texts]),
+        positions=whole(kept),
+        target_ids=_target_ids(targets, single),
+        target_positions=whole(target_positions),
+        loss=whole(losses),
     )
-    return loss, cache
+    return cache.loss, cache
 
 
-class _Edge(NamedTuple):
-    """A place in the autograd graph, and what arrives there when the loss does not depend on it."""
-
-    edge: GradientEdge
-    no_gradient: Callable[[], Tensor]
-
-
-@dataclass
-class _Use:
-    """One use of a weight in the forward pass."""
-
-    x: Tensor
-    source: Tensor
-    version: int
-    y: _Edge | None = None
-    residual: _Edge | None = None
+def _watch_weights(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
+    for site in sites:
+        recorder.keep_value(site.x_tap(), site.name)
+        recorder.keep_place(site.y_tap(), (site.name, "y"))
+        if site.residual_tap is not None:
+            recorder.keep_place(site.residual_tap(), (site.name, "residual"))
 
 
-class _Recorder:
-    """Hooks that keep the input of every site and the place of its output in the autograd graph."""
+def _factors_of(
+    recorder: Recorder, site: WeightSite, vjps: Mapping[Any, list[Tensor]], rows: Rows
+) -> GradientFactors:
+    x, y = recorder.values(site.name), vjps[site.name, "y"]
+    return GradientFactors(
+        rows.of([site.encode(one) for one in x]), rows.of(y), rows.lengths(len(x))
+    )
 
-    def __init__(self, sites: Sequence[WeightSite]) -> None:
-        self.uses: dict[str, list[_Use]] = {site.name: [] for site in sites}
-        self._sites = sites
-        self._hooks = ExitStack()
 
-    def __enter__(self) -> _Recorder:
-        with ExitStack() as hooks:
-            for site in self._sites:
-                uses = self.uses[site.name]
-                hooks.callback(_hook(site.x_tap(), partial(_see_input, site, uses)).remove)
-                hooks.callback(_hook(site.y_tap(), partial(_see_output, uses, "y")).remove)
-                if site.residual_tap is not None:
-                    see = partial(_see_output, uses, "residual")
-                    hooks.callback(_hook(site.residual_tap(), see).remove)
-            self._hooks = hooks.pop_all()
-        return self
+def _require_used(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
+    for site in sites:
+        if not recorder.places[site.name, "y"]:
+            raise RuntimeError(f"{site.name} took no part in the forward pass")
 
-    def __exit__(self, *exc: object) -> None:
-        self._hooks.close()
 
-    def check(self) -> None:
-        """Raise when a site took no part, or when its recorded input is no longer what it was."""
-        for name, uses in self.uses.items():
-            if not uses or any(use.y is None for use in uses):
-                raise RuntimeError(f"{name} took no part in the forward pass")
-            if any(use.source._version != use.version for use in uses):
-                raise RuntimeError(f"the input of {name} was changed in place after its use")
-
-    def backward(self, loss: Tensor) -> dict[_Edge | None, Tensor]:
-        """The VJP at every place that was recorded: one backward pass, no weight gradients."""
-        edges = [
-            edge
-            for uses in self.uses.values()
-            for use in uses
-            for edge in (use.y, use.residual)
-            if edge is not None
+def _require_finite(
+    sites: Sequence[WeightSite], vjps: Mapping[Any, list[Tensor]], side: str
+) -> None:
+    places = [(site.name, vjp) for site in sites for vjp in vjps[site.name, "y"]]
+    device = places[0][1].device
+    sums = torch.stack(
+        [
+            vjp.sum(dtype=torch.promote_types(vjp.dtype, torch.float32)).to(device)
+            for _, vjp in places
         ]
-        vjps: Sequence[Tensor | None] = [None] * len(edges)
-        if loss.requires_grad:
-            vjps = torch.autograd.grad(loss, [place.edge for place in edges], allow_unused=True)
-        return {
-            place: place.no_gradient() if vjp is None else vjp
-            for place, vjp in zip(edges, vjps, strict=True)
-        }
+    )
+    if not sums.isfinite().all():
+        name = places[int(sums.isfinite().logical_not().nonzero()[-1])][0]
+        advice = "try padding_side='right', or " if side == "left" else ""
+        raise ValueError(
+            f"the VJPs at {name} are not finite, though the loss is; {advice}a higher precision, "
+            "and check the hooks on the model"
+        )
 
 
-def _see_input(site: WeightSite, uses: list[_Use], x: Tensor) -> None:
-    uses.append(_Use(site.encode(x.detach()), x.detach(), x._version))
+def _require_room(
+    model: Model, texts: Sequence[Tensor], targets: Sequence[Sequence[int]], single: bool
+) -> None:
+    n_ctx = model.cfg.n_ctx
+    for b, (text, ids) in enumerate(zip(texts, targets, strict=True)):
+        if n_ctx is not None and len(text) > n_ctx:
+            which = "" if single else f" (example {b})"
+            appended = len(ids[:-1])
+            and_target = f" and {appended} of its target" if appended else ""
+            raise ValueError(
+                f"prompt{which} has {len(text) - appended} tokens{and_target}, more than the "
+                f"model's context of {n_ctx}; shorten it"
+            )
 
 
-def _see_output(uses: list[_Use], which: Literal["y", "residual"], y: Tensor) -> Tensor | None:
-    """Note where ``dL/dy`` will arrive.
+def _require_left_padding(model: Model) -> None:
+    reason = left_padding_obstacle(model)
+    if reason is not None:
+        raise NotImplementedError(
+            f"prompts of different lengths, padding_side='left': {reason}; pass "
+            "padding_side='right', which gives every text what it gets alone"
+        )
 
-    Below the first site nothing requires a gradient: the graph is begun at ``y`` itself. The model
-    goes on with a copy there, and where ``y`` is a view, because a later change in place is
-    forbidden for a leaf, and would take a view's place out of the graph.
+
+def _padding(model: Model, mask: Int[Tensor, "batch pos"], side: str) -> dict[str, Any]:
+    """How to tell the model which positions are padding.
+
+    A causal model does not see what is to the right of a text.
     """
-    replaced = None
-    if not y.requires_grad:
-        replaced = y = y.detach().requires_grad_().clone()
-    elif y._is_view():
-        replaced = y = y.clone()
-    no_gradient = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
-    setattr(uses[-1], which, _Edge(get_gradient_edge(y), no_gradient))
-    return replaced
+    if mask.all():
+        return {}
+    arguments: dict[str, Any] = {} if model.tokenizer is None else {"padding_side": side}
+    if side == "left":
+        arguments["attention_mask"] = mask.to(model.cfg.device)
+    return arguments
 
 
-def _rows(tensors: Sequence[Tensor], n: int, positions: Tensor | None) -> Float[Tensor, "rows d"]:
-    """The rows of one prompt of ``n`` tokens, from each use of the weight."""
-    uses = [tensor.reshape(n, -1) for tensor in tensors]
-    if positions is not None:
-        uses = [rows[positions.to(rows.device)] for rows in uses]
-    return uses[0] if len(uses) == 1 else torch.cat(uses)
+def _single_or_batch(each: Any, single: bool) -> Any:
+    return each[0] if single else each
 
 
-def _hook(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Show ``see`` the tensor that passes the tap; what it returns takes the tensor's place."""
-    if tap.side == "output":
-        return tap.module.register_forward_hook(lambda module, args, output: see(output))
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        replaced = see(args[0])
-        return None if replaced is None else (replaced, *args[1:])
-
-    return tap.module.register_forward_pre_hook(before)
+def _target_ids(targets: Sequence[Sequence[int]], single: bool) -> Int[Tensor, "..."]:
+    """The targets in one tensor; -1 fills up those with fewer tokens than others."""
+    longest = max(map(len, targets))
+    ids = torch.tensor([[*of, *[-1] * (longest - len(of))] for of in targets], dtype=torch.long)
+    ids = ids.squeeze(1) if longest == 1 else ids
+    return ids[0] if single else ids
 
 
 @contextmanager
@@ -296,15 +347,16 @@ def _require_ready(model: Model) -> None:
         )
 
 
-def _resolve_positions(positions: Positions, n: int) -> Int[Tensor, "n"]:
+def _resolve_positions(positions: Positions, n: int, example: int | None) -> Int[Tensor, "n"]:
     """The indices that an index, slice or list of positions selects from ``n`` tokens."""
+    if positions is None:
+        return torch.arange(n)
+    which = "this prompt" if example is None else f"prompt {example}"
     index = positions if not isinstance(positions, int) else [positions]
     try:
         kept = torch.arange(n)[index]
     except (IndexError, TypeError) as error:
-        raise ValueError(
-            f"positions={positions!r}: this prompt has positions 0 to {n - 1}"
-        ) from error
+        raise ValueError(f"positions={positions!r}: {which} has positions 0 to {n - 1}") from error
     if not len(kept):
-        raise ValueError(f"positions={positions!r} selects none of the {n} positions of the prompt")
+        raise ValueError(f"positions={positions!r} selects none of the {n} positions of {which}")
     return kept

@@ -10,7 +10,8 @@ decomposition of the small matrix between them. Only :meth:`GradientFactors.dens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,14 +38,18 @@ class GradientFactors:
 
     The matrix that the factors stand for is ``dense()``: the raw gradient ``dL/dW`` in the
     orientation ``[d_in, d_out]``, summed over tokens and over the batch if there is one.
-    Half-precision factors are kept as they are and computed with in float32.
+    Half-precision factors are kept as they are and computed with in float32. Examples of different
+    lengths have no batch axis: their rows follow each other, and ``lengths`` says how many each
+    has.
 
     Attributes:
         inputs: ``x_i``, the input of the weight matrix at each token.
         vjps: ``delta_i = dL/dy_i``, the VJP at its output, raw sign.
+        lengths: Number of rows of each example of a batch whose examples differ in it; else None.
 
     Raises:
-        ValueError: When the two factors do not have the same batch and token axes.
+        ValueError: When the two factors do not have the same batch and token axes, or ``lengths``
+            does not add up to their rows.
 
     Example:
         >>> g = GradientFactors(torch.randn(5, 7), torch.randn(5, 3))
@@ -54,6 +59,7 @@ class GradientFactors:
 
     inputs: Float[Tensor, "*batch n d_in"]
     vjps: Float[Tensor, "*batch n d_out"]
+    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.inputs.ndim < 2 or self.inputs.shape[:-1] != self.vjps.shape[:-1]:
@@ -61,10 +67,19 @@ class GradientFactors:
                 "inputs and vjps must be [*batch, n, d_in] and [*batch, n, d_out] with the same "
                 f"batch and n, got {tuple(self.inputs.shape)} and {tuple(self.vjps.shape)}"
             )
+        if self.lengths is not None and (self.inputs.ndim, sum(self.lengths)) != (
+            2,
+            len(self.vjps),
+        ):
+            raise ValueError(
+                f"lengths={self.lengths} must add up to the number of rows, and inputs be "
+                f"[n, d_in], got {tuple(self.inputs.shape)}"
+            )
 
     def __repr__(self) -> str:
         *batch, n = self.inputs.shape[:-1]
         over = f", batch={tuple(batch)}" if batch else ""
+        over += f", lengths={self.lengths}" if self.lengths else ""
         return f"GradientFactors(shape={self.shape}, n={n}{over}, dtype={self.inputs.dtype})"
 
     @property
@@ -75,7 +90,7 @@ class GradientFactors:
     @property
     def T(self) -> GradientFactors:
         """The transposed gradient: the factors change places."""
-        return GradientFactors(self.vjps, self.inputs)
+        return GradientFactors(self.vjps, self.inputs, self.lengths)
 
     def dense(self) -> Float[Tensor, "d_in d_out"]:
         """The gradient itself, summed over batch and tokens (Eq 6, 8). Costs ``n d_in d_out``."""
@@ -147,8 +162,11 @@ class GradientFactors:
         """The sum of two gradients: their tokens side by side, example by example if batched."""
         if not isinstance(other, GradientFactors):
             return NotImplemented
-        if self.shape != other.shape or self.inputs.shape[:-2] != other.inputs.shape[:-2]:
+        if self.shape != other.shape or self._batch != other._batch:
             raise ValueError(f"cannot add {other!r} to {self!r}: shapes and batches must be equal")
+        if self.lengths or other.lengths:
+            (n_examples,) = self._batch
+            return concatenate([self.example(b) + other.example(b) for b in range(n_examples)])
         return GradientFactors(
             torch.cat([self.inputs, other.inputs], dim=-2),
             torch.cat([self.vjps, other.vjps], dim=-2),
@@ -161,7 +179,7 @@ class GradientFactors:
                 "a GradientFactors can be multiplied by a scalar only; use @ for products"
             )
         dtype = torch.promote_types(self.vjps.dtype, torch.float32)
-        return GradientFactors(self.inputs, self.vjps.to(dtype) * scalar)
+        return replace(self, vjps=self.vjps.to(dtype) * scalar)
 
     __rmul__ = __mul__
     __array_ufunc__ = None  # numpy leaves ``array * g`` to __rmul__
@@ -173,9 +191,11 @@ class GradientFactors:
             ValueError: When there is no batch axis.
             IndexError: When the batch is smaller.
         """
-        if self.inputs.ndim == 2:
+        if not self._batch:
             raise ValueError("these factors are of a single prompt and have no batch axis")
-        return GradientFactors(self.inputs[b], self.vjps[b])
+        if self.lengths is None:
+            return GradientFactors(self.inputs[b], self.vjps[b])
+        return GradientFactors(self.inputs.split(self.lengths)[b], self.vjps.split(self.lengths)[b])
 
     def truncate(self, k: int) -> GradientFactors:
         """The nearest gradient of rank ``k``, in ``k`` rows: the scaled singular vectors."""
@@ -191,6 +211,10 @@ class GradientFactors:
         X, D = self._rows()
         return FactoredMatrix(X.mT, D)
 
+    @property
+    def _batch(self) -> tuple[int, ...]:
+        return self.inputs.shape[:-2] if self.lengths is None else (len(self.lengths),)
+
     def _rows(self) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_out"]]:
         """Both factors with batch and tokens in one axis, in a precision to compute in."""
         dtype = torch.promote_types(
@@ -200,6 +224,15 @@ class GradientFactors:
             einops.rearrange(self.inputs, "... d_in -> (...) d_in").to(dtype),
             einops.rearrange(self.vjps, "... d_out -> (...) d_out").to(dtype),
         )
+
+
+def concatenate(examples: Sequence[GradientFactors]) -> GradientFactors:
+    """The factors of a batch from those of its examples, which may differ in length."""
+    return GradientFactors(
+        torch.cat([example.inputs for example in examples]),
+        torch.cat([example.vjps for example in examples]),
+        tuple(len(example.vjps) for example in examples),
+    )
 
 
 def _triangle(rows: Float[Tensor, "n d"]) -> Float[Tensor, "k n"]:

@@ -277,6 +277,11 @@ class BackwardLogitLens:
             positions=positions,
             prepend_bos=prepend_bos,
         )
+        if cache.target_ids.ndim:
+            raise NotImplementedError(
+                "the lens reads the gradient of one prompt and a target of one token for now; "
+                "run_with_backward_cache takes several"
+            )
         target_id = int(cache.target_ids)
         return BackwardLensResult(
             readouts={
@@ -284,7 +289,7 @@ class BackwardLogitLens:
                 for kind in weights
             },
             str_tokens=cache.str_tokens,
-            positions=cache.positions,
+            positions=torch.as_tensor(cache.positions),
             target_ids=cache.target_ids,
             target=decode_each(self.model, [target_id])[0],
             loss=loss.cpu(),

@@ -1,20 +1,214 @@
-"""What is differentiated."""
+"""What is differentiated: one number for each example, from its logits.
+
+A loss takes the logits and the tokens of texts without padding and returns one value per text:
+``loss_fn(logits: [batch, pos, d_vocab], tokens: [batch, pos]) -> [batch]``. All values are raw: a
+descent step lowers them.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-def next_token_nll(
-    logits: Float[Tensor, "pos d_vocab"], target: Int[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """Negative log-likelihood, in nats, of the target as the token after the last position.
 
-    Its VJP at the last position's logits is ``p_hat[k] - 1[k = t]`` (Eq 4). Computed in float32
-    at least.
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """A loss that has something of its own for each example, such as a target.
+
+    Attributes:
+        compute: ``compute(logits, tokens, **of_each)``, one value per text.
+        of_each: By argument, one entry per example.
+        tokens: The arguments that name tokens as users do, and become ids in :meth:`resolved`.
     """
-    last = logits[-1]
-    last = last.to(torch.promote_types(last.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(last, target)
+
+    compute: Callable[..., Float[Tensor, "batch"]]
+    of_each: dict[str, Any]
+    tokens: tuple[str, ...] = ()
+
+    def __call__(
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch"]:
+        """The loss of every text."""
+        return self.compute(logits, tokens, **self.of_each)
+
+    def resolved(
+        self, token_ids: Callable[[str, Any], Int[Tensor, "batch"]], n_examples: int
+    ) -> Objective:
+        """The same with ids for the tokens that it names.
+
+        Raises:
+            ValueError: When it has not one entry per example.
+        """
+        of_each = self.of_each | {name: token_ids(name, self.of_each[name]) for name in self.tokens}
+        for name, of in of_each.items():
+            if len(of) != n_examples:
+                raise ValueError(f"{name} is given for {len(of)} prompts, not for {n_examples}")
+        return Objective(self.compute, of_each)
+
+    def example(self, b: int) -> Objective:
+        """The same for one text of the batch."""
+        return replace(self, of_each={name: of[b : b + 1] for name, of in self.of_each.items()})
+
+
+def losses_of_examples(
+    loss_fn: Loss,
+    logits: Float[Tensor, "batch pos d_vocab"],
+    texts: Sequence[slice],
+    tokens: Tensor,
+) -> Float[Tensor, "batch"]:
+    """The loss of every example, as if it was alone.
+
+    Args:
+        loss_fn: Called with all texts at once if they are of one length, and else text by text.
+        logits: Those of padded texts.
+        texts: Where each text is in its row.
+        tokens: The padded texts.
+
+    Raises:
+        TypeError: When the loss is no tensor of real numbers.
+        ValueError: When it has the wrong shape, is detached from the logits, or is not finite.
+    """
+    of_example = loss_fn.example if isinstance(loss_fn, Objective) else lambda b: loss_fn
+    if all(text == slice(0, logits.shape[1]) for text in texts):
+        losses = _checked(loss_fn(logits, tokens), logits, len(texts), "")
+    else:
+        losses = torch.cat(
+            [
+                _checked(
+                    of_example(b)(of_text[None, text], tokens[b : b + 1, text]),
+                    logits,
+                    1,
+                    f", called with example {b} alone,",
+                )
+                for b, (of_text, text) in enumerate(zip(logits.unbind(0), texts, strict=True))
+            ]
+        )
+    for b, loss in enumerate(losses.tolist()):
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss of example {b} is {loss}: its logits, or what loss_fn makes of them, "
+                "are not finite; try a higher precision (or, for padding on the left, "
+                "padding_side='right'), or check the model's weights and the hooks on it"
+            )
+    return losses
+
+
+def _checked(losses: Any, logits: Tensor, n: int, called: str) -> Tensor:
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise TypeError(f"loss_fn{called} must return a tensor of floating point, got {losses!r}")
+    if losses.shape != (n,):
+        got = "a scalar" if not losses.ndim else f"the shape {list(losses.shape)}"
+        raise ValueError(
+            f"loss_fn{called} returned {got}; it must return one value per text, shape [{n}]"
+        )
+    if logits.requires_grad and not losses.requires_grad:
+        raise ValueError(
+            f"loss_fn{called} returned a tensor that is detached from the logits; compute it from "
+            "them without detach(), item() or no_grad()"
+        )
+    return losses
+
+
+def target_nll(targets: Sequence[Sequence[int]]) -> Objective:
+    """Negative log-likelihood of a target's tokens, in nats, mean over them.
+
+    Every text ends where its target's last token is to be predicted, so that the last ``k``
+    positions predict the ``k`` tokens (teacher forcing). For one token, the VJP at the last
+    position's logits is ``p_hat[k] - 1[k = t]`` (Eq 4). Computed in float32 at least.
+    """
+
+    def compute(logits: Tensor, tokens: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+        return torch.stack(
+            [
+                torch.nn.functional.cross_entropy(
+                    _upcast(of_text[-len(ids) :]), torch.tensor(ids, device=logits.device)
+                )
+                for of_text, ids in zip(logits.unbind(0), targets, strict=True)
+            ]
+        )
+
+    return Objective(compute, {"targets": targets})
+
+
+def logit_diff(
+    answer: str | int | Sequence[Any] | Int[Tensor, "..."],
+    other: str | int | Sequence[Any] | Int[Tensor, "..."],
+) -> Objective:
+    """Logit of ``answer`` minus logit of ``other`` after the last token.
+
+    A metric as in activation patching, so a descent step moves *away* from ``answer``; swap the
+    two to descend towards it.
+
+    Args:
+        answer: One token, or one for each prompt: strings (mind the leading space) or ids.
+        other: The same.
+
+    Example:
+        >>> run_with_backward_cache(model, prompt, loss_fn=logit_diff(" Paris", " Rome"))
+    """
+
+    def compute(
+        logits: Tensor, tokens: Tensor, answer: Int[Tensor, "batch"], other: Int[Tensor, "batch"]
+    ) -> Tensor:
+        last = logits[:, -1]
+        rows = torch.arange(len(last), device=last.device)
+        return last[rows, answer.to(last.device)] - last[rows, other.to(last.device)]
+
+    return Objective(compute, {"answer": answer, "other": other}, tokens=("answer", "other"))
+
+
+def kl_divergence(other_logits: Float[Tensor, "..."] | Sequence[Float[Tensor, "..."]]) -> Objective:
+    """``KL(other || this run)`` of the distributions of the token after the last one, in nats.
+
+    Args:
+        other_logits: What another run gave: ``[pos, d_vocab]`` or ``[batch, pos, d_vocab]``, of
+            which the last position counts, a ``[d_vocab]`` vector, or a list of these for prompts
+            of different lengths.
+
+    Example:
+        >>> clean = model(prompt)
+        >>> run_with_backward_cache(model, corrupted, loss_fn=kl_divergence(clean))
+    """
+    if isinstance(other_logits, Tensor):
+        texts = other_logits.unbind(0) if other_logits.ndim == 3 else (other_logits,)
+    else:
+        texts = tuple(logits.squeeze(0) if logits.ndim == 3 else logits for logits in other_logits)
+    last = [(logits[-1] if logits.ndim == 2 else logits).detach() for logits in texts]
+
+    def compute(logits: Tensor, tokens: Tensor, other_logits: Sequence[Tensor]) -> Tensor:
+        this = _upcast(logits[:, -1]).log_softmax(-1)
+        other = _upcast(torch.stack([*other_logits]).to(this)).log_softmax(-1)
+        return (other.exp() * (other - this)).sum(-1)
+
+    return Objective(compute, {"other_logits": last})
+
+
+def lm_cross_entropy_loss(
+    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch"]:
+    """The model's own loss: mean over the text of each next token's negative log-likelihood.
+
+    In nats, as ``model(tokens, return_type="loss")`` gives it for one text.
+
+    Raises:
+        ValueError: For a text of one token, which has no next one.
+
+    Example:
+        >>> run_with_backward_cache(model, text, loss_fn=lm_cross_entropy_loss)
+    """
+    if tokens.shape[1] < 2:
+        raise ValueError("the loss over a text needs a prompt of at least two tokens")
+    log_probs = _upcast(logits[:, :-1]).log_softmax(-1)
+    return -log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1).mean(-1)
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -2,82 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
+Prompt: TypeAlias = str | Tensor | Sequence[Any]
+Target: TypeAlias = str | int | Tensor | Sequence[Any]
+
+
+def is_single(prompt: Prompt) -> bool:
+    """Whether this is one prompt: text, a list of ids, or a tensor of ids with one row at most."""
+    if isinstance(prompt, Tensor):
+        return prompt.ndim < 2 or len(prompt) == 1
+    return isinstance(prompt, str) or _is_ids(prompt)
+
 
 def prompt_tokens(
-    model: Any, prompt: str | Int[Tensor, "... pos"], prepend_bos: bool | None
-) -> Int[Tensor, "pos"]:
-    """The tokens of one prompt, on the model's device.
+    model: Any, prompt: Prompt, prepend_bos: bool | None, padding_side: str
+) -> list[Int[Tensor, "pos"]]:
+    """The tokens of every prompt, without padding, on the CPU.
 
     Args:
-        model: Any TransformerLens model; its tokenizer, context and vocabulary are used.
-        prompt: Text, or the tokens of one prompt (then nothing is prepended).
-        prepend_bos: As in ``model.to_tokens``.
+        model: Any TransformerLens model; its tokenizer and vocabulary are used.
+        prompt: Text or token ids of one prompt or, in a list, of several. Several rows of one
+            tensor may be padded with the tokenizer's pad token, as ``model.to_tokens`` does.
+        prepend_bos: As in ``model.to_tokens``; token ids are taken as they are.
+        padding_side: Where rows of a tensor are padded.
 
     Raises:
-        TypeError: When the prompt is neither a string nor a tensor of token ids.
-        ValueError: When it is empty, longer than the context, or outside the vocabulary.
-        NotImplementedError: For several prompts.
+        TypeError: When a prompt is neither a string nor integer token ids.
+        ValueError: When one is empty or outside the vocabulary.
     """
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError("prompt is empty; pass at least one token of text")
-        _require_tokenizer(model, "prompt")
-        tokens = model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)
-    elif isinstance(prompt, Tensor) and not prompt.is_floating_point() and prompt.ndim in (1, 2):
-        tokens = prompt if prompt.ndim == 2 else prompt.unsqueeze(0)
-        tokens = tokens.to(model.cfg.device)
-    elif isinstance(prompt, list):
-        raise NotImplementedError("several prompts at once are not supported yet; pass one prompt")
+    if is_single(prompt):
+        rows: list[Any] = [prompt]
+    elif isinstance(prompt, Tensor):
+        rows = _unpadded(model, prompt, padding_side)
     else:
-        raise TypeError(f"prompt must be a string or a tensor of token ids, got {prompt!r}")
-    if len(tokens) != 1:
-        raise NotImplementedError(
-            f"prompt must be a single one for now, got a batch of {len(tokens)}"
-        )
-    n, n_ctx, d_vocab = tokens.shape[1], model.cfg.n_ctx, model.cfg.d_vocab
-    if n == 0:
-        raise ValueError("prompt is empty; pass at least one token")
-    if n_ctx is not None and n > n_ctx:
-        raise ValueError(
-            f"prompt has {n} tokens, more than the model's context of {n_ctx}; shorten it"
-        )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
-        raise ValueError(f"prompt holds token ids outside the vocabulary, 0 to {d_vocab - 1}")
-    return tokens[0]
+        rows = _as_list(prompt, "prompt")
+    where = [""] if is_single(prompt) else [f" (example {b})" for b in range(len(rows))]
+    if not rows:
+        raise ValueError("prompt is an empty list; pass at least one prompt")
+    return [
+        _one_prompt(model, row, prepend_bos, which) for row, which in zip(rows, where, strict=True)
+    ]
 
 
-def target_id(model: Any, target: str | int | Tensor) -> int:
-    """The one token that a target stands for.
+def target_tokens(
+    model: Any, target: Target, n_prompts: int | None, argument: str = "target"
+) -> list[list[int]]:
+    """The token ids of the target of every prompt.
 
     Args:
         model: Any TransformerLens model; its tokenizer and vocabulary size are used.
-        target: A string of exactly one token (mind the leading space), or a token id.
+        target: For one prompt: a string, an id, or a list or vector of ids. For several: one of
+            these for all of them, or a list (or a tensor with one row) of them for each.
+        n_prompts: Number of prompts, or None for a single one.
+        argument: What errors call the target.
 
     Raises:
-        ValueError: When the string is not one token, or the id not in the vocabulary.
-        TypeError: When the target is neither a string nor an integer.
+        TypeError: When a target is neither a string nor integer token ids.
+        ValueError: When one is empty or outside the vocabulary, or their number is wrong.
+
+    Warns:
+        UserWarning: When a string of several tokens would be one token with a leading space.
     """
-    if isinstance(target, str):
-        _require_tokenizer(model, "target")
-        ids = _encode(model, target)
+    one_for_all = isinstance(target, str | int) or (isinstance(target, Tensor) and not target.ndim)
+    if one_for_all or (n_prompts is None and _is_ids(target)):
+        each = [target] * (n_prompts or 1)
+    else:
+        each = _as_list(target, argument)
+    if len(each) != (n_prompts or 1):
+        prompts = "one prompt" if n_prompts in (None, 1) else f"{n_prompts} prompts"
+        raise ValueError(f"{argument} holds {len(each)} targets, but there is {prompts}")
+    targets = []
+    for b, one in enumerate(each):
+        which = "" if n_prompts is None else f" (example {b})"
+        ids = _ids(model, one, argument, which)
+        spaced = _with_leading_space(model, one, ids)
+        if spaced is not None:
+            warnings.warn(
+                f"{argument}={one!r}{which} is {len(ids)} tokens, {decode_each(model, ids)}; "
+                f"with the leading space, {spaced!r} is one",
+                stacklevel=3,
+            )
+        targets.append(ids)
+    return targets
+
+
+def single_token_ids(
+    model: Any, argument: str, target: Target, n_prompts: int | None
+) -> Int[Tensor, "batch"]:
+    """One token id for every prompt.
+
+    Raises:
+        TypeError, ValueError: As :func:`target_tokens`, and when a target is not exactly one token.
+    """
+    every = target_tokens(model, target, n_prompts, argument)
+    for ids in every:
         if len(ids) != 1:
-            raise ValueError(_not_one_token(model, target, ids))
-        return ids[0]
-    if isinstance(target, Tensor) and target.numel() == 1 and not target.is_floating_point():
-        target = int(target)
-    if isinstance(target, bool) or not isinstance(target, int):
-        raise TypeError(f"target must be a string of one token or a token id, got {target!r}")
-    if not 0 <= target < model.cfg.d_vocab:
-        raise ValueError(
-            f"target={target}: token ids of this model are 0 to {model.cfg.d_vocab - 1}"
-        )
-    return target
+            raise ValueError(_not_one_token(model, argument, target, ids))
+    return torch.tensor(every).squeeze(1)
+
+
+def padded(
+    texts: Sequence[Int[Tensor, "_"]], pad_id: int, side: Literal["left", "right"]
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Texts in one tensor, and the mask that is 1 at their tokens."""
+    n = max(map(len, texts))
+    tokens = torch.full((len(texts), n), pad_id)
+    mask = torch.zeros(len(texts), n, dtype=torch.long)
+    for b, text in enumerate(texts):
+        at = slice(0, len(text)) if side == "right" else slice(n - len(text), n)
+        tokens[b, at] = text
+        mask[b, at] = 1
+    return tokens, mask
+
+
+def pad_id(model: Any) -> int:
+    """The token that fills up shorter texts; nothing depends on which one it is."""
+    return getattr(model.tokenizer, "pad_token_id", None) or 0
+
+
+def padding_side_of(model: Any, padding_side: str | None) -> Literal["left", "right"]:
+    """The side that is asked for, or else the one of the model's tokenizer.
+
+    Raises:
+        ValueError: When it is neither left nor right.
+    """
+    side = padding_side or getattr(model.tokenizer, "padding_side", "right")
+    if side == "left":
+        return "left"
+    if side == "right":
+        return "right"
+    raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}")
 
 
 def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
@@ -85,6 +146,78 @@ def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
     if model.tokenizer is None:
         return [str(i) for i in ids]
     return model.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+
+
+def _unpadded(model: Any, tokens: Int[Tensor, "batch pos"], side: str) -> list[Int[Tensor, "_"]]:
+    """The rows of a tensor without the pad tokens at their ends, unless every row has them."""
+    tokenizer = model.tokenizer
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or tokens.is_floating_point() or tokens.ndim != 2 or not tokens.numel():
+        return list(tokens)
+    from_the_padding = tokens if side == "left" else tokens.flip(1)
+    pads = from_the_padding.eq(pad).long().cumprod(1).sum(1)
+    extra = (pads - pads.min()).tolist()
+    return [
+        row[n:] if side == "left" else row[: len(row) - n]
+        for row, n in zip(tokens, extra, strict=True)
+    ]
+
+
+def _one_prompt(
+    model: Any, prompt: Any, prepend_bos: bool | None, which: str
+) -> Int[Tensor, "pos"]:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError(f"prompt is empty{which}; pass at least one token of text")
+        _require_tokenizer(model, "prompt")
+        ids = model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)[0].tolist()
+        _require_in_vocabulary(model, ids, "prompt", which)
+    else:
+        ids = _ids(model, prompt, "prompt", which)
+    return torch.tensor(ids)
+
+
+def _ids(model: Any, value: Any, argument: str, which: str) -> list[int]:
+    """The token ids that a string, an id, or ids in a list or vector stand for."""
+    ids: list[int] | None
+    if isinstance(value, str):
+        _require_tokenizer(model, argument)
+        ids = _encode(model, value)
+    elif isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool:
+        ids = value.flatten().tolist() if value.ndim < 2 or len(value) == 1 else None
+    elif isinstance(value, int) and not isinstance(value, bool):
+        ids = [value]
+    else:
+        ids = list(value) if _is_ids(value) else None
+    if ids is None:
+        raise TypeError(f"{argument} must be a string or token ids{which}, got {value!r}")
+    if not ids:
+        raise ValueError(f"{argument} is empty{which}; pass at least one token")
+    _require_in_vocabulary(model, ids, argument, which)
+    return ids
+
+
+def _require_in_vocabulary(model: Any, ids: list[int], argument: str, which: str) -> None:
+    if min(ids) < 0 or max(ids) >= model.cfg.d_vocab:
+        raise ValueError(
+            f"{argument} holds token ids outside the vocabulary{which}: "
+            f"token ids of this model are 0 to {model.cfg.d_vocab - 1}"
+        )
+
+
+def _is_ids(value: Any) -> bool:
+    """Whether this is a vector or a plain sequence of integers."""
+    if isinstance(value, Tensor):
+        return value.ndim < 2 and not value.is_floating_point()
+    return isinstance(value, Sequence) and all(
+        isinstance(i, int) and not isinstance(i, bool) for i in value
+    )
+
+
+def _as_list(value: Any, argument: str) -> list[Any]:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{argument} must be a string, token ids, or a list of them, got {value!r}")
+    return list(value)
 
 
 def _require_tokenizer(model: Any, argument: str) -> None:
@@ -96,10 +229,16 @@ def _encode(model: Any, string: str) -> list[int]:
     return model.to_tokens(string, prepend_bos=False)[0].tolist() if string else []
 
 
-def _not_one_token(model: Any, target: str, ids: list[int]) -> str:
+def _not_one_token(model: Any, argument: str, target: Any, ids: list[int]) -> str:
     tokens = decode_each(model, ids)
-    message = f"target={target!r} must be exactly one token, but it is {len(ids)}: {tokens}."
-    spaced = " " + target.lstrip()
-    if target.strip() and spaced != target and len(_encode(model, spaced)) == 1:
-        return f"{message} With the leading space, {spaced!r} is one token."
-    return f"{message} Pass a word that the model knows as one token, mostly with a leading space."
+    return (
+        f"{argument}={target!r} must be exactly one token, but it is {len(ids)}: {tokens}. "
+        "Pass a word that the model knows as one token, mostly with a leading space."
+    )
+
+
+def _with_leading_space(model: Any, target: Any, ids: list[int]) -> str | None:
+    """The target with a leading space, if that makes one token of several."""
+    if not isinstance(target, str) or len(ids) == 1 or target != target.lstrip():
+        return None
+    return f" {target}" if len(_encode(model, f" {target}")) == 1 else None

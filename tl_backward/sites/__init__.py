@@ -23,6 +23,8 @@ from tl_backward.sites.site import Model, Tap, WeightSite, select_sites
 if TYPE_CHECKING:
     import pandas as pd
 
+RESIDUAL_POINTS = ("hook_resid_pre", "hook_resid_mid", "hook_mlp_out")
+
 __all__ = [
     "Model",
     "Tap",
@@ -31,8 +33,11 @@ __all__ = [
     "all_modules",
     "all_parameters",
     "attached_hook_points",
+    "attention_outputs",
     "coverage",
+    "left_padding_obstacle",
     "remove_hook_points",
+    "residual_points",
     "unembed",
     "weight_sites",
     "weights_processing",
@@ -65,6 +70,32 @@ def weight_sites(
     return select_sites(
         backend.sites(model), backend.obstacles(model), model.cfg.n_layers, weights, layers
     )
+
+
+def left_padding_obstacle(model: Model) -> str | None:
+    """Why texts that are padded on the left would not get what they get alone; None if they do."""
+    return _backend(model).left_padding_obstacle(model)
+
+
+def attention_outputs(model: Model) -> list[WeightSite]:
+    """The sites of W_O, whose inputs are the results of the attention heads, side by side."""
+    return [site for site in _backend(model).sites(model) if site.kind == "W_O"]
+
+
+def residual_points(model: Model) -> dict[str, nn.Module]:
+    """The HookPoints of the residual stream and of what is added to it, by TransformerLens's names.
+
+    ``hook_embed``, and of every block ``hook_resid_pre``, ``hook_resid_mid`` (not where attention
+    and MLP are parallel) and ``hook_mlp_out``, and ``hook_resid_post`` of the last. A name that the
+    model does not have is left out.
+    """
+    n_layers = model.cfg.n_layers
+    names = [
+        "hook_embed",
+        *(f"blocks.{block}.{hook}" for block in range(n_layers) for hook in RESIDUAL_POINTS),
+        f"blocks.{n_layers - 1}.hook_resid_post",
+    ]
+    return {name: model.hook_dict[name] for name in names if name in model.hook_dict}
 
 
 def coverage(model: Model) -> pd.DataFrame:

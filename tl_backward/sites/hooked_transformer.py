@@ -130,6 +130,11 @@ def reasons(model: Model) -> dict[int, str]:
     return found
 
 
+def left_padding_obstacle(model: Model) -> str | None:
+    """Nothing: positions and attention leave padding out."""
+    return None
+
+
 def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
     """Every module of the model, with its name."""
     return model.named_modules()

@@ -35,6 +35,8 @@ PROJECTIONS = {
     "mlp": {"W_gate": "gate", "W_in": "in", "W_out": "out"},
 }
 LOOKUPS = {"W_E": "embed", "W_pos": "pos_embed"}
+SEES_PADDING = ("DeepseekV4ForCausalLM", "FalconH1ForCausalLM", "OpenAIGPTLMHeadModel")
+"""Models of attention that do not leave out what the attention mask is 0 for."""
 
 
 def accepts(model: object) -> bool:
@@ -318,6 +320,15 @@ def reasons(model: Model) -> dict[int, str]:
 def attached_hook_points(model: Model) -> AbstractContextManager[None]:
     """Nothing to add: a bridge has every HookPoint that its sites name."""
     return nullcontext()
+
+
+def left_padding_obstacle(model: Model) -> str | None:
+    """Why texts that are padded on the left would not get what they get alone; None if they do."""
+    kind = type(model.original_model).__name__
+    blocks = model._modules.get("blocks")
+    if kind in SEES_PADDING or not blocks or any("attn" not in b._modules for b in blocks):
+        return f"a {kind} does not leave out padding on the left of a text"
+    return None
 
 
 def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:

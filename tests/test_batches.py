@@ -1,0 +1,450 @@
+"""Several prompts at once, with any loss: each gets what autograd gives it alone."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import HAS_BRIDGE, MODELS, PROMPT, TARGET, TL_VERSION, gradient_of_parameter
+
+import tl_backward as tlb
+from tl_backward.objectives import Objective
+from tl_backward.tokens import padded
+
+PROMPTS = [[3, 17, 3, 9, 8], [6, 2], [12, 1, 20, 6, 9, 4, 13]]
+OTHERS = [[4, 1, 7], [5], [2, 2, 8, 1]]  # the other run, of the KL divergence
+SIDES = pytest.mark.parametrize("side", ["right", "left"])
+
+
+@pytest.fixture(params=MODELS)
+def model(models, request):
+    """Exact in float64, but transformers' Llama computes its softmax in float32 in any dtype.
+
+    In float64 this makes -inf of its mask, and nan of the rows of padding on the left.
+    """
+    if request.param == "bridge-llama":
+        return request.getfixturevalue("boot")("llama", torch.float32)
+    return models(request.param)
+
+
+def tolerance(model):
+    return 1e-10 if model.cfg.dtype == torch.float64 else 1e-5
+
+
+def other_logits(model):
+    with torch.no_grad():
+        return [model(torch.tensor([text])) for text in OTHERS]
+
+
+def quadratic(logits, tokens):
+    return logits.square().mean((1, 2)) + (logits[:, -1] * tokens[:, :1]).sum(-1)
+
+
+# For each loss: what is passed, and the same for one example written out, from [pos, d_vocab]
+# logits of the text that follows.
+ANSWERS, DISTRACTORS = [5, 11, 2], [1, 3, 9]
+LONG = [[5], [7, 9, 1], [3, 2]]
+CASES = {
+    "target": (
+        lambda model: {"target": ANSWERS},
+        lambda model, b, logits: -logits[-1].log_softmax(-1)[ANSWERS[b]],
+        PROMPTS,
+    ),
+    "one target for all": (
+        lambda model: {"target": 7},
+        lambda model, b, logits: -logits[-1].log_softmax(-1)[7],
+        PROMPTS,
+    ),
+    "targets of several tokens": (
+        lambda model: {"target": LONG},
+        lambda model, b, logits: (
+            -sum(logits[len(PROMPTS[b]) - 1 + j].log_softmax(-1)[t] for j, t in enumerate(LONG[b]))
+            / len(LONG[b])
+        ),
+        [text + target for text, target in zip(PROMPTS, LONG, strict=True)],
+    ),
+    "logit difference": (
+        lambda model: {"loss_fn": tlb.logit_diff(ANSWERS, torch.tensor(DISTRACTORS))},
+        lambda model, b, logits: logits[-1, ANSWERS[b]] - logits[-1, DISTRACTORS[b]],
+        PROMPTS,
+    ),
+    "KL divergence": (
+        lambda model: {"loss_fn": tlb.kl_divergence(other_logits(model))},
+        lambda model, b, logits: torch.distributions.kl_divergence(
+            torch.distributions.Categorical(logits=other_logits(model)[b][0, -1]),
+            torch.distributions.Categorical(logits=logits[-1]),
+        ),
+        PROMPTS,
+    ),
+    "the model's own loss": (
+        lambda model: {"loss_fn": tlb.lm_cross_entropy_loss},
+        lambda model, b, logits: torch.nn.functional.cross_entropy(
+            logits[:-1], torch.tensor(PROMPTS[b][1:])
+        ),
+        PROMPTS,
+    ),
+    "any function": (
+        lambda model: {"loss_fn": quadratic},
+        lambda model, b, logits: logits.square().mean() + PROMPTS[b][0] * logits[-1].sum(),
+        PROMPTS,
+    ),
+}
+
+
+def assert_close(got, want, tolerance, name):
+    """Relative to the norm; a text of two tokens has attention matrices without a gradient."""
+    assert got.shape == want.shape, name
+    assert (got - want).norm() <= tolerance * want.norm(), name
+
+
+@pytest.fixture
+def padded_model(model, side):
+    if TL_VERSION == 3 and getattr(model, "compatibility_mode", False) and side == "left":
+        with pytest.raises(ValueError, match=r"VJPs at .* not finite.*try padding_side='right'"):
+            tlb.run_with_backward_cache(model, PROMPTS, 5, padding_side=side)
+        pytest.skip("TransformerLens 3: padding on the left has nan gradients in this mode")
+    return model
+
+
+@SIDES
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_gives_each_example_its_gradient(padded_model, case, side):
+    model = padded_model
+    arguments, written_out, texts = CASES[case]
+    losses, cache = tlb.run_with_backward_cache(
+        model, PROMPTS, padding_side=side, **arguments(model)
+    )
+    assert losses.shape == (3,) and torch.equal(losses, cache.loss)
+    sites = tlb.weight_sites(model)
+    parameters = [site.parameter for site in sites]
+    total = dict.fromkeys(cache, 0)
+    for b, text in enumerate(texts):
+        loss = written_out(model, b, model(torch.tensor([text]))[0])
+        assert abs(losses[b] - loss) <= tolerance(model) * abs(loss)
+        one = cache.example(b)
+        assert torch.equal(one.loss, losses[b])
+        assert (
+            one.tokens.tolist()
+            == text[: len(PROMPTS[b]) + max(0, len(one.target_ids.reshape(-1)) - 1)]
+        )
+        for site, gradient in zip(sites, torch.autograd.grad(loss, parameters), strict=True):
+            got = gradient_of_parameter(sites, one, site)
+            assert_close(got, gradient, tolerance(model), site.name)
+            total[site.name] = total[site.name] + gradient
+    for site in sites:
+        got = gradient_of_parameter(sites, cache, site)
+        assert_close(got, total[site.name], tolerance(model), site.name)
+
+
+def assert_same(one, alone, tolerance):
+    """Two caches of one prompt."""
+    for field in ("tokens", "positions", "target_ids", "target_positions"):
+        assert torch.equal(getattr(one, field), getattr(alone, field)), field
+    assert one.str_tokens == alone.str_tokens
+    assert abs(one.loss - alone.loss) <= tolerance * abs(alone.loss)
+    pairs = [
+        *((name, one[name].inputs, g.inputs) for name, g in alone.items()),
+        *((name, one[name].vjps, g.vjps) for name, g in alone.items()),
+        *((name, one.residual.vjps[name], vjps) for name, vjps in alone.residual.vjps.items()),
+        *(
+            (name, one.residual.activations[name], x)
+            for name, x in alone.residual.activations.items()
+        ),
+    ]
+    for name, ours, theirs in pairs:
+        assert_close(ours, theirs, tolerance, name)
+
+
+@SIDES
+@pytest.mark.parametrize("positions", [None, -1, slice(-2, None), [0, 1]], ids=str)
+def test_an_example_is_what_it_is_alone(padded_model, side, positions):
+    model = padded_model
+    _, cache = tlb.run_with_backward_cache(
+        model, PROMPTS, LONG, padding_side=side, positions=positions
+    )
+    n_kept = [len(kept) for kept in cache.positions]
+    for name, g in cache.items():
+        ragged = len(set(n_kept)) > 1
+        assert g.lengths == (tuple(n_kept) if ragged else None)
+        assert g.vjps.shape[:-1] == ((sum(n_kept),) if ragged else (3, n_kept[0])), name
+    for b, (prompt, target) in enumerate(zip(PROMPTS, LONG, strict=True)):
+        _, alone = tlb.run_with_backward_cache(
+            model, torch.tensor(prompt), target, positions=positions
+        )
+        assert_same(cache.example(b), alone, tolerance(model))
+
+
+def test_a_batch_of_one_has_a_batch_axis(model):
+    loss, cache = tlb.run_with_backward_cache(model, [PROMPTS[0]], 5)
+    assert loss.shape == (1,)
+    assert cache["W_out", 1].vjps.shape[:2] == (1, 5)
+    _, alone = tlb.run_with_backward_cache(model, PROMPTS[0], 5)
+    assert_same(cache.example(0), alone, 1e-12)
+
+
+def test_prompts_and_targets_in_all_their_forms(model):
+    same = [[3, 17, 3], [6, 2, 1]]
+    _, want = tlb.run_with_backward_cache(model, same, [5, 9])
+    for prompts in (torch.tensor(same), [torch.tensor(same[0]), torch.tensor([same[1]])]):
+        for target in (torch.tensor([5, 9]), torch.tensor([[5], [9]]), [[5], torch.tensor(9)]):
+            _, cache = tlb.run_with_backward_cache(model, prompts, target)
+            assert cache.target_ids.tolist() == [5, 9]
+            assert torch.equal(cache["W_out", 0].vjps, want["W_out", 0].vjps)
+    _, cache = tlb.run_with_backward_cache(model, same, torch.tensor([[5, 1], [9, 2]]))
+    assert cache.target_ids.tolist() == [[5, 1], [9, 2]]
+
+
+def test_a_target_of_several_tokens_is_marked(model):
+    _, cache = tlb.run_with_backward_cache(model, PROMPTS[0], [7, 9, 1])
+    assert cache.tokens.tolist() == [*PROMPTS[0], 7, 9]
+    assert cache.target_ids.tolist() == [7, 9, 1]
+    assert cache.target_positions.tolist() == [4, 5, 6]
+    _, cache = tlb.run_with_backward_cache(model, PROMPTS, LONG)
+    assert cache.target_ids.tolist() == [[5, -1, -1], [7, 9, 1], [3, 2, -1]]
+    assert [p.tolist() for p in cache.target_positions] == [[4], [1, 2, 3], [6, 7]]
+    assert cache.example(2).target_ids.tolist() == [3, 2]
+    _, cache = tlb.run_with_backward_cache(model, PROMPTS, loss_fn=quadratic)
+    assert cache.target_ids.shape == (3, 0)
+    assert [len(p) for p in cache.target_positions] == [0, 0, 0]
+
+
+def test_a_loss_sees_equal_texts_together_and_others_alone(model):
+    seen = []
+
+    def note(logits, tokens):
+        seen.append((tuple(logits.shape[:2]), tokens.tolist()))
+        return logits[:, -1, 0]
+
+    tlb.run_with_backward_cache(model, PROMPTS, loss_fn=note, padding_side="right")
+    assert seen == [((1, len(text)), [text]) for text in PROMPTS]
+    seen.clear()
+    tlb.run_with_backward_cache(model, [[3, 1], [6, 2]], loss_fn=note)
+    assert seen == [((2, 2), [[3, 1], [6, 2]])]
+
+
+def test_the_kl_divergence_takes_logits_in_all_their_forms(model):
+    same = [[3, 17, 3], [6, 2, 1]]
+    with torch.no_grad():
+        other = model(torch.tensor([[1, 2], [8, 4]]))
+    losses = [
+        tlb.run_with_backward_cache(model, same, loss_fn=tlb.kl_divergence(logits))[0]
+        for logits in (other, list(other), list(other[:, -1]), [one[None] for one in other])
+    ]
+    assert all(torch.equal(loss, losses[0]) for loss in losses) and losses[0].min() > 0
+    alone, _ = tlb.run_with_backward_cache(model, same[1], loss_fn=tlb.kl_divergence(other[1]))
+    torch.testing.assert_close(alone, losses[0][1])
+
+
+def test_a_custom_loss_is_called_once_with_everything_it_needs():
+    objective = Objective(lambda logits, tokens, of: logits[:, 0, 0] * of, {"of": torch.ones(2)})
+    logits = torch.randn(2, 3, 4)
+    assert torch.equal(objective(logits, torch.zeros(2, 3).long()), logits[:, 0, 0])
+    assert torch.equal(objective.example(1)(logits[1:], torch.zeros(1, 3).long()), logits[1:, 0, 0])
+
+
+def test_padding_puts_texts_where_the_mask_says():
+    texts = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+    tokens, mask = padded(texts, 9, "right")
+    assert tokens.tolist() == [[1, 2, 3], [4, 9, 9]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    tokens, mask = padded(texts, 9, "left")
+    assert tokens.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("side", ["left"])
+def test_hooks_see_the_padded_batch(padded_model, side):
+    """A forward hook at a position changes what it changes in TransformerLens."""
+    model = padded_model
+
+    def double_last(tensor, hook):
+        return torch.cat([tensor[:, :-1], 2 * tensor[:, -1:]], dim=1)
+
+    hooks = [("blocks.0.hook_mlp_out", double_last)]
+    loss, _ = tlb.run_with_backward_cache(model, PROMPTS, 5, padding_side=side, fwd_hooks=hooks)
+    for b, prompt in enumerate(PROMPTS):
+        alone, _ = tlb.run_with_backward_cache(model, prompt, 5, fwd_hooks=hooks)
+        assert abs(loss[b] - alone) <= tolerance(model) * alone
+
+
+# ----- as text -----
+
+
+@pytest.fixture
+def bridge(request):
+    if not HAS_BRIDGE:
+        pytest.skip("TransformerLens 2 has no TransformerBridge")
+    return request.getfixturevalue("boot")("gpt2")
+
+
+TEXTS = ["The Eiffel Tower is located in", PROMPT]
+
+
+@SIDES
+def test_text_is_tokenised_one_by_one(bridge, side):
+    losses, cache = tlb.run_with_backward_cache(bridge, TEXTS, [" Rome", TARGET], padding_side=side)
+    for b, (text, target) in enumerate(zip(TEXTS, [" Rome", TARGET], strict=True)):
+        alone, one = tlb.run_with_backward_cache(bridge, text, target)
+        torch.testing.assert_close(losses[b], alone, rtol=1e-12, atol=0)
+        assert cache.str_tokens[b] == one.str_tokens == bridge.to_str_tokens(text)
+        assert_same(cache.example(b), one, 1e-10)
+
+
+@SIDES
+def test_a_padded_tensor_is_what_the_texts_are(bridge, side):
+    """Its pad token is also the token that begins every text."""
+    _, want = tlb.run_with_backward_cache(bridge, TEXTS, TARGET, padding_side=side)
+    tokens = bridge.to_tokens(TEXTS, padding_side=side)
+    assert tokens.eq(bridge.tokenizer.pad_token_id).sum() > len(TEXTS)
+    _, cache = tlb.run_with_backward_cache(bridge, tokens, TARGET, padding_side=side)
+    assert [t.tolist() for t in cache.tokens] == [t.tolist() for t in want.tokens]
+    assert torch.equal(cache["W_in", 1].vjps, want["W_in", 1].vjps)
+
+
+def test_the_tokenizer_says_which_side_is_padded(bridge):
+    seen = []
+    hooks = [("hook_embed", lambda tensor, hook: seen.append(tensor.clone()))]
+    for side in ("right", "left"):
+        bridge.tokenizer.padding_side = side
+        try:
+            tlb.run_with_backward_cache(bridge, TEXTS, TARGET, fwd_hooks=hooks)
+        finally:
+            bridge.tokenizer.padding_side = "right"
+    right, left = seen
+    shorter = len(bridge.to_tokens(TEXTS[0])[0])
+    assert shorter < right.shape[1]
+    assert torch.equal(right[0, :shorter], left[0, -shorter:])
+
+
+def test_prepend_bos_counts_for_prompts_and_not_for_targets(bridge):
+    ids = bridge.to_tokens(" Rome and Berlin", prepend_bos=False)[0].tolist()
+    assert len(ids) > 1
+    for prepend_bos in (True, False):
+        _, cache = tlb.run_with_backward_cache(
+            bridge, TEXTS, " Rome and Berlin", prepend_bos=prepend_bos
+        )
+        assert cache.target_ids.tolist() == [ids, ids]
+        for b, text in enumerate(TEXTS):
+            prompt = bridge.to_tokens(text, prepend_bos=prepend_bos)[0].tolist()
+            assert cache.tokens[b].tolist() == prompt + ids[:-1]
+
+
+def test_tokens_of_a_logit_difference_as_text(bridge):
+    arguments = {"loss_fn": tlb.logit_diff([" Rome", TARGET], " Berlin")}
+    losses, _ = tlb.run_with_backward_cache(bridge, TEXTS, **arguments)
+    for b, (text, answer) in enumerate(zip(TEXTS, [" Rome", TARGET], strict=True)):
+        last = bridge(text)[0, -1]
+        ids = [bridge.to_single_token(token) for token in (answer, " Berlin")]
+        torch.testing.assert_close(losses[b], last[ids[0]] - last[ids[1]])
+
+
+def test_the_models_own_loss_is_transformer_lenss(bridge):
+    loss, _ = tlb.run_with_backward_cache(bridge, PROMPT, loss_fn=tlb.lm_cross_entropy_loss)
+    torch.testing.assert_close(loss, bridge(PROMPT, return_type="loss"))
+
+
+def test_a_target_without_its_leading_space_gives_a_warning(bridge):
+    assert len(bridge.to_tokens("Paris", prepend_bos=False)[0]) > 1
+    with pytest.warns(UserWarning, match="with the leading space, ' Paris' is one"):
+        tlb.run_with_backward_cache(bridge, PROMPT, "Paris")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tlb.run_with_backward_cache(bridge, PROMPT, " Rome and")
+
+
+# ----- bad input -----
+
+
+def scalar(logits, tokens):
+    return logits.mean()
+
+
+def per_token(logits, tokens):
+    return logits[:, :, 0]
+
+
+def detached(logits, tokens):
+    return logits.detach()[:, -1, 0]
+
+
+def integers(logits, tokens):
+    return tokens[:, 0]
+
+
+def infinite_for_short_ones(logits, tokens):
+    return logits[:, -1, 0] / (tokens.shape[1] != 2)
+
+
+def raises(logits, tokens):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"target": [5, 7]}, ValueError, "target holds 2 targets, but there is 3 prompts"),
+        ({"target": [5, 7, -1]}, ValueError, r"outside the vocabulary \(example 2\)"),
+        ({"target": [5, [], 1]}, ValueError, r"target is empty \(example 1\)"),
+        ({"target": [5, 7, 1.5]}, TypeError, r"target must be .* \(example 2\)"),
+        ({"target": torch.ones(3)}, TypeError, r"target must be .* \(example 0\)"),
+        ({"target": [5, 7, [1] * 30]}, ValueError, r"\(example 2\) has 7 tokens and 29 of its"),
+        ({"prompt": [[3], []], "target": 5}, ValueError, r"prompt is empty \(example 1\)"),
+        ({"prompt": [], "target": 5}, ValueError, "prompt is empty"),
+        ({"prompt": torch.zeros(0, 3).long(), "target": 5}, ValueError, "prompt is an empty list"),
+        ({"prompt": [[3], [10**6]], "target": 5}, ValueError, r"vocabulary \(example 1\)"),
+        ({"prompt": [[3], [1] * 40], "target": 5}, ValueError, r"\(example 1\) has 40 tokens"),
+        ({"prompt": [[3], 1.5], "target": 5}, TypeError, r"prompt must be .* \(example 1\)"),
+        ({"prompt": 1.5, "target": 5}, TypeError, "prompt must be a string, token ids"),
+        ({"target": 5, "positions": 3}, ValueError, "prompt 1 has positions 0 to 1"),
+        ({"target": 5, "padding_side": "middle"}, ValueError, "'left' or 'right', got 'middle'"),
+        ({}, ValueError, "pass either target= or loss_fn="),
+        ({"target": 5, "loss_fn": quadratic}, ValueError, "pass either target= or loss_fn="),
+        ({"loss_fn": scalar}, ValueError, r"loss_fn, called with example 0 alone, .* a scalar"),
+        ({"loss_fn": per_token}, ValueError, r"returned the shape \[1, 5\]"),
+        ({"loss_fn": detached}, ValueError, "example 0 alone, returned a tensor that is detached"),
+        ({"loss_fn": integers}, TypeError, "must return a tensor of floating point"),
+        ({"loss_fn": infinite_for_short_ones}, ValueError, "the loss of example 1 is -?inf"),
+        ({"loss_fn": raises}, ZeroDivisionError, ""),
+        ({"loss_fn": tlb.logit_diff([5, 7], 1)}, ValueError, "answer holds 2 .* 3 prompts"),
+        ({"loss_fn": tlb.logit_diff(5, [[7, 1], 2, 3])}, ValueError, "other=.* exactly one token"),
+        (
+            {"loss_fn": tlb.kl_divergence(torch.zeros(2, 3, 31))},
+            ValueError,
+            "other_logits is given for 2 prompts, not for 3",
+        ),
+        (
+            {"prompt": [[3, 1], [6]], "loss_fn": tlb.lm_cross_entropy_loss},
+            ValueError,
+            "at least two tokens",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input_is_named_and_changes_nothing(models, arguments, error, message):
+    from test_patching import state
+
+    model = models(MODELS[-1])
+    before = state(model)
+    with pytest.raises(error, match=message):
+        tlb.run_with_backward_cache(
+            model, **{"prompt": PROMPTS, "padding_side": "right"} | arguments
+        )
+    assert state(model) == before
+
+
+def test_padding_on_the_left_is_refused_where_it_is_seen(tokenizer):
+    families = pytest.importorskip("families") if HAS_BRIDGE else None
+    if families is None:
+        pytest.skip("TransformerLens 2 has no TransformerBridge")
+    for family in ("mamba", "openai-gpt"):
+        model = families.make(family, tokenizer)
+        with pytest.raises(NotImplementedError, match="pass padding_side='right'"):
+            tlb.run_with_backward_cache(model, PROMPTS, 5, padding_side="left")
+
+
+def test_an_example_that_is_not_there(models):
+    model = models(MODELS[0])
+    _, cache = tlb.run_with_backward_cache(model, PROMPTS, 5)
+    with pytest.raises(IndexError, match="this cache has 3 prompts"):
+        cache.example(3)
+    with pytest.raises(ValueError, match="single prompt"):
+        cache.example(0).example(0)

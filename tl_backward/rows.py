@@ -1,0 +1,58 @@
+"""Which rows of a padded batch belong to its texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows to keep of tensors that hold ``width`` positions for each text.
+
+    Attributes:
+        single: Whether there is one text, which then gets no batch axis.
+        width: Positions of the padded batch.
+        starts: Where each text begins in it.
+        kept: The positions of each text to keep, counted from its beginning.
+    """
+
+    single: bool
+    width: int
+    starts: list[int]
+    kept: list[Int[Tensor, "_"]]
+
+    def lengths(self, uses: int = 1) -> tuple[int, ...] | None:
+        """Rows of each text, if they differ; ``uses`` tensors give that many times as many."""
+        lengths = tuple(uses * len(kept) for kept in self.kept)
+        return lengths if len(set(lengths)) > 1 else None
+
+    def of(self, tensors: Sequence[Tensor]) -> Float[Tensor, "*batch n d"]:
+        """The rows of one or more tensors, text by text; in one axis if their numbers differ."""
+        n_texts, uses = len(self.starts), len(tensors)
+        rows = [tensor.reshape(n_texts, self.width, -1) for tensor in tensors]
+        whole = rows[0] if uses == 1 else torch.cat(rows, dim=1)
+        indices = [
+            torch.cat([use * self.width + start + kept for use in range(uses)])
+            for start, kept in zip(self.starts, self.kept, strict=True)
+        ]
+        every = torch.arange(uses * self.width)
+        if not all(torch.equal(index, every) for index in indices):
+            flat = torch.cat([b * len(every) + index for b, index in enumerate(indices)])
+            whole = whole.flatten(0, 1)[flat.to(whole.device)]
+            if self.lengths() is None:
+                whole = whole.unflatten(0, (n_texts, -1))
+        return whole[0] if self.single else whole
+
+
+def of_example(
+    tensor: Float[Tensor, "*lead d"], b: int, lengths: tuple[int, ...] | None
+) -> Float[Tensor, "*one d"]:
+    """One text's rows of what :meth:`Rows.of` gave, or of a stack of it."""
+    if lengths is None:
+        return tensor.select(-3, b)
+    return tensor.split(lengths, dim=-2)[b]
