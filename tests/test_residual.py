@@ -218,7 +218,8 @@ def test_attribution_is_transformer_lenss(model):
     table = caches[0].attribute(caches[1])
     assert len(table) == len(reference.node_scores) and set(table.example) == {0}
     table = table.astype(object).where(table.notna(), None)
-    scores = table.set_index(["kind", "layer", "head", "position"]).score.to_dict()
+    places = zip(*(table[c] for c in ("kind", "layer", "head", "position")), strict=True)
+    scores = dict(zip(places, table.score, strict=True))
     largest = max(map(abs, reference.node_scores.values()))
     for node, score in reference.node_scores.items():
         got = scores[node.kind, node.layer, node.head, node.position]
