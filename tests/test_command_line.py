@@ -61,10 +61,19 @@ def test_page_is_written_and_announced(run, tmp_path):
     assert path.read_text().count("<table") == 2
 
 
+def test_a_target_of_several_tokens_without_its_space_is_pointed_out(run, boot):
+    shown = run(PROMPT, "--target", "Paris")
+    assert shown.exit_code == 0, shown.output
+    with pytest.warns(UserWarning, match="with the leading space"):
+        result = tlb.BackwardLogitLens(boot("llama"))(PROMPT, "Paris")
+    assert f"loss {result.loss:.4f} nats" in shown.output
+    assert "with the leading space, ' Paris' is one" in " ".join(shown.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([PROMPT, "--target", "Paris"], "a target of one token"),
+        ([PROMPT, "--target", ""], "target is empty"),
         (["", "--target", TARGET], "prompt is empty"),
         ([PROMPT * 9, "--target", TARGET], "context of 32"),
         ([PROMPT, "--target", TARGET, "--layers", "0,3"], "layers 0 to 2"),

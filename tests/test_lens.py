@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from conftest import PROMPT, TARGET
+from families import make
 
 import tl_backward as tlb
 from tl_backward.readout import read_vocabulary
@@ -15,25 +16,35 @@ def result(model):
     return tlb.BackwardLogitLens(model)(PROMPT, TARGET, top_k=4)
 
 
-def vectors_of(model, kind, **arguments):
-    _, cache = tlb.run_with_backward_cache(model, PROMPT, TARGET, weights=kind, **arguments)
-    side = "vjps" if kind == "W_out" else "inputs"
-    return torch.stack([getattr(g, side) for g in cache.values()])
+READ_OTHERWISE = {
+    "gemma2": "a soft cap",
+    "cohere2": "scaled logits",
+    "gpt_neox": "LayerNorm with bias",
+    "qwen2": "RMSNorm",
+}
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("kind_of_weight", ["W_in", "W_out"])
-def test_readout_equals_transformer_lens(model, kind_of_weight, normalize):
+@pytest.mark.parametrize("family", ["llama", "gpt2", *READ_OTHERWISE])
+def test_readout_equals_transformer_lens(boot, tokenizer, family, kind_of_weight, normalize):
     """Ids, log-probabilities and ranks against TransformerLens's own readout kernel."""
     kernel = pytest.importorskip(
         "transformer_lens.tools.analysis.logit_lens",
         reason="TransformerLens 3 has no logit_readout",
     )
+    model = make(family, tokenizer) if family in READ_OTHERWISE else boot(family)
     result = tlb.BackwardLogitLens(model)(
         PROMPT, TARGET, top_k=4, normalize=normalize, chunk_size=3
     )
     read = result[kind_of_weight]
-    vectors = vectors_of(model, kind_of_weight)
+    _, cache = tlb.run_with_backward_cache(model, PROMPT, TARGET, weights=kind_of_weight)
+    vectors = torch.stack(
+        [
+            g.inputs if kind_of_weight == "W_in" else cache.residual_vjps(name)
+            for name, g in cache.items()
+        ]
+    )
     torch.testing.assert_close(read.norms, vectors.norm(dim=-1))
     if normalize:
         vectors = vectors / vectors.norm(dim=-1, keepdim=True)
@@ -43,6 +54,7 @@ def test_readout_equals_transformer_lens(model, kind_of_weight, normalize):
     values, ids = log_probs.sort(dim=-1)
     target = log_probs[..., model.to_single_token(TARGET), None]
     seen = ~read.zero_mask
+    assert seen.any()
     torch.testing.assert_close(
         read.top_values[seen], values.flip(-1)[..., :4][seen], rtol=1e-5, atol=1e-5
     )
@@ -142,8 +154,29 @@ def test_logits_never_exist_whole():
         return rows.repeat(1, 5)
 
     vectors = torch.randn(11, 3)
-    read = read_vocabulary(vectors, unembed, 1, top_k=2, chunk_size=4)
-    assert seen == [4, 4, 3] and read.top_ids.shape == (11, 2)
+    targets = torch.ones(11, 1, dtype=torch.long)
+    read = read_vocabulary(vectors, unembed, targets, top_k=2, bottom_k=1, chunk_size=4)
+    assert seen == [4, 4, 3]
+    assert read.top_ids.shape == (11, 2) and read.bottom_ids.shape == (11, 1)
+
+
+@pytest.mark.parametrize("d_vocab", [3 * 64, 1000, 64 * 40 + 7])
+@pytest.mark.parametrize("k", [0, 1, 7, 192])
+def test_ends_and_entropy_are_those_of_the_whole_vocabulary(d_vocab, k):
+    logits = 40 * torch.randn(9, d_vocab, generator=torch.Generator().manual_seed(d_vocab))
+    logits[0, -3:], logits[1, :2] = torch.tensor([500.0, -500, 400]), torch.tensor([-600.0, 600])
+    targets = torch.arange(18).reshape(9, 2) % d_vocab
+    read = read_vocabulary(
+        logits, lambda rows: rows, targets, top_k=k, bottom_k=k, return_type="logits"
+    )
+    values, ids = logits.sort(-1)
+    assert torch.equal(read.top_ids, ids.flip(-1)[:, :k])
+    assert torch.equal(read.bottom_ids, ids[:, :k])
+    assert torch.equal(read.top_values, values.flip(-1)[:, :k])
+    entropy = torch.distributions.Categorical(logits=logits.double()).entropy()
+    torch.testing.assert_close(read.entropy.double(), entropy, rtol=1e-5, atol=1e-4)
+    ranks = (logits.unsqueeze(1) > logits.gather(1, targets).unsqueeze(2)).sum(-1)
+    assert torch.equal(read.target_ranks, ranks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from tl_backward.lens import BackwardLensResult, WeightReadout
-from tl_backward.plotting import lens_page, visible
+from tl_backward.lens_result import BackwardLensResult, Readout
+from tl_backward.plotting import lens_figure, lens_page, visible
 
 LAYERS = [1, 4, 6]
 POSITIONS = [0, 2, 3, 5]
@@ -21,7 +21,7 @@ ZERO = (2, 1)
 # ----- results and pages -----
 
 
-def readout(kind: str, layers: list[int], n_positions: int, top_k: int = 2) -> WeightReadout:
+def readout(kind: str, layers: list[int], n_positions: int, top_k: int = 2) -> Readout:
     """Every token is named after its place: `W_out 0.3 top1` is layer index 0, position index 3."""
     n_layers = len(layers)
     shape = (n_layers, n_positions, top_k)
@@ -33,14 +33,18 @@ def readout(kind: str, layers: list[int], n_positions: int, top_k: int = 2) -> W
         for j in range(n_positions)
         for k in range(top_k)
     ]
-    return WeightReadout(
+    return Readout(
         kind=kind,
+        labels=[f"blocks.{layer}.mlp.{kind}" for layer in layers],
         layers=layers,
         top_ids=ids[0],
         top_values=-0.25 - ids[0],
         bottom_ids=ids[1],
         bottom_values=-0.5 - ids[1],
         target_ranks=torch.arange(n_layers * n_positions).view(n_layers, n_positions) + 500,
+        target_values=torch.full((n_layers, n_positions), -9.0),
+        vocab_values=torch.zeros(n_layers, n_positions, 0),
+        entropy=torch.full((n_layers, n_positions), 3.0),
         norms=torch.full((n_layers, n_positions), 7.0),
         vjp_norms=torch.linspace(0.001, 1, n_layers * n_positions).view(n_layers, n_positions),
         zero_mask=torch.zeros(n_layers, n_positions, dtype=torch.bool),
@@ -48,7 +52,7 @@ def readout(kind: str, layers: list[int], n_positions: int, top_k: int = 2) -> W
     )
 
 
-def result_of(*readouts: WeightReadout) -> BackwardLensResult:
+def result_of(*readouts: Readout) -> BackwardLensResult:
     return BackwardLensResult(
         readouts={readout.kind: readout for readout in readouts},
         str_tokens=PROMPT,
@@ -58,15 +62,17 @@ def result_of(*readouts: WeightReadout) -> BackwardLensResult:
         loss=torch.tensor(4.0),
         d_vocab=D_VOCAB,
         normalize=False,
+        return_type="log_probs",
+        direction="gradient",
         weights_processing="raw",
     )
 
 
-def small(kind: str = "W_out") -> WeightReadout:
+def small(kind: str = "W_out") -> Readout:
     return readout(kind, LAYERS, len(POSITIONS))
 
 
-def with_zero_row(readout: WeightReadout) -> WeightReadout:
+def with_zero_row(readout: Readout) -> Readout:
     """As the lens leaves a row whose vector is zero."""
     values = {
         "top_ids": -1,
@@ -152,7 +158,7 @@ class Page(HTMLParser):
                 self.cell.tokens[-1] += data
 
 
-def page_of(*readouts: WeightReadout) -> Page:
+def page_of(*readouts: Readout) -> Page:
     return Page(lens_page(result_of(*readouts)))
 
 
@@ -370,3 +376,121 @@ def test_without_jinja2_the_extra_is_named(monkeypatch):
 )
 def test_visible(token, shown):
     assert visible(token) == shown
+
+
+# ----- figures -----
+
+
+def figure_of(kind: str, *readouts: Readout, weight: str | None = None):
+    return lens_figure(result_of(*readouts), kind, weight)
+
+
+def test_the_table_figure_has_the_page_s_cells():
+    (heatmap,) = figure_of("table", with_zero_row(small())).data
+    assert list(heatmap.y) == ["6", "4", "1"]
+    assert list(heatmap.x) == ["&lt;bos&gt; 0", "·Rome 2", "⏎ 3", "·in 5"]
+    assert heatmap.z[0][1] is None and heatmap.text[0][1] == ""
+    assert heatmap.text[2][3] == "W_out·0.3… \\<br>W_out·0.3…"
+    hover = heatmap.customdata[2][3]
+    assert hover.startswith("<b>layer 1, ·in at 5</b><br>norm 7, of the VJP 0.273<br>")
+    assert "target ·&lt;b&gt;: rank 503 of 1000" in hover
+    assert "<b>most probable</b> (log prob)<br>-6.25 W_out·0.3·top0<br>" in hover
+    assert hover.endswith("<br>-31.5 W_out·0.3·bottom1")
+
+
+def test_the_target_is_bold_where_it_counts():
+    marked, other = small("W_out"), small("W_in")
+    marked.target_ranks[0, 2] = D_VOCAB - 1
+    other.target_ranks[0, 2] = 0
+    for weight, ends in (("W_out", ("", "<b>")), ("W_in", ("<b>", ""))):
+        (heatmap,) = figure_of("table", marked, other, weight=weight).data
+        bold = [text for row in heatmap.text for text in row if "<b>" in text]
+        assert bold == [heatmap.text[2][2]]
+        assert [end.startswith("<b>") for end in bold[0].split("<br>")] == list(map(bool, ends))
+
+
+def test_rank_figure_has_a_line_for_every_position():
+    lines = figure_of("ranks", with_zero_row(small())).data
+    assert [line.name for line in lines][1:3] == ["·Rome 2 → ·&lt;b&gt;", "⏎ 3 → ·&lt;b&gt;"]
+    assert list(lines[1].y) == [501, 505, None]
+    assert [line.visible for line in lines] == ["legendonly"] * 3 + [True]
+    assert list(lines[3].x) == ["1", "4", "6"]
+
+
+def test_norm_figure_has_a_panel_for_every_weight():
+    first, second = small("W_in"), small("W_out")
+    first.norms.copy_(torch.linspace(0, 27, 12).view(3, 4))
+    panels = figure_of("norms", first, second).data
+    assert len(panels) == 2
+    assert panels[0].z[0][3] == 1 and panels[0].z[2][0] != panels[0].z[2][0]
+    assert panels[0].z[0][2] == pytest.approx((first.norms[2, 2].item() / 27) ** (1 / 3))
+    assert panels[0].customdata[1][2] == pytest.approx(first.norms[1, 2].item())
+
+
+def test_forward_and_backward_side_by_side():
+    forward = replace(small("forward"), labels=["1_pre", "4_pre", "final_post"])
+    figure = figure_of("forward_and_backward", small(), forward)
+    assert [next(iter(panel.y)) for panel in figure.data] == ["final_post", "6"]
+    with pytest.raises(ValueError, match="needs a lens run with forward=True"):
+        figure_of("forward_and_backward", small())
+
+
+def test_hostile_tokens_are_no_markup_in_figures():
+    attack = "<b onclick='x'>"
+    hostile = small()
+    hostile.vocabulary.update(dict.fromkeys(hostile.vocabulary, attack))
+    result = replace(result_of(hostile), str_tokens=[attack] * 6, target=attack)
+    for kind in ("table", "ranks", "norms"):
+        assert "<b onclick" not in result.plot(kind).to_json()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("pie", "kind must be 'table'"), ("forward_and_backward", "forward=True")],
+)
+def test_bad_figures(kind, message):
+    with pytest.raises(ValueError, match=message):
+        result_of(small()).plot(kind)
+
+
+def test_figures_and_pages_need_tokens():
+    empty = torch.zeros(3, 4, 0)
+    without = replace(small(), top_ids=empty.long(), top_values=empty)
+    for show in (lambda result: result.plot(), lens_page):
+        with pytest.raises(ValueError, match="top_k and bottom_k of at least 1"):
+            show(result_of(without))
+
+
+def test_without_plotly_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'tl-backward[plot]'")):
+        result_of(small()).plot()
+
+
+def test_several_prompts_are_shown_one_by_one():
+    shared = small()
+    several = {
+        name: torch.stack([value, value], dim=1)
+        for name, value in vars(shared).items()
+        if isinstance(value, torch.Tensor)
+    }
+    result = replace(
+        result_of(replace(shared, **several)),
+        str_tokens=[PROMPT, PROMPT],
+        positions=[torch.tensor(POSITIONS)] * 2,
+        loss=torch.tensor([4.0, 2.0]),
+    )
+    for show in (lambda result: result.plot(), lens_page):
+        with pytest.raises(ValueError, match=r"take result.example\(b\)"):
+            show(result)
+    assert lens_page(result.example(0)) == lens_page(result_of(shared))
+    assert "BackwardLensResult" in result._repr_html_()
+
+
+def test_notebooks_show_the_outermost_tokens_of_the_last_position():
+    hostile = small("W_in")
+    hostile.vocabulary[int(hostile.top_ids[2, 3, 0])] = "<script>"
+    shown = result_of(hostile, small("W_out"))._repr_html_()
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
+    assert "W_out 2.3 bottom0" in shown and "W_out 2.2 bottom0" not in shown

@@ -3,7 +3,8 @@
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.factors import GradientFactors
-from tl_backward.lens import BackwardLensResult, BackwardLogitLens
+from tl_backward.lens import BackwardLogitLens
+from tl_backward.lens_result import BackwardLensResult
 from tl_backward.objectives import kl_divergence, lm_cross_entropy_loss, logit_diff
 from tl_backward.sites import (
     WeightSite,

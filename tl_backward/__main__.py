@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from tl_backward.lens import BackwardLensResult
+    from tl_backward.lens_result import BackwardLensResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +53,7 @@ def lens(
     target: Annotated[
         str,
         typer.Option(
-            help="Token to differentiate towards. Exactly one token: mind the leading space.",
+            help="Text to differentiate towards: mind the leading space.",
             show_default=False,
         ),
     ],
@@ -80,7 +81,8 @@ def lens(
 ) -> None:
     """Show what the gradient of -log p(target | prompt) would write into each layer.
 
-    Prints a table for the last token; `--html` and `--json` keep all positions.
+    Prints a table for the last token; `--html` and `--json` keep all positions. Of a target of
+    several tokens all but the last are appended to the prompt, and ranks are those of the first.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_A_PIPE)
     with _exit_code_2_on_bad_input():
@@ -89,21 +91,25 @@ def lens(
 
             status.update(f"loading {model or DEFAULT_MODEL}")
             read = BackwardLogitLens(_load(model))
-        result = read(
-            prompt,
-            target,
-            weights=_split(weights),
-            layers=None if layers is None else _integers(layers),
-            top_k=top_k,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            result = read(
+                prompt,
+                target,
+                weights=_split(weights),
+                layers=None if layers is None else _integers(layers),
+                top_k=top_k,
+            )
+        for warning in caught:
+            Console(stderr=True).print(f"[bold yellow]warning:[/] {escape(str(warning.message))}")
         for kind in result:
             console.print(_last_token_table(result, kind))
         console.print(
-            f"{escape(repr(prompt))} -> {escape(repr(result.target))}: "
-            f"loss {result.loss:.4f} nats, p = {result.loss.neg().exp():.2g}"
+            f"{escape(repr(prompt))} -> {escape(repr(target))}: "
+            f"loss {result.loss:.4f} nats per token, exp(-loss) = {result.loss.neg().exp():.2g}"
         )
         if json_path:
-            json_path.write_text(json.dumps(_as_json(result, prompt, model)), encoding="utf-8")
+            written = json.dumps(_as_json(result, prompt, target, model))
+            json_path.write_text(written, encoding="utf-8")
             console.print(f"all positions as JSON: {escape(str(json_path.resolve()))}")
         if html:
             page = result.to_html(html).resolve()
@@ -156,7 +162,7 @@ def _exit_code_2_on_bad_input() -> Iterator[None]:
 
 
 def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
-    from tl_backward.lens import READ_BY_INPUT
+    from tl_backward.lens_result import READ_BY_INPUT
     from tl_backward.plotting import visible
 
     readout = result[kind]
@@ -184,13 +190,15 @@ def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
     return table
 
 
-def _as_json(result: BackwardLensResult, prompt: str, model: str | None) -> dict[str, Any]:
+def _as_json(
+    result: BackwardLensResult, prompt: str, target: str, model: str | None
+) -> dict[str, Any]:
     rows = json.loads(result.to_dataframe().to_json(orient="records"))
     return {
         "model": model or DEFAULT_MODEL,
         "prompt": prompt,
         "str_tokens": result.str_tokens,
-        "target": result.target,
+        "target": target,
         "target_id": int(result.target_ids),
         "loss": result.loss.item(),
         "rows": rows,

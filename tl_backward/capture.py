@@ -16,7 +16,7 @@ from tl_backward.factors import GradientFactors
 from tl_backward.objectives import Loss, Objective, losses_of_examples, target_nll
 from tl_backward.recording import Recorder
 from tl_backward.residual import needs_graph, residual_from, watch_residual
-from tl_backward.rows import Rows
+from tl_backward.rows import Positions, Rows, kept_positions
 from tl_backward.sites import (
     Model,
     WeightSite,
@@ -40,7 +40,6 @@ from tl_backward.tokens import (
     target_tokens,
 )
 
-Positions = int | slice | Sequence[int] | Tensor | None
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
@@ -85,8 +84,8 @@ def run_with_backward_cache(
         weights: Kinds of weights to capture, such as ``"W_out"``. Default: all.
         layers: Layers to capture; negative ones count from the last. Default: all.
         positions: Positions of every prompt to keep in the factors: an index, a slice or a list of
-            indices, as in TransformerLens. The factors then stand for these tokens' part of the
-            gradient. Default: all.
+            indices, and a tuple for a slice, as in TransformerLens. The factors then stand for
+            these tokens' part of the gradient. Default: all.
         per_head: Keep what each attention head contributes to the VJP at the residual stream, for
             ``cache.stack_head_vjps``. Costs a backward pass through attention for every head.
         prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
@@ -143,8 +142,7 @@ def run_with_backward_cache(
         _require_left_padding(model)
     starts = [0 if side == "right" else tokens.shape[1] - len(text) for text in texts]
     kept = [
-        _resolve_positions(positions, len(text), None if single else b)
-        for b, text in enumerate(texts)
+        kept_positions(positions, len(text), None if single else b) for b, text in enumerate(texts)
     ]
     rows = Rows(single, tokens.shape[1], starts, kept)
 
@@ -345,18 +343,3 @@ def _require_ready(model: Model) -> None:
             f"the model is in training mode (at least its module {training[0] or 'root'!r}), where "
             "dropout makes gradients random; call model.eval() first"
         )
-
-
-def _resolve_positions(positions: Positions, n: int, example: int | None) -> Int[Tensor, "n"]:
-    """The indices that an index, slice or list of positions selects from ``n`` tokens."""
-    if positions is None:
-        return torch.arange(n)
-    which = "this prompt" if example is None else f"prompt {example}"
-    index = positions if not isinstance(positions, int) else [positions]
-    try:
-        kept = torch.arange(n)[index]
-    except (IndexError, TypeError) as error:
-        raise ValueError(f"positions={positions!r}: {which} has positions 0 to {n - 1}") from error
-    if not len(kept):
-        raise ValueError(f"positions={positions!r} selects none of the {n} positions of {which}")
-    return kept

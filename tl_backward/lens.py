@@ -2,210 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_backward.cache import BackwardCache
-from tl_backward.capture import Positions, run_with_backward_cache
-from tl_backward.readout import read_vocabulary
-from tl_backward.sites import Model, unembed
-from tl_backward.tokens import decode_each
+from tl_backward.capture import Hooks, run_with_backward_cache
+from tl_backward.lens_result import (
+    READ_BY_INPUT,
+    READ_BY_VJP,
+    READ_FORWARD,
+    VALUE_COLUMNS,
+    BackwardLensResult,
+    Readout,
+)
+from tl_backward.objectives import Loss
+from tl_backward.readout import ReturnType, read_vocabulary
+from tl_backward.residual import SliceInput
+from tl_backward.rows import Positions, kept_positions, selected
+from tl_backward.sites import Model, unembed, weight_sites
+from tl_backward.tokens import Prompt, Target, decode_each, single_token_ids
+from tl_backward.translators import Translator
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-READ_BY_INPUT = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
-READ_BY_VJP = ("W_O", "W_out")
-
-
-@dataclass(frozen=True, eq=False)
-class WeightReadout:
-    """One kind of weight, read in the vocabulary at every layer and position.
-
-    Matrices that read the residual stream (W_in, W_gate, W_Q, W_K, W_V) are read by their inputs
-    ``x_i``, of which the *most* probable tokens are what the update imprints (Eq 9). Those that
-    write to it (W_out, W_O) are read by their VJPs ``delta_i``, of which the *least* probable
-    tokens are what a descent step shifts the output towards, and the most probable ones what it
-    takes away (Eq 10). Signs are raw; no vector is ever negated.
-
-    Rows whose vector is zero are not read: their ids and ranks are -1 and their values nan.
-
-    Attributes:
-        kind: ``"W_out"``.
-        layers: The layer that each entry of the first axis belongs to.
-        top_ids: The most probable tokens, most probable first.
-        top_values: Their log-probabilities, in nats.
-        bottom_ids: The least probable tokens, least probable first.
-        bottom_values: Their log-probabilities, in nats.
-        target_ranks: Rank of the target: 0 is the most probable token, ``d_vocab - 1`` the least.
-        norms: Norm of each vector that was read, before any normalisation.
-        vjp_norms: Norm of ``delta_i`` at the weight's own output.
-        zero_mask: Where the vector that was to be read is zero.
-        vocabulary: The strings of all token ids above.
-    """
-
-    kind: str
-    layers: list[int]
-    top_ids: Int[Tensor, "layer pos k"]
-    top_values: Float[Tensor, "layer pos k"]
-    bottom_ids: Int[Tensor, "layer pos k"]
-    bottom_values: Float[Tensor, "layer pos k"]
-    target_ranks: Int[Tensor, "layer pos"]
-    norms: Float[Tensor, "layer pos"]
-    vjp_norms: Float[Tensor, "layer pos"]
-    zero_mask: Bool[Tensor, "layer pos"]
-    vocabulary: dict[int, str]
-
-    def top_tokens(self) -> list[list[list[str]]]:
-        """The most probable tokens as strings, ``[layer][position][k]``; none for a zero row."""
-        return self._strings(self.top_ids)
-
-    def bottom_tokens(self) -> list[list[list[str]]]:
-        """The least probable tokens as strings, ``[layer][position][k]``; none for a zero row."""
-        return self._strings(self.bottom_ids)
-
-    def _strings(self, ids: Int[Tensor, "layer pos k"]) -> list[list[list[str]]]:
-        return [
-            [[self.vocabulary[i] for i in row if i >= 0] for row in layer] for layer in ids.tolist()
-        ]
+TOP_K = 10
 
 
-@dataclass(frozen=True, eq=False)
-class BackwardLensResult(Mapping[str, WeightReadout]):
-    """What the lens saw: a :class:`WeightReadout` for each kind of weight.
+@dataclass(frozen=True)
+class _Options:
+    """How vectors are read, after all checks."""
 
-    It keeps no reference to the model; all tensors are on the CPU.
-
-    Attributes:
-        readouts: The readouts by kind: ``result["W_out"]`` is ``result.readouts["W_out"]``.
-        str_tokens: The tokens of the prompt.
-        positions: The positions that were read.
-        target_ids: The target.
-        target: The target as a string.
-        loss: Its negative log-likelihood, in nats.
-        d_vocab: Size of the vocabulary.
-        normalize: Whether vectors were scaled to unit length before they were read.
-        weights_processing: As in :class:`BackwardCache`.
-    """
-
-    readouts: dict[str, WeightReadout]
-    str_tokens: list[str]
-    positions: Int[Tensor, "pos"]
-    target_ids: Int[Tensor, ""]
-    target: str
-    loss: Float[Tensor, ""]
-    d_vocab: int
+    apply_ln: bool
     normalize: bool
-    weights_processing: str
-
-    def __getitem__(self, kind: str) -> WeightReadout:
-        try:
-            return self.readouts[kind]
-        except KeyError:
-            raise KeyError(f"{kind!r} was not read; there is {', '.join(self)}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readouts)
-
-    def __len__(self) -> int:
-        return len(self.readouts)
-
-    def __repr__(self) -> str:
-        layers = next(iter(self.values())).layers
-        return (
-            f"BackwardLensResult({', '.join(self)}; {len(layers)} layers, "
-            f"{len(self.positions)} positions, target={self.target!r}, loss={self.loss.item():.4f})"
-        )
-
-    def rank_trajectory(
-        self, target: str | int | None = None, weight: str = "W_out"
-    ) -> Int[Tensor, "layer pos"]:
-        """Rank of the target in one weight's readout, layer by layer.
-
-        Args:
-            target: The target that the lens was run with, to be explicit about it.
-            weight: The kind of weight.
-
-        Raises:
-            ValueError: When the lens was run with another target.
-        """
-        if target is not None and target not in (self.target, int(self.target_ids)):
-            raise ValueError(f"target={target!r}: the lens was run with {self.target!r}")
-        return self[weight].target_ranks
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per weight, layer, position, end of the readout and token.
-
-        Columns: ``weight, layer, position, str_token, norm, vjp_norm, target_rank, end`` (``top``
-        or ``bottom``), ``k`` (0 is the outermost), ``token_id, token, log_prob``. A zero row gives
-        one line without token.
-        """
-        import pandas as pd
-
-        return pd.DataFrame(
-            [
-                {"weight": kind, "layer": layer, **line}
-                for kind, readout in self.items()
-                for i, layer in enumerate(readout.layers)
-                for line in self._lines(readout, i)
-            ]
-        ).astype({"target_rank": "Int64", "k": "Int64", "token_id": "Int64"})
-
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page with a layer x token table for each weight.
-
-        Cells show the most and the least probable token; their colour is the norm of the VJP.
-
-        Returns:
-            The path of the page.
-
-        Raises:
-            ImportError: Without the extra ``plot``.
-        """
-        from tl_backward.plotting import lens_page
-
-        path = Path(path)
-        path.write_text(lens_page(self), encoding="utf-8")
-        return path
-
-    def _lines(self, readout: WeightReadout, i: int) -> Iterator[dict[str, Any]]:
-        for j, position in enumerate(self.positions.tolist()):
-            rank = int(readout.target_ranks[i, j])
-            line = {
-                "position": position,
-                "str_token": self.str_tokens[position],
-                "norm": float(readout.norms[i, j]),
-                "vjp_norm": float(readout.vjp_norms[i, j]),
-                "target_rank": None if rank < 0 else rank,
-            }
-            if readout.zero_mask[i, j]:
-                yield line | {"end": None, "k": None, "token_id": None, "token": None}
-                continue
-            for end, ids, values in (
-                ("top", readout.top_ids, readout.top_values),
-                ("bottom", readout.bottom_ids, readout.bottom_values),
-            ):
-                for k, (token, value) in enumerate(
-                    zip(ids[i, j].tolist(), values[i, j].tolist(), strict=True)
-                ):
-                    yield line | {
-                        "end": end,
-                        "k": k,
-                        "token_id": token,
-                        "token": readout.vocabulary[token],
-                        "log_prob": value,
-                    }
+    lens: Translator | None
+    vocab: Int[Tensor, "v"] | None
+    return_type: ReturnType
+    top_k: int
+    bottom_k: int
+    direction: Literal["gradient", "descent"]
+    chunk_size: int
 
 
 class BackwardLogitLens:
-    """Reads the gradients of the attention and MLP matrices in the model's own vocabulary.
+    """Reads gradients and what they are made of in the model's own vocabulary.
+
+    Calling it reads weights, and the VJPs of the residual stream; the methods read other vectors
+    in the same way.
 
     Args:
         model: A TransformerLens model in eval mode.
@@ -222,43 +70,88 @@ class BackwardLogitLens:
 
     def __call__(
         self,
-        prompt: str | Int[Tensor, "... pos"],
-        target: str | int | Int[Tensor, "..."],
+        prompt: Prompt | None = None,
+        target: Target | None = None,
         *,
+        cache: BackwardCache | None = None,
+        loss_fn: Loss | None = None,
         weights: str | Iterable[str] = ("W_in", "W_out"),
+        residual: Literal["accumulated", "decomposed", "heads"] | None = None,
+        incl_mid: bool = False,
+        forward: bool = False,
         layers: int | Iterable[int] | None = None,
         positions: Positions = None,
+        batch_slice: SliceInput = None,
         vjps: Literal["residual", "output"] = "residual",
-        top_k: int = 10,
+        lens: Translator | None = None,
+        apply_ln: bool = True,
         normalize: bool = False,
+        vocab: Sequence[int] | Int[Tensor, "v"] | None = None,
+        targets: str | int | Sequence[Any] | Int[Tensor, "..."] | None = None,
+        return_type: ReturnType = "log_probs",
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        direction: Literal["gradient", "descent"] = "gradient",
         prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
         chunk_size: int = 64,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
     ) -> BackwardLensResult:
         """Run the model forward and backward once and read what arrives at its weights.
 
+        The arguments are those of TransformerLens's forward lens (``logit_lens``) where they mean
+        the same.
+
         Args:
-            prompt: Text, or the tokens of one prompt.
-            target: The token whose negative log-likelihood after the prompt is differentiated.
+            prompt: Text or token ids, of one prompt or of several.
+            target: What is differentiated towards, as in :func:`run_with_backward_cache`.
+            cache: What such a run has left, instead of a prompt.
+            loss_fn: Instead of a target, as in :func:`run_with_backward_cache`.
             weights: Kinds of weights to read.
+            residual: Read VJPs of the residual stream, too: ``"accumulated"``, ``"decomposed"`` or
+                what every head adds, ``"heads"``; ``result["accumulated"]`` and so on.
+            incl_mid: Whether the accumulated ones include the middle of blocks.
+            forward: Read the residual stream of the forward pass of the same run, too: the logit
+                lens beside its mirror image, in ``result["forward"]``.
             layers: Layers to read; negative ones count from the last. Default: all.
-            positions: Positions to read: an index, a slice or a list. Default: all.
+            positions: Positions to read: an index, a slice or a list (a tuple is a slice). Of a
+                cache, of the positions that it has. Default: all.
+            batch_slice: Prompts of a batch to read, in the same way; an index drops the axis.
             vjps: Which VJPs to read where a post-norm follows the weight (Gemma 2 and 3, OLMo 2,
                 GLM-4 ...): those behind the norm, at the residual stream, or those at the
                 weight's own output. Elsewhere the two are the same.
-            top_k: How many of the most and of the least probable tokens to keep.
+            lens: A translator ``f(vectors, layer) -> vectors`` of the ``[(batch), pos, d_model]``
+                vectors of one layer, applied before the norm; :mod:`tl_backward.translators` has
+                some. ``layer`` is that of the weight, or the number in a label such as ``3_pre``,
+                and None for others.
+            apply_ln: Whether to apply the model's final norm.
             normalize: Scale every vector to unit length first (the normalised logit lens, App H).
+            vocab: Tokens whose values to keep, in ``vocab_values``, instead of the ends.
+            targets: Tokens whose ranks and values to keep: one, several for every row, or in a
+                tensor one for each row, aligned with ``[batch, pos]`` from the right. Default: the
+                (first) token of the target.
+            return_type: What values are: log-probabilities, logits or probabilities.
+            top_k: How many of the most probable tokens to keep. Default: 10, or none with
+                ``vocab``.
+            bottom_k: How many of the least probable ones. Default: as many.
+            direction: ``"descent"`` has at the top what a descent step moves towards: for VJPs the
+                other end of the same readout. Inputs ``x_i`` are read as they are.
             prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
+            padding_side: As in :func:`run_with_backward_cache`.
             chunk_size: Rows that are unembedded at once.
+            fwd_hooks: As in :func:`run_with_backward_cache`.
+            bwd_hooks: The same.
 
         Raises:
-            ValueError: When ``top_k`` or ``chunk_size`` is out of range, and as
+            ValueError: When an argument is out of range, when ``vocab`` and ``top_k`` are both
+                given, or both a prompt and a cache, when the cache is of another model, and as
                 :func:`run_with_backward_cache` does.
+            NotImplementedError: For blocks that run several times in one forward pass.
         """
-        d_vocab = int(self.model.cfg.d_vocab)
-        if not 1 <= top_k <= d_vocab:
-            raise ValueError(f"top_k must be in [1, {d_vocab}], the vocabulary, got {top_k}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        options = self._options(
+            apply_ln, normalize, lens, vocab, return_type, top_k, bottom_k, direction, chunk_size
+        )
         weights = [weights] if isinstance(weights, str) else list(weights)
         for kind in ("W_E", "W_pos", "W_U"):
             if kind in weights:
@@ -268,80 +161,384 @@ class BackwardLogitLens:
                 )
         if vjps not in ("residual", "output"):
             raise ValueError(f"vjps must be 'residual' or 'output', got {vjps!r}")
-        loss, cache = run_with_backward_cache(
-            self.model,
-            prompt,
-            target,
-            weights=weights,
-            layers=layers,
-            positions=positions,
-            prepend_bos=prepend_bos,
-        )
-        if cache.target_ids.ndim:
-            raise NotImplementedError(
-                "the lens reads the gradient of one prompt and a target of one token for now; "
-                "run_with_backward_cache takes several"
+        if residual not in (None, "accumulated", "decomposed", "heads"):
+            raise ValueError(
+                f"residual must be 'accumulated', 'decomposed' or 'heads', got {residual!r}"
             )
-        target_id = int(cache.target_ids)
+        if not weights and residual is None and not forward:
+            raise ValueError("weights is empty and residual None: there is nothing to read")
+        cut: Positions = positions
+        if cache is None:
+            if prompt is None:
+                raise ValueError("pass a prompt and a target, or a cache")
+            _, cache = run_with_backward_cache(
+                self.model,
+                prompt,
+                target,
+                loss_fn=loss_fn,
+                weights=weights or "W_out",
+                layers=layers,
+                positions=positions,
+                per_head=residual == "heads",
+                prepend_bos=prepend_bos,
+                padding_side=padding_side,
+                fwd_hooks=fwd_hooks,
+                bwd_hooks=bwd_hooks,
+            )
+            cut = None
+        elif prompt is not None or target is not None or loss_fn is not None:
+            raise ValueError("pass either a prompt with a target or a loss_fn, or a cache")
+        else:
+            self._require_same_model(cache)
+        texts = _Texts(cache, batch_slice, cut)
+        wanted = self._targets(targets, texts)
+        done: dict[Any, Readout] = {}
+
+        def read(kind: str, labels: list[str], vectors: list[Tensor]) -> Readout:
+            """Vectors that several weights share are read once."""
+            key = (kind in READ_FORWARD, *((v.data_ptr(), v.shape, v.stride()) for v in vectors))
+            if key not in done:
+                stack = torch.stack([texts.rows(v).to(vectors[0].device) for v in vectors])
+                done[key] = self._read(kind, labels, stack, wanted, options)
+            return replace(
+                done[key], kind=kind, labels=labels, layers=[_layer_of(label) for label in labels]
+            )
+
+        readouts = {}
+        for kind in weights:
+            names = self._names(cache, kind, layers)
+            readout = read(kind, names, [_residual_side(cache, name, vjps) for name in names])
+            norms = [texts.rows(cache[name].vjps).norm(dim=-1).cpu() for name in names]
+            readouts[kind] = replace(readout, vjp_norms=torch.stack(norms))
+        if residual is not None:
+            parts = _parts_of_residual(cache, residual, incl_mid)
+            readouts[residual] = read(residual, [*parts], [*parts.values()])
+        if forward:
+            parts = cache.residual.forward_stream()
+            readouts["forward"] = read("forward", [*parts], [*parts.values()])
         return BackwardLensResult(
-            readouts={
-                kind: self._read(kind, cache, target_id, vjps, top_k, normalize, chunk_size)
-                for kind in weights
-            },
-            str_tokens=cache.str_tokens,
-            positions=torch.as_tensor(cache.positions),
-            target_ids=cache.target_ids,
-            target=decode_each(self.model, [target_id])[0],
-            loss=loss.cpu(),
-            d_vocab=d_vocab,
+            readouts=readouts,
+            str_tokens=texts.whole(texts.str_tokens),
+            positions=texts.whole(texts.positions),
+            target_ids=wanted.shown,
+            target=self._strings(wanted.shown.tolist()),
+            loss=texts.loss.cpu(),
+            d_vocab=int(self.model.cfg.d_vocab),
             normalize=normalize,
+            return_type=return_type,
+            direction=direction,
             weights_processing=cache.weights_processing,
         )
+
+    def read(
+        self,
+        vectors: Float[Tensor, "entry *lead d_model"],
+        labels: Sequence[str] | None = None,
+        *,
+        targets: str | int | Sequence[Any] | None = None,
+        lens: Translator | None = None,
+        apply_ln: bool = True,
+        normalize: bool = False,
+        vocab: Sequence[int] | Int[Tensor, "v"] | None = None,
+        return_type: ReturnType = "log_probs",
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        direction: Literal["gradient", "descent"] = "gradient",
+        chunk_size: int = 64,
+    ) -> Readout:
+        """Read any vectors of width ``d_model``, such as steering vectors or an edit's.
+
+        Args:
+            vectors: What to read; the first axis is that of ``labels``.
+            labels: What the entries are. Default: their numbers.
+            targets: Tokens whose ranks and values to keep, one or several.
+            lens: A translator, as in :meth:`__call__`; it gets the layer of a label such as
+                ``3_pre``, and None for others.
+            apply_ln: As in :meth:`__call__`.
+            normalize: The same.
+            vocab: The same.
+            return_type: The same.
+            top_k: The same.
+            bottom_k: The same.
+            direction: The same.
+            chunk_size: The same.
+
+        Raises:
+            ValueError: When the vectors have another width, and as :meth:`__call__`.
+        """
+        options = self._options(
+            apply_ln, normalize, lens, vocab, return_type, top_k, bottom_k, direction, chunk_size
+        )
+        d_model = self.model.cfg.d_model
+        if vectors.ndim < 2 or vectors.shape[-1] != d_model:
+            raise ValueError(f"vectors must be [entry, ..., {d_model}], got {list(vectors.shape)}")
+        labels = [str(i) for i in range(len(vectors))] if labels is None else list(labels)
+        if len(labels) != len(vectors):
+            raise ValueError(f"{len(labels)} labels are given for {len(vectors)} entries")
+        shared = self._shared_targets([] if targets is None else targets)
+        return self._read("vectors", labels, vectors, shared, options)
+
+    def singular_vectors(
+        self, cache: BackwardCache, weight: str, layer: int, k: int = 1, **options: Any
+    ) -> Readout:
+        """The singular vectors on the residual side of a weight's gradient.
+
+        Left ones of what reads the residual stream, right ones of what writes to it, the largest
+        singular value first. A singular vector has no sign of its own: the top and the bottom of
+        its readout may change places.
+
+        Args:
+            cache: From :func:`run_with_backward_cache`.
+            weight: The kind of weight.
+            layer: Its layer.
+            k: How many.
+            options: As in :meth:`read`.
+        """
+        (site,) = weight_sites(self.model, weight, layer)
+        U, S, Vh = cache[site.name].svd()
+        if not 1 <= k <= len(S):
+            raise ValueError(f"k must be in [1, {len(S)}], got {k}")
+        vectors = U.mT[:k] if weight in READ_BY_INPUT else Vh[:k]
+        return self.read(vectors, [f"{site.name} singular {i}" for i in range(k)], **options)
+
+    def neurons(
+        self, cache: BackwardCache, weight: str, layer: int, neurons: Sequence[int], **options: Any
+    ) -> Readout:
+        """Single neurons of a weight's gradient, each a vector of the residual side (Eq 9, 10).
+
+        Columns of the gradient of what reads the residual stream, ``sum_i x_i delta_i[j]``, and
+        rows of what writes to it, ``sum_i x_i[j] delta_i``.
+
+        Args:
+            cache: From :func:`run_with_backward_cache`.
+            weight: The kind of weight.
+            layer: Its layer.
+            neurons: The indices ``j``.
+            options: As in :meth:`read`.
+
+        Raises:
+            ValueError: When a neuron does not exist, and as :meth:`read`.
+        """
+        (site,) = weight_sites(self.model, weight, layer)
+        g = cache[site.name]
+        g = g if weight in READ_BY_INPUT else g.T
+        wrong = [j for j in neurons if not 0 <= j < g.shape[1]]
+        if wrong:
+            raise ValueError(f"neurons={wrong}: {weight} has neurons 0 to {g.shape[1] - 1}")
+        one_hot = torch.zeros(g.shape[1], len(neurons), device=g.vjps.device)
+        one_hot[list(neurons), range(len(neurons))] = 1
+        labels = [f"{site.name} neuron {j}" for j in neurons]
+        return self.read((g @ one_hot).mT, labels, **options)
+
+    def _options(
+        self,
+        apply_ln: bool,
+        normalize: bool,
+        lens: Translator | None,
+        vocab: Sequence[int] | Int[Tensor, "v"] | None,
+        return_type: ReturnType,
+        top_k: int | None,
+        bottom_k: int | None,
+        direction: Literal["gradient", "descent"],
+        chunk_size: int,
+    ) -> _Options:
+        d_vocab = int(self.model.cfg.d_vocab)
+        if vocab is not None and (top_k is not None or bottom_k is not None):
+            raise ValueError("pass vocab, or top_k and bottom_k, not both")
+        ids = torch.as_tensor([] if vocab is None else vocab, dtype=torch.long)
+        if vocab is not None and (
+            not len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab
+        ):
+            raise ValueError(f"vocab must hold token ids in [0, {d_vocab - 1}], got {vocab!r}")
+        top = (TOP_K if vocab is None else 0) if top_k is None else top_k
+        bottom = top if bottom_k is None else bottom_k
+        for name, k, least in (("top_k", top, top_k is not None), ("bottom_k", bottom, False)):
+            if not int(least) <= k <= d_vocab:
+                raise ValueError(f"{name} must be in [1, {d_vocab}], the vocabulary, got {k}")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if return_type not in VALUE_COLUMNS:
+            raise ValueError(
+                f"return_type must be 'logits', 'log_probs' or 'probs', got {return_type!r}"
+            )
+        if direction not in ("gradient", "descent"):
+            raise ValueError(f"direction must be 'gradient' or 'descent', got {direction!r}")
+        return _Options(
+            apply_ln, normalize, lens, ids, return_type, top, bottom, direction, chunk_size
+        )
+
+    def _require_same_model(self, cache: BackwardCache) -> None:
+        sites = {site.name: site for site in weight_sites(self.model)}
+        for name, g in cache.items():
+            if name not in sites or g.shape != (sites[name].d_in, sites[name].d_out):
+                raise ValueError(
+                    f"cache is of another model: its {name} is {g.shape}, which this one has not"
+                )
+
+    def _names(
+        self, cache: BackwardCache, kind: str, layers: int | Iterable[int] | None
+    ) -> list[str]:
+        """The captured sites of one kind; of a cache, in the layers that are asked for."""
+        wanted = [site.name for site in weight_sites(self.model, kind, layers)]
+        names = [name for name in wanted if name in cache]
+        if not names:
+            raise ValueError(f"weights={kind!r} is not in the cache, in layers={layers!r}")
+        return names
+
+    def _targets(self, targets: Any, texts: _Texts) -> _Targets:
+        if targets is None and texts.first_targets is not None:
+            first = texts.first_targets
+            return _Targets(first, first.reshape(*first.shape, 1, 1), several=False)
+        if isinstance(targets, Tensor) and targets.ndim:
+            return _Targets(targets.cpu(), targets.cpu().unsqueeze(-1), several=False)
+        return self._shared_targets([] if targets is None else targets)
+
+    def _shared_targets(self, targets: Any) -> _Targets:
+        if isinstance(targets, str | int | Tensor):
+            (one,) = single_token_ids(self.model, "targets", targets, None)
+            return _Targets(one, one.reshape(1), several=False)
+        ids = [single_token_ids(self.model, "targets", one, None) for one in targets]
+        every = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.long)
+        return _Targets(every, every, several=True)
+
+    def _strings(self, ids: Any) -> Any:
+        if isinstance(ids, int):
+            return decode_each(self.model, [ids])[0]
+        return [self._strings(inner) for inner in ids]
 
     def _read(
         self,
         kind: str,
-        cache: BackwardCache,
-        target: int,
-        vjps: Literal["residual", "output"],
-        top_k: int,
-        normalize: bool,
-        chunk_size: int,
-    ) -> WeightReadout:
-        names = [name for name in cache if name.endswith(f".{kind}")]
-        if kind in READ_BY_INPUT:
-            read_from = [cache[name].inputs for name in names]
-        elif vjps == "residual":
-            read_from = [cache.residual_vjps(name) for name in names]
-        else:
-            read_from = [cache[name].vjps for name in names]
-        vectors = torch.stack([rows.to(read_from[0].device) for rows in read_from])
+        labels: list[str],
+        vectors: Float[Tensor, "entry *lead d_model"],
+        targets: _Targets,
+        options: _Options,
+    ) -> Readout:
+        layers = [_layer_of(label) for label in labels]
         norms = vectors.norm(dim=-1)
         zero_mask = norms == 0
+        if options.lens is not None:
+            vectors = torch.stack(
+                [options.lens(of, layer) for of, layer in zip(vectors, layers, strict=True)]
+            )
+        try:
+            ids = targets.per_row.expand(*vectors.shape[:-1], -1)
+        except RuntimeError as error:
+            raise ValueError(
+                f"targets of shape {list(targets.shown.shape)} do not fit to the rows, "
+                f"{list(vectors.shape[1:-1])}"
+            ) from error
         rows = vectors[~zero_mask]
-        if normalize:
-            rows = rows / norms[~zero_mask].unsqueeze(-1)
+        if options.normalize:
+            rows = rows / rows.norm(dim=-1, keepdim=True)
         read = read_vocabulary(
-            rows, partial(unembed, self.model), target, top_k=top_k, chunk_size=chunk_size
+            rows,
+            partial(unembed, self.model, apply_ln=options.apply_ln),
+            ids[~zero_mask.cpu()],
+            top_k=options.top_k,
+            bottom_k=options.bottom_k,
+            vocab=options.vocab,
+            return_type=options.return_type,
+            chunk_size=options.chunk_size,
         )
+        if options.direction == "descent" and kind not in READ_FORWARD:
+            read = read.reversed(int(self.model.cfg.d_vocab))
 
         def scatter(values: Tensor) -> Tensor:
             empty = torch.nan if values.is_floating_point() else -1
             whole = values.new_full((*zero_mask.shape, *values.shape[1:]), empty)
-            whole[~zero_mask] = values
+            whole[zero_mask.logical_not().to(values.device)] = values
             return whole.cpu()
 
-        ids = torch.cat([read.top_ids, read.bottom_ids]).unique().tolist()
-        return WeightReadout(
+        def of_targets(values: Tensor) -> Tensor:
+            return scatter(values) if targets.several else scatter(values.squeeze(-1))
+
+        kept = torch.cat([x.flatten() for x in (read.top_ids, read.bottom_ids)]).unique().tolist()
+        return Readout(
             kind=kind,
-            layers=[int(name.split(".")[1]) for name in names],
+            labels=labels,
+            layers=layers,
             top_ids=scatter(read.top_ids),
             top_values=scatter(read.top_values),
             bottom_ids=scatter(read.bottom_ids),
             bottom_values=scatter(read.bottom_values),
-            target_ranks=scatter(read.target_ranks),
+            target_ranks=of_targets(read.target_ranks),
+            target_values=of_targets(read.target_values),
+            vocab_values=scatter(read.vocab_values),
+            entropy=scatter(read.entropy),
             norms=norms.cpu(),
-            vjp_norms=torch.stack([cache[name].vjps.norm(dim=-1).cpu() for name in names]),
+            vjp_norms=norms.cpu(),
             zero_mask=zero_mask.cpu(),
-            vocabulary=dict(zip(ids, decode_each(self.model, ids), strict=True)),
+            vocabulary=dict(zip(kept, decode_each(self.model, kept), strict=True)),
         )
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Whose ranks are wanted: as the result shows them, and for every row."""
+
+    shown: Int[Tensor, "..."]
+    per_row: Int[Tensor, "... t"]
+    several: bool
+
+
+class _Texts:
+    """The prompts and positions of a cache that are read."""
+
+    def __init__(self, cache: BackwardCache, batch_slice: SliceInput, positions: Positions) -> None:
+        batched = isinstance(cache.tokens, list)
+        if batch_slice is not None and not batched:
+            raise ValueError("batch_slice selects from several prompts, but there is only one")
+        every = cache.positions if isinstance(cache.positions, list) else [cache.positions]
+        self._lengths = [len(of_text) for of_text in every]
+        self._chosen = selected(batch_slice, len(every), "batch_slice", "this batch").tolist()
+        self._kept = [kept_positions(positions, self._lengths[b], b) for b in self._chosen]
+        self._single = not batched or isinstance(batch_slice, int)
+        self.positions = [every[b][kept] for b, kept in zip(self._chosen, self._kept, strict=True)]
+        self.str_tokens = [
+            cache.str_tokens[b] if batched else cache.str_tokens for b in self._chosen
+        ]
+        self.loss = self.whole(cache.loss.reshape(-1)[self._chosen])
+        ids = cache.target_ids.reshape(len(every), -1)
+        self.first_targets = self.whole(ids[self._chosen, 0]) if ids.shape[1] else None
+
+    def whole(self, each: Any) -> Any:
+        """What there is for each prompt, or that of the only one."""
+        return each[0] if self._single else each
+
+    def rows(self, tensor: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*chosen pos d"]:
+        """The rows that are read, filled up with zeros behind the end of shorter texts."""
+        if tensor.ndim == 3:
+            texts: Sequence[Tensor] = tensor.unbind(0)
+        elif len(tensor) == sum(self._lengths):
+            texts = tensor.split(self._lengths)
+        else:
+            raise NotImplementedError(
+                "the lens reads weights that are used once in a forward pass, and the blocks of "
+                "this model run several times"
+            )
+        chosen = [texts[b][kept] for b, kept in zip(self._chosen, self._kept, strict=True)]
+        return chosen[0] if self._single else pad_sequence(chosen, batch_first=True)
+
+
+def _residual_side(
+    cache: BackwardCache, name: str, vjps: Literal["residual", "output"]
+) -> Float[Tensor, "*batch n d_model"]:
+    """What a weight is read by."""
+    if name.rpartition(".")[2] in READ_BY_INPUT:
+        return cache[name].inputs
+    return cache.residual_vjps(name) if vjps == "residual" else cache[name].vjps
+
+
+def _parts_of_residual(cache: BackwardCache, which: str, incl_mid: bool) -> dict[str, Tensor]:
+    if which == "accumulated":
+        return cache.residual.accumulated(None, incl_mid, mlp_input=False)
+    if which == "decomposed":
+        return cache.residual.decomposed(None, mlp_input=False, mode="all", incl_embeds=True)
+    return cache.residual.by_head(None, incl_remainder=False)
+
+
+def _layer_of(label: str) -> int | None:
+    """The layer in a site's name or in a label such as ``3_pre``, ``3_mlp_out`` or ``L3H0``."""
+    found = re.match(r"blocks\.(\d+)\.|(\d+)_|L(\d+)H", label)
+    return int(next(filter(None, found.groups()))) if found else None

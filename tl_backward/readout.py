@@ -3,41 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+BLOCK = 64
+UNDERFLOW = -80.0
+"""Exponents below it add nothing to a sum, and their exponentials are slow, subnormal numbers."""
+ReturnType: TypeAlias = Literal["logits", "log_probs", "probs"]
+
 
 @dataclass(frozen=True, eq=False)
 class VocabularyReadout:
     """The two ends of each vector's logit lens, and where the targets stand between them.
 
+    Values are what was asked for: logits, log-probabilities or probabilities.
+
     Attributes:
-        top_ids: The ``k`` most probable tokens, most probable first.
-        top_values: Their log-probabilities, in nats.
-        bottom_ids: The ``k`` least probable tokens, least probable first.
-        bottom_values: Their log-probabilities, in nats.
-        target_ranks: How many tokens are more probable than the target: 0 is the most probable,
+        top_ids: The ``top_k`` most probable tokens, most probable first.
+        top_values: Their values.
+        bottom_ids: The ``bottom_k`` least probable tokens, least probable first.
+        bottom_values: Their values.
+        target_ranks: How many tokens are more probable than each target: 0 is the most probable,
             ``d_vocab - 1`` the least; ties share the smaller rank.
+        target_values: The values of the targets.
+        vocab_values: The values of the tokens in ``vocab``.
+        entropy: Entropy of the distribution over the whole vocabulary, in nats.
     """
 
-    top_ids: Int[Tensor, "rows k"]
-    top_values: Float[Tensor, "rows k"]
-    bottom_ids: Int[Tensor, "rows k"]
-    bottom_values: Float[Tensor, "rows k"]
-    target_ranks: Int[Tensor, "rows"]
+    top_ids: Int[Tensor, "rows top_k"]
+    top_values: Float[Tensor, "rows top_k"]
+    bottom_ids: Int[Tensor, "rows bottom_k"]
+    bottom_values: Float[Tensor, "rows bottom_k"]
+    target_ranks: Int[Tensor, "rows t"]
+    target_values: Float[Tensor, "rows t"]
+    vocab_values: Float[Tensor, "rows v"]
+    entropy: Float[Tensor, "rows"]
+
+    def reversed(self, d_vocab: int) -> VocabularyReadout:
+        """The same readout with its ends and the direction of the ranks exchanged."""
+        return replace(
+            self,
+            top_ids=self.bottom_ids,
+            top_values=self.bottom_values,
+            bottom_ids=self.top_ids,
+            bottom_values=self.top_values,
+            target_ranks=d_vocab - 1 - self.target_ranks,
+        )
 
 
 @torch.no_grad()
 def read_vocabulary(
     vectors: Float[Tensor, "rows d_model"],
     unembed: Callable[[Float[Tensor, "chunk d_model"]], Float[Tensor, "chunk d_vocab"]],
-    target: int,
+    targets: Int[Tensor, "rows t"],
     *,
     top_k: int,
+    bottom_k: int,
+    vocab: Int[Tensor, "v"] | None = None,
+    return_type: ReturnType = "log_probs",
     chunk_size: int = 64,
 ) -> VocabularyReadout:
     """Read vectors by the logit lens ``softmax(unembed(v))`` (Eq 7), ``chunk_size`` rows at a time.
@@ -46,18 +74,67 @@ def read_vocabulary(
     longer than two seconds.
     """
     chunks = []
-    for rows in tqdm(vectors.split(chunk_size), desc="reading", delay=2, leave=False):
-        logits = unembed(rows)
+    rows = zip(vectors.split(chunk_size), targets.split(chunk_size), strict=True)
+    n_chunks = -(-len(vectors) // chunk_size)
+    for part, wanted in tqdm(rows, desc="reading", total=n_chunks, delay=2, leave=False):
+        logits = unembed(part)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_total = logits.logsumexp(-1, keepdim=True)
-        top, bottom = logits.topk(top_k), logits.topk(top_k, largest=False)
+        log_total, entropy = _log_total_and_entropy(logits)
+
+        def value(chosen: Tensor, log_total: Tensor = log_total) -> Tensor:
+            if return_type == "logits":
+                return chosen
+            return chosen - log_total if return_type == "log_probs" else (chosen - log_total).exp()
+
+        top, top_ids = _outermost(logits, top_k, largest=True)
+        bottom, bottom_ids = _outermost(logits, bottom_k, largest=False)
+        of_targets = logits.gather(-1, wanted.to(logits.device))
+        ranks = [(logits > one.unsqueeze(-1)).sum(-1) for one in of_targets.unbind(-1)]
         chunks.append(
             (
-                top.indices,
-                top.values - log_total,
-                bottom.indices,
-                bottom.values - log_total,
-                (logits > logits[:, target, None]).sum(-1),
+                top_ids,
+                value(top),
+                bottom_ids,
+                value(bottom),
+                torch.stack(ranks, -1) if ranks else wanted.to(logits.device),
+                value(of_targets),
+                value(logits[:, [] if vocab is None else vocab.to(logits.device)]),
+                entropy,
             )
         )
     return VocabularyReadout(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def _log_total_and_entropy(
+    logits: Float[Tensor, "rows d_vocab"],
+) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows"]]:
+    """The logarithm of the softmax's denominator, and the entropy in nats."""
+    largest = logits.amax(-1, keepdim=True)
+    exponentials = torch.sub(logits, largest)
+    exponentials.clamp_(min=UNDERFLOW).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    log_total = largest + total.log()
+    mean = torch.linalg.vecdot(exponentials, logits).unsqueeze(-1) / total
+    return log_total, (log_total - mean).squeeze(-1)
+
+
+def _outermost(
+    logits: Float[Tensor, "rows d_vocab"], k: int, largest: bool
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """The k outermost values and where they are, the outermost first.
+
+    They lie in those k blocks of columns whose own outermost values are the outermost, or in the
+    columns behind the last whole block: several times faster than ``topk`` over the vocabulary.
+    """
+    n_rows, n_blocks = len(logits), logits.shape[1] // BLOCK
+    if k == 0 or k >= n_blocks:
+        return logits.topk(k, largest=largest)
+    in_blocks = n_blocks * BLOCK
+    blocks = logits[:, :in_blocks].unflatten(1, (n_blocks, BLOCK))
+    of_blocks = blocks.amax(-1) if largest else blocks.amin(-1)
+    chosen = of_blocks.topk(k, largest=largest).indices
+    columns = (chosen.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
+    behind = torch.arange(in_blocks, logits.shape[1], device=logits.device)
+    columns = torch.cat([columns, behind.expand(n_rows, -1)], dim=1)
+    values, where = logits.gather(1, columns).topk(k, largest=largest)
+    return values, columns.gather(1, where)

@@ -50,11 +50,12 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         self._hooks.close()
 
-    def keep_value(self, tap: Tap, key: Hashable) -> None:
-        """Keep the tensor that passes the tap."""
+    def keep_value(self, tap: Tap, key: Hashable, copy: bool = False) -> None:
+        """Keep the tensor that passes the tap, or a copy where the model may change it later."""
 
         def see(x: Tensor) -> None:
-            self._values[key].append(_Value(x.detach(), x._version))
+            value = x.detach().clone() if copy else x.detach()
+            self._values[key].append(_Value(value, value._version))
 
         self._hooks.callback(_hook(tap, see).remove)
 

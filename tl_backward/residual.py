@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 SliceInput: TypeAlias = int | slice | tuple[int, ...] | list[int] | Tensor | None
 Stack: TypeAlias = Float[Tensor, "component *batch_and_pos d_model"]
-WRITERS = ("hook_embed", "hook_mlp_out")
-"""The HookPoints of what is added to the stream whole; attention is kept by head."""
+NODES = ("hook_embed", "hook_mlp_out", "hook_z")
+"""The HookPoints of what is added to the stream; at ``hook_z`` attention is kept by head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Residual:
         lengths: Rows of each example of a batch whose examples differ in it; else None.
         vjps: VJPs at ``hook_embed``, at the residual stream before, in the middle of and after
             blocks, at ``hook_mlp_out`` and at ``attn.hook_z`` (heads side by side).
-        activations: Activations at ``hook_embed``, ``hook_mlp_out`` and ``attn.hook_z``.
+        activations: Activations at the same places, but for the middle of blocks.
         attention: By layer, what attention adds to the VJP in a block where the MLP is parallel
             to it.
         heads: By layer, what each attention head adds to the VJP.
@@ -68,6 +68,16 @@ class Residual:
             points[f"{block}_pre" if block < self.n_layers else "final_post"] = self._before(block)
             if (incl_mid and block < layer) or (mlp_input and block == layer):
                 points[f"{block}_mid"] = self._at(f"blocks.{block}.hook_resid_mid")
+        return points
+
+    def forward_stream(self) -> dict[str, Tensor]:
+        """The activations at the points of ``accumulated_resid`` that were captured, by label."""
+        points = {}
+        for block in range(self.n_layers + 1):
+            name = self._name_before(block)
+            if name in self.activations:
+                label = f"{block}_pre" if block < self.n_layers else "final_post"
+                points[label] = self.activations[name]
         return points
 
     def decomposed(
@@ -119,8 +129,11 @@ class Residual:
 
     def _before(self, block: int) -> Tensor:
         """The VJP where layer ``block`` begins; behind the last one, where the stream ends."""
+        return self._at(self._name_before(block))
+
+    def _name_before(self, block: int) -> str:
         last = f"blocks.{self.n_layers - 1}.hook_resid_post"
-        return self._at(last if block == self.n_layers else f"blocks.{block}.hook_resid_pre")
+        return last if block == self.n_layers else f"blocks.{block}.hook_resid_pre"
 
     def _at(self, name: str) -> Tensor:
         if name not in self.vjps:
@@ -164,6 +177,8 @@ def attribution(clean: Residual, corrupt: Residual, positions: list[list[int]]) 
     nodes = [(b, position) for b, of_text in enumerate(positions) for position in of_text]
     lines = []
     for name in corrupt.activations.keys() & corrupt.vjps.keys() & clean.activations.keys():
+        if not name.endswith(NODES):
+            continue
         kind, n_heads = _node(name, corrupt.n_heads)
         product = (clean.activations[name] - corrupt.activations[name]) * corrupt.vjps[name]
         scores = product.unflatten(-1, (n_heads or 1, -1)).sum(-1).reshape(len(nodes), -1)
@@ -199,8 +214,8 @@ def watch_residual(recorder: Recorder, model: Model, after: int | None, per_head
             continue
         middle = name.endswith("hook_resid_mid")
         recorder.keep_place(Tap(point, "input"), name, on_a_branch=middle)
-        if name.endswith(WRITERS):
-            recorder.keep_value(Tap(point, "output"), name)
+        if not middle:
+            recorder.keep_value(Tap(point, "output"), name, copy=not name.endswith(NODES))
     z_of_layer = {}
     for site in attention_outputs(model):
         if site.layer is not None and site.layer >= first:
@@ -240,7 +255,7 @@ def residual_from(
         activations={
             name: rows.of(recorder.values(name))
             for name in once
-            if name.endswith((*WRITERS, "hook_z"))
+            if not name.endswith("hook_resid_mid")
         },
         attention={
             block: rows.of([_through(recorder, block, z, once[z][0])])

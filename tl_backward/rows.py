@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+Positions: TypeAlias = int | slice | tuple[int, ...] | Sequence[int] | Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,3 +59,34 @@ def of_example(
     if lengths is None:
         return tensor.select(-3, b)
     return tensor.split(lengths, dim=-2)[b]
+
+
+def kept_positions(positions: Positions, n: int, example: int | None) -> Int[Tensor, "n"]:
+    """The indices that an index, slice or list of positions selects from ``n`` tokens."""
+    return selected(
+        positions, n, "positions", "this prompt" if example is None else f"prompt {example}"
+    )
+
+
+def selected(index: Positions, n: int, argument: str, of: str) -> Int[Tensor, "n"]:
+    """The indices that an argument of TransformerLens's ``Slice`` selects from ``n`` of something.
+
+    Raises:
+        ValueError: When it selects something that is not there, or nothing.
+    """
+    if index is None:
+        return torch.arange(n)
+    try:
+        kept = torch.arange(n)[_indexing(index)]
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"{argument}={index!r}: {of} has positions 0 to {n - 1}") from error
+    if not len(kept):
+        raise ValueError(f"{argument}={index!r} selects none of the {n} positions of {of}")
+    return kept
+
+
+def _indexing(index: Any) -> Any:
+    """An index that keeps its axis; a tuple is a slice."""
+    if isinstance(index, tuple):
+        return slice(*index)
+    return [index] if isinstance(index, int) else index

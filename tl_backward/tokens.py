@@ -143,7 +143,8 @@ def padding_side_of(model: Any, padding_side: str | None) -> Literal["left", "ri
 
 def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
     """Every token by itself as a string; a model without tokenizer gives its number."""
-    if model.tokenizer is None:
+    ids = list(ids)
+    if model.tokenizer is None or not ids:
         return [str(i) for i in ids]
     return model.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
 

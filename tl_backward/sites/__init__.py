@@ -35,6 +35,7 @@ __all__ = [
     "attached_hook_points",
     "attention_outputs",
     "coverage",
+    "final_norm",
     "left_padding_obstacle",
     "remove_hook_points",
     "residual_points",
@@ -136,9 +137,18 @@ def attached_hook_points(model: Model) -> AbstractContextManager[None]:
     return _backend(model).attached_hook_points(model)
 
 
-def unembed(model: Model, vectors: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
+def final_norm(
+    model: Model, vectors: Float[Tensor, "rows d_model"]
+) -> Float[Tensor, "rows d_model"]:
+    """Vectors through the model's own final norm, its statistics computed anew."""
+    return _backend(model).final_norm(model, vectors)
+
+
+def unembed(
+    model: Model, vectors: Float[Tensor, "rows d_model"], apply_ln: bool = True
+) -> Float[Tensor, "rows d_vocab"]:
     """Vectors through the model's own final norm and unembedding (Eq 7, before the softmax)."""
-    return _backend(model).unembed(model, vectors)
+    return _backend(model).unembed(model, vectors, apply_ln)
 
 
 def _backend(model: Model) -> ModuleType:

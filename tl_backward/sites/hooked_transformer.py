@@ -140,12 +140,23 @@ def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
     return model.named_modules()
 
 
-def unembed(model: Model, vectors: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
+def final_norm(
+    model: Model, vectors: Float[Tensor, "rows d_model"]
+) -> Float[Tensor, "rows d_model"]:
+    """The final norm; nothing, if the model has none."""
+    if model.cfg.normalization_type is None:
+        return vectors
+    return model.ln_final(vectors.unsqueeze(0)).squeeze(0)
+
+
+def unembed(
+    model: Model, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
+) -> Float[Tensor, "rows d_vocab"]:
     """Final norm, unembedding and the soft cap of the logits, if the model has one."""
     W_U, cap = model.unembed.W_U, model.cfg.output_logits_soft_cap
     vectors = vectors.to(device=W_U.device, dtype=W_U.dtype)
-    if model.cfg.normalization_type is not None:
-        vectors = model.ln_final(vectors.unsqueeze(0)).squeeze(0)
+    if apply_ln:
+        vectors = final_norm(model, vectors)
     logits = vectors @ W_U + model.unembed.b_U
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 

@@ -68,6 +68,8 @@ class WeightSite:
     hook_residual: str | None = None
     residual_tap: Callable[[], Tap] | None = field(repr=False, default=None)
     """Where ``y`` is read behind the post-norm."""
+    hook_out_scale: float = field(repr=False, default=1.0)
+    """What the hooks of ``hook_out`` see is this many times ``y`` (not 1 for Granite's W_E)."""
     tied_to: tuple[str, ...] = ()
 
     @property

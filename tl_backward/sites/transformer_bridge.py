@@ -108,6 +108,7 @@ def _lookup(kind: str, path: str, component: Any) -> WeightSite | Obstacle:
         read_parameter=lambda: module.weight,
         layout=unchanged,
         encode=partial(_one_hot, module),
+        hook_out_scale=getattr(component, "_output_contribution_scale", 1.0),
     )
 
 
@@ -337,10 +338,21 @@ def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
     yield from model.original_model.named_modules()
 
 
-def unembed(model: Model, vectors: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
+def final_norm(
+    model: Model, vectors: Float[Tensor, "rows d_model"]
+) -> Float[Tensor, "rows d_model"]:
+    """The final norm; nothing, if the model has none."""
+    if model.cfg.normalization_type is None:
+        return vectors
+    return model.ln_final(vectors.unsqueeze(0)).squeeze(0)
+
+
+def unembed(
+    model: Model, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
+) -> Float[Tensor, "rows d_vocab"]:
     """Final norm, unembedding and output transform, as ``logit_readout`` of TL 4.3 applies them."""
     W_U = model.W_U
     vectors = vectors.to(device=W_U.device, dtype=W_U.dtype)
-    if model.cfg.normalization_type is not None:
-        vectors = model.ln_final(vectors.unsqueeze(0)).squeeze(0)
+    if apply_ln:
+        vectors = final_norm(model, vectors)
     return model.adapter.apply_output_logits_transform(vectors @ W_U + model.b_U)

@@ -1,0 +1,340 @@
+"""Everything the lens can read, and every way to read it, on each model class.
+
+The reference is the model's own final norm and unembedding, sorted whole.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CLASSES, MODELS
+
+import tl_backward as tlb
+from tl_backward import lens as lens_module
+
+PROMPT, TARGET = [3, 17, 3, 9, 8], 11
+BATCH, TARGETS = [[3, 17, 3, 9, 8], [6, 2], [12, 1, 20, 6, 9, 4, 13]], [11, 4, 7]
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+@pytest.fixture(params=MODELS)
+def model(models, request):
+    return models(request.param)
+
+
+@pytest.fixture
+def lens(model):
+    return tlb.BackwardLogitLens(model)
+
+
+def captured(model, prompt=PROMPT, target=TARGET, **arguments):
+    return tlb.run_with_backward_cache(model, prompt, target, **arguments)[1]
+
+
+@torch.no_grad()
+def logits_of(model, vectors, apply_ln=True):
+    flat = vectors.flatten(0, -2).unsqueeze(0)
+    logits = model.unembed(model.ln_final(flat) if apply_ln else flat)
+    return logits.reshape(*vectors.shape[:-1], -1)
+
+
+def require_read(readout, logits, k=10):
+    """The readout's rows are those of the logits, but for its zero rows."""
+    assert readout.top_ids.shape == (*logits.shape[:-1], k)
+    seen = ~readout.zero_mask
+    logits = logits[seen]
+    log_probs = logits.log_softmax(-1)
+    values, ids = log_probs.sort(-1, descending=True)
+    assert torch.equal(readout.top_ids[seen], ids[:, :k])
+    assert torch.equal(readout.bottom_ids[seen], ids.flip(-1)[:, :k])
+    torch.testing.assert_close(readout.top_values[seen], values[:, :k], **CLOSE)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(readout.entropy[seen], entropy, **CLOSE)
+
+
+# ----- what is read -----
+
+
+@pytest.mark.parametrize("weight", ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"])
+def test_every_weight_by_its_residual_side(model, lens, weight):
+    if weight == "W_gate" and not tlb.coverage(model).site.str.endswith("W_gate").any():
+        pytest.skip("this model has no gate")
+    cache = captured(model, weights=weight)
+    side = "vjps" if weight in ("W_O", "W_out") else "inputs"
+    vectors = torch.stack([getattr(g, side) for g in cache.values()])
+    readout = lens(PROMPT, TARGET, weights=weight)[weight]
+    require_read(readout, logits_of(model, vectors))
+    assert readout.labels == list(cache)
+
+
+@pytest.mark.parametrize("incl_mid", [False, True])
+def test_accumulated_vjps(model, lens, incl_mid):
+    cache = captured(model)
+    stack, labels = cache.accumulated_vjps(incl_mid=incl_mid, return_labels=True)
+    result = lens(PROMPT, TARGET, weights=(), residual="accumulated", incl_mid=incl_mid)
+    readout = result["accumulated"]
+    require_read(readout, logits_of(model, stack))
+    assert readout.labels == labels
+    assert readout.layers[0] == 0 and readout.layers[-1] is None
+    torch.testing.assert_close(readout.norms, stack.norm(dim=-1))
+
+
+def test_decomposed_vjps_and_heads(model, lens):
+    cache = captured(model, per_head=True)
+    parts, labels = cache.decompose_vjps(return_labels=True)
+    heads, head_labels = cache.stack_head_vjps(return_labels=True)
+    result = lens(cache=cache, weights=(), residual="decomposed")
+    require_read(result["decomposed"], logits_of(model, parts))
+    assert result["decomposed"].labels == labels
+    readout = lens(PROMPT, TARGET, weights=(), residual="heads")["heads"]
+    require_read(readout, logits_of(model, heads))
+    assert readout.labels == head_labels and readout.layers[-1] == model.cfg.n_layers - 1
+
+
+@pytest.mark.parametrize("weight", ["W_V", "W_out"])
+def test_singular_vectors_are_those_of_the_dense_gradient(model, lens, weight):
+    cache = captured(model, weights=weight, layers=1)
+    U, _, Vh = torch.linalg.svd(cache[weight, 1].dense())
+    expected = (U.mT if weight == "W_V" else Vh)[:2]
+    readout = lens.singular_vectors(cache, weight, 1, k=2)
+    for i, vector in enumerate(expected):
+        either = [logits_of(model, sign * vector[None]).argmax().item() for sign in (1, -1)]
+        assert readout.top_ids[i, 0].item() in either
+    (name,) = cache
+    assert readout.labels == [f"{name} singular 0", f"{name} singular 1"]
+    assert readout.layers == [1, 1]
+
+
+@pytest.mark.parametrize(("weight", "neurons"), [("W_in", [7, 0]), ("W_out", [43, 5])])
+def test_neurons_are_those_of_the_dense_gradient(model, lens, weight, neurons):
+    cache = captured(model, weights=weight, layers=1)
+    dense = cache[weight, 1].dense()
+    vectors = dense[:, neurons].mT if weight == "W_in" else dense[neurons]
+    readout = lens.neurons(cache, weight, 1, neurons)
+    require_read(readout, logits_of(model, vectors))
+    torch.testing.assert_close(readout.norms, vectors.norm(dim=-1))
+
+
+def test_any_vectors(model, lens):
+    vectors = torch.randn(2, 3, model.cfg.d_model, dtype=model.cfg.dtype)
+    readout = lens.read(vectors, ["steer", "3_pre"], targets=[4, 1])
+    require_read(readout, logits_of(model, vectors))
+    log_probs = logits_of(model, vectors).log_softmax(-1)
+    torch.testing.assert_close(readout.target_values, log_probs[..., [4, 1]], **CLOSE)
+    assert readout.layers == [None, 3]
+
+
+def test_vectors_that_several_weights_share_are_read_once(model, monkeypatch):
+    rows = []
+    kernel = lens_module.read_vocabulary
+    monkeypatch.setattr(
+        lens_module,
+        "read_vocabulary",
+        lambda vectors, *rest, **options: (
+            rows.append(len(vectors)) or kernel(vectors, *rest, **options)
+        ),
+    )
+    result = tlb.BackwardLogitLens(model)(PROMPT, TARGET, weights=("W_Q", "W_K", "W_V"))
+    assert rows == [model.cfg.n_layers * len(PROMPT)]
+    assert not torch.equal(result["W_Q"].vjp_norms, result["W_V"].vjp_norms)
+    assert result["W_K"].labels[0] == "blocks.0.attn.W_K"
+
+
+# ----- how it is read -----
+
+
+@pytest.mark.parametrize("return_type", ["logits", "log_probs", "probs"])
+@pytest.mark.parametrize("apply_ln", [True, False])
+def test_return_type_and_apply_ln(model, lens, return_type, apply_ln):
+    vectors = torch.stack([g.inputs for g in captured(model, weights="W_in").values()])
+    logits = logits_of(model, vectors, apply_ln)
+    values = {"logits": logits, "log_probs": logits.log_softmax(-1), "probs": logits.softmax(-1)}
+    result = lens(
+        PROMPT, TARGET, weights="W_in", return_type=return_type, apply_ln=apply_ln, top_k=3
+    )
+    readout = result["W_in"]
+    expected = values[return_type]
+    torch.testing.assert_close(readout.top_values, expected.topk(3).values, **CLOSE)
+    torch.testing.assert_close(readout.bottom_values, expected.sort(-1).values[..., :3], **CLOSE)
+    torch.testing.assert_close(readout.target_values, expected[..., TARGET], **CLOSE)
+    column = {"logits": "logit", "log_probs": "log_prob", "probs": "probability"}[return_type]
+    assert column in result.to_dataframe()
+
+
+def test_vocab_keeps_the_values_of_chosen_tokens(model, lens):
+    vectors = torch.stack([g.inputs for g in captured(model, weights="W_in").values()])
+    readout = lens(PROMPT, TARGET, weights="W_in", vocab=[9, 2, 30])["W_in"]
+    expected = logits_of(model, vectors).log_softmax(-1)[..., [9, 2, 30]]
+    torch.testing.assert_close(readout.vocab_values, expected, **CLOSE)
+    assert readout.top_ids.shape[-1] == readout.bottom_ids.shape[-1] == 0
+
+
+def test_bottom_k_apart_from_top_k(lens):
+    readout = lens(PROMPT, TARGET, top_k=4, bottom_k=2)["W_out"]
+    assert readout.top_ids.shape[-1] == 4 and readout.bottom_ids.shape[-1] == 2
+    none = lens(PROMPT, TARGET, top_k=4, bottom_k=0)["W_out"]
+    assert none.bottom_ids.shape[-1] == 0 and torch.equal(none.top_ids, readout.top_ids)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_targets(model, lens, normalize):
+    """One for all, several for every row, and one for each row, by counting in sorted logits."""
+    cache = captured(model, weights="W_in")
+    vectors = torch.stack([g.inputs for g in cache.values()])
+    if normalize:
+        vectors = vectors / vectors.norm(dim=-1, keepdim=True)
+    order = logits_of(model, vectors).argsort(-1, descending=True)
+
+    def ranks(ids):
+        return (order == ids.unsqueeze(-1)).int().argmax(-1)
+
+    def read(targets):
+        options = {"weights": "W_in", "targets": targets, "normalize": normalize}
+        return lens(cache=cache, **options)
+
+    assert torch.equal(read(7)["W_in"].target_ranks, ranks(torch.tensor(7)))
+    several = read([7, 30])
+    for i, token in enumerate((7, 30)):
+        expected = ranks(torch.tensor(token))
+        assert torch.equal(several["W_in"].target_ranks[..., i], expected)
+        assert torch.equal(several.rank_trajectory(token, weight="W_in"), expected)
+    with pytest.raises(ValueError, match="pass target="):
+        several.rank_trajectory(weight="W_in")
+    following = torch.tensor([*PROMPT[1:], TARGET])
+    assert torch.equal(read(following)["W_in"].target_ranks, ranks(following))
+    assert "target_rank" not in several.to_dataframe()
+
+
+def test_descent_reads_vjps_from_the_other_end(lens):
+    up, down = (lens(PROMPT, TARGET, direction=which) for which in ("gradient", "descent"))
+    assert torch.equal(up["W_out"].bottom_ids, down["W_out"].top_ids)
+    assert torch.equal(
+        up["W_out"].top_values.nan_to_num(), down["W_out"].bottom_values.nan_to_num()
+    )
+    seen = ~up["W_out"].zero_mask
+    ranks = up["W_out"].target_ranks[seen] + down["W_out"].target_ranks[seen]
+    assert ranks.unique().tolist() == [up.d_vocab - 1]
+    assert torch.equal(up["W_in"].top_ids, down["W_in"].top_ids)
+
+
+def test_a_translator_is_applied_before_the_norm(model, lens):
+    layers = []
+
+    def translator(vectors, layer):
+        layers.append(layer)
+        return vectors.roll(1, -1) + layer
+
+    stack = captured(model).accumulated_vjps()[:-1]
+    expected = torch.stack([vjps.roll(1, -1) + i for i, vjps in enumerate(stack)])
+    cache = captured(model)
+    result = lens(cache=cache, weights="W_in", residual="accumulated", lens=lambda v, layer: v)
+    assert torch.equal(result["W_in"].top_ids, lens(cache=cache)["W_in"].top_ids)
+    readout = lens.read(stack, ["0_pre", "1_pre", "2_pre"], lens=translator)
+    assert layers == [0, 1, 2]
+    require_read(readout, logits_of(model, expected))
+
+
+def test_positions_and_layers_of_a_cache(lens, model):
+    cache = captured(model)
+    whole = lens(cache=cache)
+    part = lens(cache=cache, positions=(1, 4), layers=[-1, 0], weights="W_in")
+    assert torch.equal(part["W_in"].top_ids, whole["W_in"].top_ids[[0, 2], 1:4])
+    assert part.positions.tolist() == [1, 2, 3] and part["W_in"].layers == [0, 2]
+    assert part.to_dataframe().position.unique().tolist() == [1, 2, 3]
+
+
+# ----- several prompts -----
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": "accumulated"}, {"positions": -1}])
+def test_each_prompt_of_a_batch_gets_what_it_gets_alone(model, lens, options):
+    batch = lens(BATCH, TARGETS, padding_side="right", **options)
+    for b, (prompt, target) in enumerate(zip(BATCH, TARGETS, strict=True)):
+        alone, one = lens(prompt, target, **options), batch.example(b)
+        assert one.str_tokens == alone.str_tokens and one.target == alone.target
+        assert torch.equal(one.positions, alone.positions)
+        torch.testing.assert_close(one.loss, alone.loss, **CLOSE)
+        for kind in alone:
+            assert torch.equal(one[kind].zero_mask, alone[kind].zero_mask)
+            torch.testing.assert_close(one[kind].norms, alone[kind].norms, **CLOSE)
+            torch.testing.assert_close(
+                one[kind].top_values, alone[kind].top_values, equal_nan=True, rtol=1e-4, atol=1e-4
+            )
+            same = (one[kind].target_ranks == alone[kind].target_ranks).double().mean()
+            assert same > 0.95  # float32 inside transformers may exchange neighbours
+    frame = batch.to_dataframe()
+    assert frame.example.unique().tolist() == [0, 1, 2]
+
+
+def test_batch_slice(lens):
+    whole = lens(BATCH, TARGETS, padding_side="right")
+    two = lens(BATCH, TARGETS, padding_side="right", batch_slice=[2, 0])
+    assert two.target == [whole.target[2], whole.target[0]]
+    assert torch.equal(two["W_in"].top_ids[:, 1, :5], whole["W_in"].top_ids[:, 0, :5])
+    one = lens(BATCH, TARGETS, padding_side="right", batch_slice=1)
+    assert one["W_in"].top_ids.shape[:2] == (3, 2)
+    assert torch.equal(one["W_in"].top_ids, whole["W_in"].top_ids[:, 1, :2])
+
+
+def test_a_target_of_several_tokens(lens, model):
+    result = lens(PROMPT, [11, 4, 7])
+    assert len(result.str_tokens) == len(PROMPT) + 2
+    assert result.target_ids == 11
+    cache = captured(model, target=[11, 4, 7])
+    torch.testing.assert_close(result["W_out"].norms[0], cache["W_out", 0].vjps.norm(dim=-1))
+
+
+def test_a_loss_instead_of_a_target(lens):
+    result = lens(PROMPT, loss_fn=tlb.logit_diff(4, 9), targets=[4, 9])
+    assert result["W_out"].target_ranks.shape == (3, 5, 2)
+    assert "target" in repr(result)
+
+
+# ----- bad input -----
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab": [1, 2], "top_k": 3}, "pass vocab, or top_k and bottom_k, not both"),
+        ({"vocab": [10**6]}, "vocab must hold token ids in"),
+        ({"vocab": []}, "vocab must hold token ids in"),
+        ({"bottom_k": 10**6}, "bottom_k must be in"),
+        ({"return_type": "odds"}, "return_type must be 'logits', 'log_probs' or 'probs'"),
+        ({"direction": "ascent"}, "direction must be 'gradient' or 'descent'"),
+        ({"residual": "stream"}, "residual must be 'accumulated', 'decomposed' or 'heads'"),
+        ({"weights": ()}, "there is nothing to read"),
+        ({"positions": 9}, "positions=9"),
+        ({"layers": 7}, "layers=7"),
+        ({"targets": 10**6}, "targets"),
+        ({"targets": torch.zeros(4, dtype=torch.long)}, r"targets of shape \[4\]"),
+        ({"batch_slice": 0}, "there is only one"),
+        ({"cache": "itself"}, "pass either a prompt"),
+    ],
+)
+def test_bad_input_names_the_argument(model, lens, arguments, message):
+    if "cache" in arguments:
+        arguments = {"cache": captured(model)}
+    with pytest.raises(ValueError, match=message):
+        lens(PROMPT, TARGET, **arguments)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_cache_of_another_model(models, cls):
+    cache = captured(models(f"{cls}-llama"))
+    with pytest.raises(ValueError, match="cache is of another model"):
+        tlb.BackwardLogitLens(models(f"{cls}-gpt2"))(cache=cache)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_vectors_neurons_and_singular_vectors(lens, model):
+    cache = captured(model, weights=("W_in", "W_out"))
+    with pytest.raises(ValueError, match=r"vectors must be \[entry, ..., 28\]"):
+        lens.read(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="1 labels are given for 2 entries"):
+        lens.read(torch.ones(2, 28), ["one"])
+    with pytest.raises(ValueError, match=r"neurons=\[44\]: W_in has neurons 0 to 43"):
+        lens.neurons(cache, "W_in", 0, [3, 44])
+    with pytest.raises(ValueError, match=r"k must be in \[1, 5\]"):
+        lens.singular_vectors(cache, "W_out", 0, k=6)

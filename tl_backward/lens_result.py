@@ -1,0 +1,311 @@
+"""What the backward lens saw."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_backward.readout import ReturnType
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+READ_BY_INPUT = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
+READ_BY_VJP = ("W_O", "W_out")
+READ_FORWARD = (*READ_BY_INPUT, "forward")
+FigureKind: TypeAlias = Literal["table", "ranks", "norms", "forward_and_backward"]
+VALUE_COLUMNS = {"logits": "logit", "log_probs": "log_prob", "probs": "probability"}
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """Vectors of one kind, read in the vocabulary at every layer and position.
+
+    Matrices that read the residual stream (W_in, W_gate, W_Q, W_K, W_V) are read by their inputs
+    ``x_i``, of which the *most* probable tokens are what the update imprints (Eq 9). Those that
+    write to it (W_out, W_O) are read by their VJPs ``delta_i``, of which the *least* probable
+    tokens are what a descent step shifts the output towards, and the most probable ones what it
+    takes away (Eq 10). Signs are raw; no vector is ever negated.
+
+    Rows whose vector is zero are not read: their ids and ranks are -1 and their values nan. So are
+    the places behind the end of the shorter ones of several texts.
+
+    Attributes:
+        kind: ``"W_out"``, say.
+        labels: What each entry of the first axis is: the name of a weight's site, or of a point of
+            the residual stream.
+        layers: The layer that each entry belongs to; None outside the blocks.
+        top_ids: The most probable tokens, most probable first.
+        top_values: Their values: log-probabilities in nats, or what ``return_type`` says.
+        bottom_ids: The least probable tokens, least probable first.
+        bottom_values: Their values.
+        target_ranks: Rank of the target: 0 is the most probable token, ``d_vocab - 1`` the least.
+            Of several targets for every row, there is an axis of them at the end.
+        target_values: Their values.
+        vocab_values: The values of the tokens in ``vocab``, if some were asked for.
+        entropy: Entropy of the distribution over the vocabulary, in nats.
+        norms: Norm of each vector that was read, before any normalisation.
+        vjp_norms: Norm of ``delta_i`` at the weight's own output; of another vector, its own.
+        zero_mask: Where the vector that was to be read is zero, or where there is none.
+        vocabulary: The strings of all token ids above.
+    """
+
+    kind: str
+    labels: list[str]
+    layers: list[int | None]
+    top_ids: Int[Tensor, "entry *batch_and_pos top_k"]
+    top_values: Float[Tensor, "entry *batch_and_pos top_k"]
+    bottom_ids: Int[Tensor, "entry *batch_and_pos bottom_k"]
+    bottom_values: Float[Tensor, "entry *batch_and_pos bottom_k"]
+    target_ranks: Int[Tensor, "entry *batch_pos_and_target"]
+    target_values: Float[Tensor, "entry *batch_pos_and_target"]
+    vocab_values: Float[Tensor, "entry *batch_and_pos v"]
+    entropy: Float[Tensor, "entry *batch_and_pos"]
+    norms: Float[Tensor, "entry *batch_and_pos"]
+    vjp_norms: Float[Tensor, "entry *batch_and_pos"]
+    zero_mask: Bool[Tensor, "entry *batch_and_pos"]
+    vocabulary: dict[int, str]
+
+    def top_tokens(self) -> list[Any]:
+        """The most probable tokens as strings, ``[layer]([batch])[position][k]``.
+
+        There are none for a zero row.
+        """
+        return self._strings(self.top_ids.tolist())
+
+    def bottom_tokens(self) -> list[Any]:
+        """The least probable tokens as strings, ``[layer]([batch])[position][k]``."""
+        return self._strings(self.bottom_ids.tolist())
+
+    def example(self, b: int, n: int) -> Readout:
+        """One prompt of several, of which ``n`` positions were read."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        of_prompt: dict[str, Any] = {
+            name: tensor[:, b, :n] for name, tensor in tensors.items() if isinstance(tensor, Tensor)
+        }
+        return replace(self, **of_prompt)
+
+    def _strings(self, ids: list[Any]) -> list[Any]:
+        if ids and isinstance(ids[0], int):
+            return [self.vocabulary[i] for i in ids if i >= 0]
+        return [self._strings(inner) for inner in ids]
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardLensResult(Mapping[str, Readout]):
+    """What the lens saw: a :class:`Readout` for each kind of weight.
+
+    It keeps no reference to the model; all tensors are on the CPU. Of several prompts, the batch
+    axis comes behind the layers, and :meth:`example` gives one of them.
+
+    Attributes:
+        readouts: The readouts by kind: ``result["W_out"]`` is ``result.readouts["W_out"]``.
+        str_tokens: The tokens of the text, or a list of them for several.
+        positions: The positions that were read, or a list of them.
+        target_ids: The tokens that ranks are of: one, or with axes for several prompts, rows and
+            targets.
+        target: The same as strings.
+        loss: The loss that was differentiated, of every prompt; a target's is in nats.
+        d_vocab: Size of the vocabulary.
+        normalize: Whether vectors were scaled to unit length before they were read.
+        return_type: What values are: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+        direction: ``"gradient"``, or ``"descent"`` if the ends of VJPs' readouts were exchanged.
+        weights_processing: As in :class:`BackwardCache`.
+    """
+
+    readouts: dict[str, Readout]
+    str_tokens: list[Any]
+    positions: Int[Tensor, "pos"] | list[Int[Tensor, "_"]]
+    target_ids: Int[Tensor, "..."]
+    target: Any
+    loss: Float[Tensor, "*batch"]
+    d_vocab: int
+    normalize: bool
+    return_type: ReturnType
+    direction: Literal["gradient", "descent"]
+    weights_processing: str
+
+    def __getitem__(self, kind: str) -> Readout:
+        try:
+            return self.readouts[kind]
+        except KeyError:
+            raise KeyError(f"{kind!r} was not read; there is {', '.join(self)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readouts)
+
+    def __len__(self) -> int:
+        return len(self.readouts)
+
+    def __repr__(self) -> str:
+        n_layers = len(next(iter(self.values())).labels)
+        if isinstance(self.positions, list):
+            of = f"{len(self.positions)} prompts, mean loss={self.loss.mean().item():.4f}"
+        else:
+            of = f"{len(self.positions)} positions, target={self.target!r}, loss={self.loss:.4f}"
+        return f"BackwardLensResult({', '.join(self)}; {n_layers} layers, {of})"
+
+    def _repr_html_(self) -> str:
+        """The outermost tokens at the last position, layer by layer, as a table for a notebook."""
+        if isinstance(self.positions, list):
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        frame = self.to_dataframe()
+        if "token" not in frame or not len(self.positions):
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        last = frame[(frame.position == int(self.positions[-1])) & (frame.k == 0)]
+        cells = last.assign(token=last.token.map(repr)).pivot_table(
+            index="label", columns=["weight", "end"], values="token", aggfunc="first", sort=False
+        )
+        return f"<pre>{html.escape(repr(self))}</pre>" + cells.to_html(na_rep="")
+
+    def example(self, b: int) -> BackwardLensResult:
+        """What the lens saw of one prompt of several.
+
+        Raises:
+            ValueError: When there is a single prompt.
+            IndexError: When there are fewer prompts.
+        """
+        if not isinstance(self.positions, list):
+            raise ValueError("this result is of a single prompt")
+        positions = self.positions[b]
+        per_prompt = self.target_ids.ndim > 0 and len(self.target_ids) == len(self.positions)
+        return replace(
+            self,
+            readouts={kind: r.example(b, len(positions)) for kind, r in self.items()},
+            str_tokens=self.str_tokens[b],
+            positions=positions,
+            target_ids=self.target_ids[b] if per_prompt else self.target_ids,
+            target=self.target[b] if per_prompt else self.target,
+            loss=self.loss[b],
+        )
+
+    def rank_trajectory(
+        self, target: str | int | None = None, weight: str = "W_out"
+    ) -> Int[Tensor, "entry *batch_and_pos"]:
+        """Rank of a target in one weight's readout, layer by layer.
+
+        Args:
+            target: Which one, as a string or an id, if the lens was run with several.
+            weight: The kind of weight, or of what else was read.
+
+        Raises:
+            ValueError: When the lens was run with other targets.
+        """
+        ranks = self[weight].target_ranks
+        several = ranks.ndim > self[weight].entropy.ndim
+        names = self.target if isinstance(self.target, list) else [self.target]
+        ids = self.target_ids.reshape(-1).tolist()
+        if target is None:
+            if several and ranks.shape[-1] > 1:
+                raise ValueError(f"pass target=, one of {names}")
+            return ranks[..., 0] if several else ranks
+        if several:
+            found = names.index(target) if target in names else None
+            found = ids.index(target) if found is None and target in ids else found
+            if found is not None:
+                return ranks[..., found]
+        elif target in (self.target, ids[0] if len(set(ids)) == 1 else None):
+            return ranks
+        raise ValueError(f"target={target!r}: the lens was run with {self.target!r}")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per weight, layer, (prompt,) position, end of the readout and token.
+
+        Columns: ``weight, label, layer``, ``example`` for several prompts, ``position, str_token,
+        norm, vjp_norm, entropy, target_rank`` (not for several targets), ``end`` (``top`` or
+        ``bottom``), ``k`` (0 is the outermost), ``token_id, token``, and the value: ``log_prob``,
+        ``logit`` or ``probability``. A zero row gives one line without token.
+        """
+        import pandas as pd
+
+        if isinstance(self.positions, list):
+            frames = [self.example(b).to_dataframe() for b in range(len(self.positions))]
+            for b, frame in enumerate(frames):
+                frame.insert(3, "example", b)
+            return pd.concat(frames, ignore_index=True)
+        lines = [
+            {"weight": kind, "label": label, "layer": layer, **line}
+            for kind, readout in self.items()
+            for i, (label, layer) in enumerate(zip(readout.labels, readout.layers, strict=True))
+            for line in self._lines(readout, i)
+        ]
+        whole = {"layer": "Int64", "target_rank": "Int64", "k": "Int64", "token_id": "Int64"}
+        frame = pd.DataFrame(lines)
+        return frame.astype({k: v for k, v in whole.items() if k in frame})
+
+    def plot(self, kind: FigureKind = "table", weight: str | None = None) -> Figure:
+        """A plotly figure of what the lens saw of one prompt.
+
+        Args:
+            kind: ``"table"``: layer x token, the most and the least probable token, coloured by the
+                norm of the VJP, with more when pointed at. ``"ranks"``: the target's rank through
+                the layers, a line for each position. ``"norms"``: the norms of all that was read.
+                ``"forward_and_backward"``: the forward lens and the table side by side, of a lens
+                that was run with ``forward=True``.
+            weight: Which weight, or what else was read. Default: W_out, or else the first.
+
+        Raises:
+            ImportError: Without the extra ``plot``.
+            KeyError: When the weight was not read.
+            ValueError: For several prompts, or when what the figure shows was not read.
+        """
+        from tl_backward.plotting import lens_figure
+
+        return lens_figure(self, kind, weight)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page with a layer x token table for each weight.
+
+        Cells show the most and the least probable token; their colour is the norm of the VJP.
+
+        Returns:
+            The path of the page.
+
+        Raises:
+            ImportError: Without the extra ``plot``.
+            ValueError: For several prompts, or a lens that kept no tokens.
+        """
+        from tl_backward.plotting import lens_page
+
+        path = Path(path)
+        path.write_text(lens_page(self), encoding="utf-8")
+        return path
+
+    def _lines(self, readout: Readout, i: int) -> Iterator[dict[str, Any]]:
+        value = VALUE_COLUMNS[self.return_type]
+        for j, position in enumerate(torch.as_tensor(self.positions).tolist()):
+            line = {
+                "position": position,
+                "str_token": self.str_tokens[position],
+                "norm": float(readout.norms[i, j]),
+                "vjp_norm": float(readout.vjp_norms[i, j]),
+                "entropy": float(readout.entropy[i, j]),
+            }
+            if readout.target_ranks.ndim == readout.entropy.ndim:
+                rank = int(readout.target_ranks[i, j])
+                line["target_rank"] = None if rank < 0 else rank
+            if readout.zero_mask[i, j]:
+                yield line | {"end": None, "k": None, "token_id": None, "token": None}
+                continue
+            for end, ids, values in (
+                ("top", readout.top_ids, readout.top_values),
+                ("bottom", readout.bottom_ids, readout.bottom_values),
+            ):
+                for k, (token, v) in enumerate(
+                    zip(ids[i, j].tolist(), values[i, j].tolist(), strict=True)
+                ):
+                    yield line | {
+                        "end": end,
+                        "k": k,
+                        "token_id": token,
+                        "token": readout.vocabulary[token],
+                        value: v,
+                    }

@@ -1,0 +1,7 @@
+"""Figures and pages of what the lens saw."""
+
+from tl_backward.plotting.figures import lens_figure
+from tl_backward.plotting.page import lens_page
+from tl_backward.plotting.tokens import visible
+
+__all__ = ["lens_figure", "lens_page", "visible"]

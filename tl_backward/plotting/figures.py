@@ -1,0 +1,196 @@
+"""Plotly figures of what the lens saw."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tl_backward.lens_result import VALUE_COLUMNS, BackwardLensResult, FigureKind
+from tl_backward.plotting.table import Cell, Table
+from tl_backward.plotting.tokens import visible
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+LIGHT_TO_BLUE = [[0, "#f3f6f9"], [1, "#74aee6"]]
+"""Every colour between the two leaves dark text readable."""
+TEXT = "#16202b"
+SCALE = {"title": "norm, cube root,<br>largest = 1"}
+ROW_HEIGHT, COLUMN_WIDTH, MARGIN = 34, 104, 120
+SHOWN_CHARACTERS = 10
+
+
+def lens_figure(result: BackwardLensResult, kind: FigureKind, weight: str | None) -> Figure:
+    """The figure of a kind, as :meth:`BackwardLensResult.plot` describes them."""
+    try:
+        import plotly.graph_objects  # noqa: F401
+    except ImportError as error:
+        raise ImportError("figures need plotly: pip install 'tl-backward[plot]'") from error
+    if weight is None:
+        weight = "W_out" if "W_out" in result else next(iter(result))
+    if kind == "table":
+        return _tables([Table(result, weight)])
+    if kind == "ranks":
+        return _ranks(Table(result, weight))
+    if kind == "norms":
+        return _norms([Table(result, each) for each in result])
+    if kind == "forward_and_backward":
+        if "forward" not in result:
+            raise ValueError("kind='forward_and_backward' needs a lens run with forward=True")
+        return _tables([Table(result, "forward"), Table(result, weight)])
+    raise ValueError(
+        f"kind must be 'table', 'ranks', 'norms' or 'forward_and_backward', got {kind!r}"
+    )
+
+
+def _tables(tables: list[Table]) -> Figure:
+    """Layer x token tables, side by side."""
+    figure = _panels(tables)
+    for column, table in enumerate(tables, start=1):
+        headers, rows = zip(*table.rows(), strict=True)
+        figure.add_heatmap(
+            x=_columns(table),
+            y=headers,
+            z=[[cell.level if cell else None for cell in row] for row in rows],
+            text=[[_short(table, cell) if cell else "" for cell in row] for row in rows],
+            customdata=[
+                [
+                    _details(table, header, j, cell) if cell else "no update: exactly zero"
+                    for j, cell in enumerate(row)
+                ]
+                for header, row in zip(headers, rows, strict=True)
+            ],
+            texttemplate="%{text}",
+            textfont={"size": 11, "color": TEXT},
+            hovertemplate="%{customdata}<extra></extra>",
+            hoverongaps=False,
+            zmin=0,
+            zmax=1,
+            colorscale=LIGHT_TO_BLUE,
+            showscale=column == len(tables),
+            colorbar=SCALE,
+            xgap=1,
+            ygap=1,
+            row=1,
+            col=column,
+        )
+    hover = {"align": "left", "bgcolor": "#ffffff", "font": {"family": "monospace", "color": TEXT}}
+    return _laid_out(figure, tables, COLUMN_WIDTH).update_layout(hoverlabel=hover)
+
+
+def _norms(tables: list[Table]) -> Figure:
+    """The norm of every vector that was read, on a scale of each table's own."""
+    figure = _panels(tables)
+    for column, table in enumerate(tables, start=1):
+        norms = table.readout.norms.double().flip(0)
+        figure.add_heatmap(
+            x=_columns(table),
+            y=table.headers[::-1],
+            z=(norms / norms.max()).where(norms > 0, torch.nan).pow(1 / 3).tolist(),
+            customdata=norms.tolist(),
+            colorscale="Blues",
+            showscale=column == len(tables),
+            colorbar=SCALE,
+            hovertemplate="%{y}, %{x}: norm %{customdata:.4g}<extra></extra>",
+            hoverongaps=False,
+            row=1,
+            col=column,
+        )
+    return _laid_out(figure, tables, COLUMN_WIDTH // 2)
+
+
+def _ranks(table: Table) -> Figure:
+    """The rank of each target through the layers, a line for each position."""
+    import plotly.graph_objects as go
+
+    ranks = table.readout.target_ranks
+    if not ranks.numel():
+        raise ValueError("kind='ranks' needs targets=, in the lens")
+    by_target = ranks.reshape(*ranks.shape[:2], -1)
+    figure = go.Figure()
+    for j, column in enumerate(_columns(table)):
+        for target, of_target in zip(table.targets(j), by_target[:, j].unbind(-1), strict=True):
+            figure.add_scatter(
+                x=table.headers,
+                y=[rank if rank >= 0 else None for rank in of_target.tolist()],
+                name=f"{column} → {_escaped(target)}",
+                mode="lines+markers",
+                visible=True if j == len(table.positions) - 1 else "legendonly",
+            )
+    last = table.result.d_vocab - 1
+    figure.update_yaxes(
+        title=f"rank: 0 most, {last} least probable", range=[1.03 * last, -0.03 * last]
+    )
+    figure.update_xaxes(title="layer" if table.is_weight else None, type="category")
+    return figure.update_layout(
+        template="plotly_white", title=f"Rank of the target in {table.kind}", showlegend=True
+    )
+
+
+def _panels(tables: list[Table]) -> Figure:
+    from plotly.subplots import make_subplots
+
+    return make_subplots(1, len(tables), subplot_titles=[table.kind for table in tables])
+
+
+def _laid_out(figure: Figure, tables: list[Table], column_width: int) -> Figure:
+    n_columns = sum(len(table.positions) for table in tables)
+    figure.update_xaxes(side="bottom", type="category", ticks="", showgrid=False)
+    figure.update_yaxes(autorange="reversed", type="category", ticks="", showgrid=False)
+    result = tables[0].result
+    aim = f" → {_escaped(result.target)}" if isinstance(result.target, str) else ""
+    return figure.update_layout(
+        template="plotly_white",
+        title=f"Backward lens{aim}, loss {result.loss:.4f}",
+        width=max(480, n_columns * column_width + 2 * MARGIN + 60 * (len(tables) - 1)),
+        height=max(len(table.headers) for table in tables) * ROW_HEIGHT + 2 * MARGIN,
+    )
+
+
+def _columns(table: Table) -> list[str]:
+    """Unique names of the positions: two equal tokens are two columns."""
+    return [
+        f"{_escaped(token)} {position}"
+        for token, position in zip(table.tokens, table.positions, strict=True)
+    ]
+
+
+def _short(table: Table, cell: Cell) -> str:
+    """The outermost tokens; what counts is bold where it is the target."""
+    ends = [_clipped(cell.top[0][0]), _clipped(cell.bottom[0][0])]
+    if cell.is_hit:
+        counts = 0 if table.top_counts else 1
+        ends[counts] = f"<b>{ends[counts]}</b>"
+    return " \\<br>".join(ends)
+
+
+def _details(table: Table, header: str, j: int, cell: Cell) -> str:
+    where = f"layer {header}" if table.is_weight else header
+    value = VALUE_COLUMNS[table.result.return_type].replace("_", " ")
+    lines: list[Any] = [
+        f"<b>{where}, {_escaped(table.tokens[j])} at {table.positions[j]}</b>",
+        f"norm {cell.norm:.3g}, of the VJP {cell.vjp_norm:.3g}"
+        if table.is_weight
+        else f"norm {cell.norm:.3g}",
+    ]
+    lines += [
+        f"target {_escaped(target)}: rank {rank} of {table.result.d_vocab}"
+        for target, rank in cell.ranks
+    ]
+    for end, tokens in (("most", cell.top), ("least", cell.bottom)):
+        lines.append(f"<b>{end} probable</b> ({value})")
+        lines += [f"{number:.3g} {_escaped(token)}" for token, number in tokens]
+    return "<br>".join(lines)
+
+
+def _clipped(token: str) -> str:
+    shown = visible(token)
+    whole = len(shown) <= SHOWN_CHARACTERS
+    return html.escape(shown if whole else shown[: SHOWN_CHARACTERS - 1] + "…", quote=False)
+
+
+def _escaped(token: str) -> str:
+    """A token as plotly shows it: it would take ``<b>`` for markup."""
+    return html.escape(visible(token), quote=False)
