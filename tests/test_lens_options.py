@@ -93,19 +93,19 @@ def test_decomposed_vjps_and_heads(model, lens):
 
 @pytest.mark.parametrize("weight", ["W_V", "W_out"])
 def test_singular_vectors_are_those_of_the_dense_gradient(model, lens, weight):
-    cache = captured(model, weights=weight, layers=1)
-    U, _, Vh = torch.linalg.svd(cache[weight, 1].dense())
+    cache = captured(model, weights=weight, layers=0)
+    U, _, Vh = torch.linalg.svd(cache[weight, 0].dense())
     expected = (U.mT if weight == "W_V" else Vh)[:2]
-    readout = lens.singular_vectors(cache, weight, 1, k=2)
+    readout = lens.singular_vectors(cache, weight, 0, k=2)
     for i, vector in enumerate(expected):
         either = [logits_of(model, sign * vector[None]).argmax().item() for sign in (1, -1)]
         assert readout.top_ids[i, 0].item() in either
     (name,) = cache
     assert readout.labels == [f"{name} singular 0", f"{name} singular 1"]
-    assert readout.layers == [1, 1]
+    assert readout.layers == [0, 0]
 
 
-@pytest.mark.parametrize(("weight", "neurons"), [("W_in", [7, 0]), ("W_out", [43, 5])])
+@pytest.mark.parametrize(("weight", "neurons"), [("W_in", [7, 0]), ("W_out", [21, 5])])
 def test_neurons_are_those_of_the_dense_gradient(model, lens, weight, neurons):
     cache = captured(model, weights=weight, layers=1)
     dense = cache[weight, 1].dense()
@@ -229,8 +229,9 @@ def test_a_translator_is_applied_before_the_norm(model, lens):
     cache = captured(model)
     result = lens(cache=cache, weights="W_in", residual="accumulated", lens=lambda v, layer: v)
     assert torch.equal(result["W_in"].top_ids, lens(cache=cache)["W_in"].top_ids)
-    readout = lens.read(stack, ["0_pre", "1_pre", "2_pre"], lens=translator)
-    assert layers == [0, 1, 2]
+    numbers = list(range(model.cfg.n_layers))
+    readout = lens.read(stack, [f"{i}_pre" for i in numbers], lens=translator)
+    assert layers == numbers
     require_read(readout, logits_of(model, expected))
 
 
@@ -238,8 +239,9 @@ def test_positions_and_layers_of_a_cache(lens, model):
     cache = captured(model)
     whole = lens(cache=cache)
     part = lens(cache=cache, positions=(1, 4), layers=[-1, 0], weights="W_in")
-    assert torch.equal(part["W_in"].top_ids, whole["W_in"].top_ids[[0, 2], 1:4])
-    assert part.positions.tolist() == [1, 2, 3] and part["W_in"].layers == [0, 2]
+    assert torch.equal(part["W_in"].top_ids, whole["W_in"].top_ids[[0, -1], 1:4])
+    assert part.positions.tolist() == [1, 2, 3]
+    assert part["W_in"].layers == [0, model.cfg.n_layers - 1]
     assert part.to_dataframe().position.unique().tolist() == [1, 2, 3]
 
 
@@ -272,7 +274,7 @@ def test_batch_slice(lens):
     assert two.target == [whole.target[2], whole.target[0]]
     assert torch.equal(two["W_in"].top_ids[:, 1, :5], whole["W_in"].top_ids[:, 0, :5])
     one = lens(BATCH, TARGETS, padding_side="right", batch_slice=1)
-    assert one["W_in"].top_ids.shape[:2] == (3, 2)
+    assert one["W_in"].top_ids.shape[1] == 2
     assert torch.equal(one["W_in"].top_ids, whole["W_in"].top_ids[:, 1, :2])
 
 
@@ -284,9 +286,9 @@ def test_a_target_of_several_tokens(lens, model):
     torch.testing.assert_close(result["W_out"].norms[0], cache["W_out", 0].vjps.norm(dim=-1))
 
 
-def test_a_loss_instead_of_a_target(lens):
+def test_a_loss_instead_of_a_target(lens, model):
     result = lens(PROMPT, loss_fn=tlb.logit_diff(4, 9), targets=[4, 9])
-    assert result["W_out"].target_ranks.shape == (3, 5, 2)
+    assert result["W_out"].target_ranks.shape == (model.cfg.n_layers, 5, 2)
     assert "target" in repr(result)
 
 
@@ -330,11 +332,12 @@ def test_a_cache_of_another_model(models, cls):
 @pytest.mark.usefixtures("unchecked")
 def test_bad_vectors_neurons_and_singular_vectors(lens, model):
     cache = captured(model, weights=("W_in", "W_out"))
-    with pytest.raises(ValueError, match=r"vectors must be \[entry, ..., 28\]"):
+    d_mlp = cache["W_in", 0].shape[1]
+    with pytest.raises(ValueError, match=rf"vectors must be \[entry, ..., {model.cfg.d_model}\]"):
         lens.read(torch.zeros(2, 5))
     with pytest.raises(ValueError, match="1 labels are given for 2 entries"):
-        lens.read(torch.ones(2, 28), ["one"])
-    with pytest.raises(ValueError, match=r"neurons=\[44\]: W_in has neurons 0 to 43"):
-        lens.neurons(cache, "W_in", 0, [3, 44])
+        lens.read(torch.ones(2, model.cfg.d_model), ["one"])
+    with pytest.raises(ValueError, match=rf"neurons=\[99\]: W_in has neurons 0 to {d_mlp - 1}"):
+        lens.neurons(cache, "W_in", 0, [3, 99])
     with pytest.raises(ValueError, match=r"k must be in \[1, 5\]"):
         lens.singular_vectors(cache, "W_out", 0, k=6)

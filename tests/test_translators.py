@@ -45,7 +45,7 @@ def test_through_the_final_norm_inverts_autograd(model):
 def test_other_rows_than_those_of_the_residual(model):
     translator = translators.through_final_norm(model, end_of_stream(model))
     lens = tlb.BackwardLogitLens(model)
-    with pytest.raises(ValueError, match=r"residual has the shape \[5, 28\]"):
+    with pytest.raises(ValueError, match=rf"residual has the shape \[5, {model.cfg.d_model}\]"):
         lens(PROMPT, TARGET, positions=-1, lens=translator)
     readout = lens(PROMPT, TARGET, lens=translator, apply_ln=False)["W_out"]
     assert readout.top_values[0].isfinite().all()
@@ -99,8 +99,8 @@ class TestThroughJacobianLens:
         assert torch.equal(of_stream(vjps, 3), of_weights(vjps, 2))
         assert of_weights(vjps, 1) is of_weights(vjps, None) is vjps
 
-    def test_a_fitted_one_in_the_lens(self, jacobian_lens, boot):
-        model = boot("gpt2", torch.float32)
+    def test_a_fitted_one_in_the_lens(self, jacobian_lens, request):
+        model = request.getfixturevalue("boot")("gpt2", torch.float32)
         text = "Lionel Messi plays for the city of Paris and the Eiffel Tower is located in Rome"
         fitted = type(jacobian_lens).fit(
             model, [text] * 3, corpus="three times the same", skip_first_positions=2

@@ -192,17 +192,23 @@ class BackwardLogitLens:
             self._require_same_model(cache)
         texts = _Texts(cache, batch_slice, cut)
         wanted = self._targets(targets, texts)
-        done: dict[Any, Readout] = {}
+        done: list[tuple[bool, Tensor, Readout]] = []
 
         def read(kind: str, labels: list[str], vectors: list[Tensor]) -> Readout:
             """Vectors that several weights share are read once."""
-            key = (kind in READ_FORWARD, *((v.data_ptr(), v.shape, v.stride()) for v in vectors))
-            if key not in done:
-                stack = torch.stack([texts.rows(v).to(vectors[0].device) for v in vectors])
-                done[key] = self._read(kind, labels, stack, wanted, options)
-            return replace(
-                done[key], kind=kind, labels=labels, layers=[_layer_of(label) for label in labels]
+            stack = torch.stack([texts.rows(v).to(vectors[0].device) for v in vectors])
+            forward = kind in READ_FORWARD
+            same = (
+                readout
+                for same_direction, other, readout in done
+                if same_direction == forward and torch.equal(other, stack)
             )
+            readout = next(same, None)
+            if readout is None:
+                readout = self._read(kind, labels, stack, wanted, options)
+                done.append((forward, stack, readout))
+            layers = [_layer_of(label) for label in labels]
+            return replace(readout, kind=kind, labels=labels, layers=layers)
 
         readouts = {}
         for kind in weights:
