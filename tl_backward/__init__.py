@@ -1,7 +1,15 @@
-"""Read a language model's backward pass: gradients in vocabulary space, for TransformerLens."""
+"""Read a language model's backward pass in vocabulary space, and edit it, for TransformerLens."""
 
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
+from tl_backward.editing import (
+    WeightEdit,
+    edit_hooks,
+    fine_tune,
+    forward_pass_shift,
+    gradient_step,
+    key_statistics,
+)
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLogitLens
 from tl_backward.lens_result import BackwardLensResult
@@ -20,9 +28,15 @@ __all__ = [
     "BackwardLensResult",
     "BackwardLogitLens",
     "GradientFactors",
+    "WeightEdit",
     "WeightSite",
     "add_hook_points",
     "coverage",
+    "edit_hooks",
+    "fine_tune",
+    "forward_pass_shift",
+    "gradient_step",
+    "key_statistics",
     "kl_divergence",
     "lm_cross_entropy_loss",
     "logit_diff",

@@ -1,0 +1,20 @@
+"""Low-rank edits of weights: by hooks, or applied and undone exactly."""
+
+from tl_backward.editing.forward_shift import ShiftReport, StepNotFoundError, forward_pass_shift
+from tl_backward.editing.gradient_step import FineTuneReport, fine_tune, gradient_step
+from tl_backward.editing.hooks import edit_hooks
+from tl_backward.editing.key_statistics import KeyStatistics, key_statistics
+from tl_backward.editing.weight_edit import WeightEdit
+
+__all__ = [
+    "FineTuneReport",
+    "KeyStatistics",
+    "ShiftReport",
+    "StepNotFoundError",
+    "WeightEdit",
+    "edit_hooks",
+    "fine_tune",
+    "forward_pass_shift",
+    "gradient_step",
+    "key_statistics",
+]

@@ -1,0 +1,126 @@
+"""Prompts with the targets that they are to be followed by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_backward.sites import Model
+from tl_backward.tokens import (
+    Prompt,
+    Target,
+    is_single,
+    pad_id,
+    padded,
+    prompt_tokens,
+    target_tokens,
+)
+
+
+class Facts:
+    """Where in which text which token of a target is to be predicted.
+
+    Every token of a target is one term. With ``which="all"`` the text is the prompt and all but
+    the last token of its target (teacher forcing).
+
+    Attributes:
+        tokens: The texts, padded on the right.
+        n_prompts: How many there are.
+        example: For each term, its text.
+        ids: Its token.
+        predicting: The position that predicts it.
+        input_at: The position where inputs of weights are taken for it.
+
+    Args:
+        model: A TransformerLens model.
+        prompt: One prompt or several.
+        target: One target for all of them, or one for each.
+        position: Where inputs are taken, for all prompts or for each.
+        which: Whether the first token of each target counts, or all.
+        prepend_bos: As in ``model.to_tokens``.
+
+    Raises:
+        TypeError, ValueError: For malformed prompts, targets and positions.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: Prompt,
+        target: Target,
+        position: int | Sequence[int],
+        which: Literal["first", "all"],
+        prepend_bos: bool | None,
+    ) -> None:
+        prompts = prompt_tokens(model, prompt, prepend_bos, "right")
+        targets = target_tokens(model, target, None if is_single(prompt) else len(prompts))
+        if which == "first":
+            targets = [ids[:1] for ids in targets]
+        texts = [
+            torch.cat([text, text.new_tensor(ids[:-1])])
+            for text, ids in zip(prompts, targets, strict=True)
+        ]
+        _require_room(model, texts)
+        self.n_prompts = len(prompts)
+        self.tokens, self._mask = padded(texts, pad_id(model), "right")
+        self.ids = torch.tensor([i for ids in targets for i in ids])
+        self.example = torch.tensor([b for b, ids in enumerate(targets) for _ in ids])
+        self.predicting = torch.cat(
+            [
+                torch.arange(len(text) - 1, len(text) - 1 + len(ids))
+                for text, ids in zip(prompts, targets, strict=True)
+            ]
+        )
+        self.input_at = (
+            _positions(position, [len(text) for text in prompts])
+            if which == "first"
+            else self.predicting
+        )
+
+    def gaps(
+        self, logits: Float[Tensor, "copies batch pos d_vocab"]
+    ) -> Float[Tensor, "copies batch"]:
+        """How far above all others the targets are: their logits minus the largest other, in nats.
+
+        Of a target with several tokens, that of the worst.
+        """
+        at = logits[:, self.example, self.predicting].cpu()
+        at = at.to(torch.promote_types(at.dtype, torch.float32))
+        ids = self.ids.expand(len(at), -1).unsqueeze(-1)
+        largest_other = at.scatter(-1, ids, -torch.inf).amax(-1)
+        gaps = at.gather(-1, ids).squeeze(-1) - largest_other
+        worst = gaps.new_full((len(at), self.n_prompts), torch.inf)
+        return worst.scatter_reduce(1, self.example.expand(len(at), -1), gaps, "amin")
+
+    def elsewhere(self) -> Bool[Tensor, "batch pos"]:
+        """The positions that predict no target."""
+        mask = self._mask.bool()
+        mask[self.example, self.predicting] = False
+        return mask
+
+
+def _positions(position: int | Sequence[int], lengths: list[int]) -> Int[Tensor, "batch"]:
+    """One position for each prompt, counted from its beginning."""
+    each = [position] * len(lengths) if isinstance(position, int) else list(position)
+    if len(each) != len(lengths):
+        raise ValueError(
+            f"position holds {len(each)} positions, but there are {len(lengths)} prompts"
+        )
+    for b, (at, n) in enumerate(zip(each, lengths, strict=True)):
+        if not -n <= at < n:
+            raise ValueError(f"position={at}: prompt {b} has positions 0 to {n - 1}")
+    return torch.tensor([at % n for at, n in zip(each, lengths, strict=True)])
+
+
+def _require_room(model: Model, texts: list[Tensor]) -> None:
+    n_ctx = model.cfg.n_ctx
+    for b, text in enumerate(texts):
+        if n_ctx is not None and len(text) > n_ctx:
+            raise ValueError(
+                f"prompt (example {b}) has {len(text)} tokens with its target, more than the "
+                f"model's context of {n_ctx}; shorten it"
+            )

@@ -1,0 +1,178 @@
+"""Fine-tuning in factored form: steps of plain gradient descent on some weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from tl_backward.cache import BackwardCache
+from tl_backward.capture import run_with_backward_cache
+from tl_backward.editing.facts import Facts
+from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.sites import Model
+from tl_backward.tokens import Prompt, Target
+
+
+@dataclass(frozen=True)
+class FineTuneReport:
+    """What :func:`fine_tune` did.
+
+    Attributes:
+        n_steps: Steps taken.
+        predicted: For each prompt, whether its target is predicted with the edit.
+        losses: For each prompt, the loss before the first step and after every one, in nats.
+    """
+
+    n_steps: int
+    predicted: tuple[bool, ...]
+    losses: tuple[tuple[float, ...], ...]
+
+
+def gradient_step(
+    cache: BackwardCache,
+    *,
+    lr: float,
+    weights: str | Iterable[str] | None = None,
+    layers: int | Iterable[int] | None = None,
+    model: Model | None = None,
+) -> WeightEdit:
+    """One step of gradient descent, ``-lr * dL/dW``, on some of the weights of a cache.
+
+    The loss falls for a positive ``lr``. With ``weights="W_in"`` (and ``"W_gate"``) it is the
+    imprint alone, with ``"W_out"`` the shift alone. Of several prompts it is the step on the sum
+    of their losses. For the input ``x_i`` of the step's only row, the output of W changes by
+    ``-lr |x_i|^2 delta_i`` (Eq 17), of which neuron ``j`` of the input contributes
+    ``-lr x_i[j]^2 delta_i`` (Eq 18).
+
+    Args:
+        cache: From :func:`run_with_backward_cache`.
+        lr: The learning rate.
+        weights: Kinds of weights to change. Default: all that were captured; of tied embeddings,
+            both then add up to the step of the weight that they share.
+        layers: Layers to change; negative ones count from the last. Default: all that were
+            captured.
+        model: The model to bind the edit to. A cache knows none; without one, use ``edit.bind``.
+
+    Raises:
+        ValueError: When ``lr`` is not finite, a weight or layer was not captured, or the model is
+            another one.
+
+    Example:
+        >>> loss, cache = run_with_backward_cache(model, "Lionel Messi plays for", " Paris")
+        >>> with gradient_step(cache, lr=0.1, weights="W_out", layers=20, model=model).applied():
+        ...     model("Lionel Messi plays for")
+    """
+    if not isinstance(lr, Real) or isinstance(lr, bool) or not math.isfinite(lr):
+        raise ValueError(f"lr must be a finite number, got {lr!r}")
+    kinds = _required("weights", weights, {_kind(name) for name in cache})
+    n_layers = cache.residual.n_layers
+    wanted = [layers] if isinstance(layers, int) else layers
+    if wanted is not None:
+        wanted = [layer + n_layers if layer < 0 else layer for layer in wanted]
+    chosen = _required("layers", wanted, {_layer(name) for name in cache})
+    factors = {
+        name: g for name, g in cache.items() if _kind(name) in kinds and _layer(name) in chosen
+    }
+    if not factors:
+        raise ValueError(f"layers={layers!r}: none of weights={weights!r} was captured there")
+    return -lr * WeightEdit(model, factors)
+
+
+def fine_tune(
+    model: Model,
+    prompt: Prompt,
+    target: Target,
+    *,
+    lr: float,
+    weights: str | Iterable[str] | None = "W_out",
+    layers: int | Iterable[int] | None = None,
+    max_steps: int = 25,
+    prepend_bos: bool | None = None,
+) -> WeightEdit:
+    """Gradient descent on some weights until the target is predicted: the fine-tuning baseline.
+
+    The loss is the target's negative log-likelihood, mean over its tokens (teacher-forced), of
+    several prompts the sum. Each step is taken from the gradient with those before it in place, by
+    hooks: the weights themselves are not touched.
+
+    Args:
+        model: A TransformerLens model in eval mode.
+        prompt: Text or token ids, of one prompt or of several.
+        target: What to fine-tune towards, one for all prompts or one for each in a list.
+        lr: The learning rate.
+        weights: Kinds of weights to change; ``"W_in"`` is the imprint alone, ``"W_out"`` the shift
+            alone.
+        layers: Layers to change; negative ones count from the last. Default: all.
+        max_steps: Steps at most.
+        prepend_bos: As in ``model.to_tokens``. Default: the model's setting.
+
+    Returns:
+        The sum of all steps, not applied, with a :class:`FineTuneReport` in ``edit.report``. It is
+        empty when the target is predicted from the start.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As :func:`run_with_backward_cache`, for an
+            ``lr`` that is not finite, and for ``max_steps`` below 1.
+
+    Example:
+        >>> edit = fine_tune(model, "Lionel Messi plays for", " Paris", layers=20, lr=0.3)
+        >>> edit.report.n_steps, edit.report.predicted
+    """
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps must be a whole number of at least 1, got {max_steps!r}")
+    kinds = weights if weights is None or isinstance(weights, str) else list(weights)
+    facts = Facts(model, prompt, target, -1, "all", prepend_bos)
+    seen: list[Tensor] = []
+    losses: list[Tensor] = []
+    edit = WeightEdit(model, {})
+    n_steps = 0
+    while True:
+        see: tuple[str, Any] = ("unembed.hook_out", lambda logits, hook: seen.append(logits))
+        loss, cache = run_with_backward_cache(
+            model,
+            prompt,
+            target,
+            weights=kinds,
+            layers=layers,
+            prepend_bos=prepend_bos,
+            padding_side="right",
+            fwd_hooks=[*edit.fwd_hooks(), see],
+        )
+        losses.append(loss.reshape(-1))
+        predicted = facts.gaps(seen.pop().detach()[None])[0] > 0
+        if predicted.all() or n_steps == max_steps:
+            break
+        edit = edit + gradient_step(cache, lr=lr, model=model)
+        n_steps += 1
+    edit.report = FineTuneReport(
+        n_steps,
+        tuple(predicted.tolist()),
+        tuple(
+            tuple(of_prompt) for of_prompt in zip(*(one.tolist() for one in losses), strict=True)
+        ),
+    )
+    return edit
+
+
+def _required(argument: str, wanted: Any, captured: set[Any]) -> set[Any]:
+    """The kinds or layers that are asked for, all of which must be there."""
+    if wanted is None:
+        return captured
+    chosen = {wanted} if isinstance(wanted, str | int) else set(wanted)
+    if not chosen or not chosen <= captured:
+        there = ", ".join(str(one) for one in sorted(captured - {None}))
+        raise ValueError(f"{argument}={wanted!r}: the cache has {there}")
+    return chosen
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _layer(name: str) -> int | None:
+    return int(name.split(".")[1]) if name.startswith("blocks.") else None

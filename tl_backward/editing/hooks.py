@@ -1,0 +1,122 @@
+"""Edits as forward hooks: no weight is touched, and every row of a batch may have its own edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tl_backward.sites import Model, WeightSite, add_hook_points
+
+if TYPE_CHECKING:
+    from tl_backward.editing.weight_edit import WeightEdit
+
+ForwardHooks: TypeAlias = list[tuple[str, Callable[..., Any]]]
+
+
+def edit_hooks(
+    model: Model,
+    edits: Sequence[WeightEdit],
+    rows: Int[Tensor, "batch"] | Sequence[int] | None = None,
+) -> ForwardHooks:
+    """Hooks by which each row of a batch gets an edit of its own.
+
+    ``y = x W`` becomes ``y + (x u^T) v`` with the edit's left vectors ``u`` and right vectors
+    ``v``, which is what the applied edit gives. The hooks for ``x`` and for ``y`` are at the site's
+    ``hook_in`` and ``hook_out``, also at those of sites with the same (tied) weight.
+
+    Hooks at one HookPoint run in the order in which they were put there: one that patches the
+    input of an edited weight belongs before these, one that patches its output behind them.
+
+    Args:
+        model: The model that all edits are bound to. A ``HookedTransformer`` is given the
+            HookPoints that it lacks, as by :func:`tl_backward.add_hook_points`.
+        edits: The edits.
+        rows: For each row of the batch the index of its edit, or -1 for none. Default: all rows
+            get the sum of the edits, in batches of any size.
+
+    Returns:
+        Pairs of a HookPoint's name and a function, for ``model.run_with_hooks(tokens,
+        fwd_hooks=...)``, ``model.hooks(fwd_hooks=...)`` and :func:`run_with_backward_cache`.
+
+    Raises:
+        ValueError: When an edit is of another model or of none, or ``rows`` name edits that there
+            are not; and in the forward pass, when the batch has another number of rows.
+
+    Example:
+        >>> with model.hooks(fwd_hooks=edit_hooks(model, [paris, rome], rows=[0, 0, 1, -1])):
+        ...     logits = model(four_prompts)
+    """
+    for edit in edits:
+        if edit.model is not model:
+            raise ValueError("edits: one is bound to another model, or to none; see edit.bind()")
+    index = None if rows is None else torch.as_tensor(rows, dtype=torch.long).cpu()
+    if index is not None and not (
+        index.ndim == 1 and len(index) and -1 <= int(index.min()) <= int(index.max()) < len(edits)
+    ):
+        raise ValueError(
+            f"rows must hold an index of the {len(edits)} edits, or -1, for every row of the "
+            f"batch, got {rows!r}"
+        )
+    at_sites = [edit.at_sites() for edit in edits]
+    sites = {name: site for of_edit in at_sites for name, (site, _) in of_edit.items()}
+    if sites.keys() and any(site.hook_in not in model.hook_dict for site in sites.values()):
+        add_hook_points(model)
+    hooks: ForwardHooks = []
+    for name, site in sites.items():
+        empty = torch.zeros(0, site.d_in), torch.zeros(0, site.d_out)
+        each = [
+            (of_edit[name][1].inputs, of_edit[name][1].vjps) if name in of_edit else empty
+            for of_edit in at_sites
+        ]
+        u, v = (_of_rows(vectors, index) for vectors in zip(*each, strict=True))
+        hooks += _adding_hooks(site, u, v)
+    return hooks
+
+
+def _of_rows(
+    vectors: Sequence[Float[Tensor, "_ d"]], rows: Int[Tensor, "batch"] | None
+) -> Float[Tensor, "batch n d"]:
+    """The vectors of each row's edit, filled up with zeros; without rows, of all edits."""
+    filled = [some for some in vectors if len(some)] or list(vectors)
+    dtype = reduce(torch.promote_types, (some.dtype for some in filled))
+    reference = filled[0].to(dtype)
+    alike = [some.to(reference) for some in vectors]
+    if rows is None:
+        return torch.cat(alike).unsqueeze(0)
+    padded = pad_sequence([*alike, reference.new_zeros(0, reference.shape[-1])], batch_first=True)
+    return padded[rows.to(padded.device)]
+
+
+def _adding_hooks(
+    site: WeightSite, u: Float[Tensor, "batch n d_in"], v: Float[Tensor, "batch n d_out"]
+) -> ForwardHooks:
+    """Hooks that note ``x`` and add ``(x u^T) v`` to ``y``."""
+    seen: list[Tensor] = []
+    placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def note(x: Tensor, hook: Any) -> None:
+        seen[:] = [x]
+
+    def add(y: Tensor, hook: Any) -> Tensor:
+        if not seen:
+            raise RuntimeError(f"the input of {site.name} did not pass {site.hook_in}")
+        x = site.encode(seen.pop())
+        dtype = torch.promote_types(torch.promote_types(u.dtype, x.dtype), torch.float32)
+        place = (x.device, dtype)
+        if place not in placed:
+            placed[place] = u.to(*place).mT, v.to(*place)
+        left, right = placed[place]
+        if len(u) > 1:
+            x = x.expand(len(u), *x.shape[1:]) if len(x) == 1 else x
+            if len(x) % len(u) or (x.ndim > 2 and len(x) != len(u)):
+                raise ValueError(f"rows are {len(u)}, but {site.hook_in} has a batch of {len(x)}")
+        added = (x.reshape(len(u), -1, site.d_in).to(dtype) @ left) @ right
+        return (y + site.hook_out_scale * added.reshape(-1, *y.shape[1:])).to(y.dtype)
+
+    return [(site.hook_in, note), (site.hook_out, add)]

@@ -1,0 +1,197 @@
+"""The second moment of W_out's inputs over a sample of text, and keys whitened by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_backward.editing.files import fingerprints, model_name, read, write
+from tl_backward.editing.runs import require_eval_mode, weight_inputs
+from tl_backward.sites import Model, weight_sites
+from tl_backward.tokens import pad_id, padded, prompt_tokens
+
+KIND = "KeyStatistics"
+
+
+@dataclass(frozen=True, eq=False)
+class KeyStatistics:
+    """Uncentred second moments of what goes into some weights.
+
+    Attributes:
+        second_moments: By site name, ``C``, the mean of ``x^T x`` over all tokens of the sample.
+        n_tokens: How many tokens that were.
+        ridge: What is added to the diagonal of ``C`` before it is inverted, in units of its mean.
+    """
+
+    second_moments: dict[str, Float[Tensor, "d_in d_in"]]
+    n_tokens: int
+    ridge: float
+
+    def __repr__(self) -> str:
+        return f"KeyStatistics({', '.join(self.second_moments)}; {self.n_tokens} tokens)"
+
+    def whitened(self, name: str, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """The keys ``|x|^2 C^-1 x / (x^T C^-1 x)`` of some inputs.
+
+        The rank-1 update with this key adds to the weight's output for ``x`` itself just what it
+        adds with the plain key ``x``, ``|x|^2`` times the value, and as little as can be to the
+        outputs for the sample's inputs, in the mean square. It is ROME's key (there scaled to add
+        the value once), with a ridge.
+
+        Args:
+            name: The site.
+            x: Inputs of its weight.
+
+        Raises:
+            ValueError: When there are no statistics of this site.
+        """
+        if name not in self.second_moments:
+            raise ValueError(
+                f"statistics: there are none of {name}, only of {', '.join(self.second_moments)}; "
+                "make them with key_statistics(model, texts, layer)"
+            )
+        exact = x.to(device="cpu", dtype=torch.float64)
+        keys = torch.cholesky_solve(exact.mT, self._factors[name]).mT
+        scale = exact.square().sum(-1, keepdim=True) / (exact * keys).sum(-1, keepdim=True)
+        return (keys * scale).to(x)
+
+    @cached_property
+    def _factors(self) -> dict[str, Float[Tensor, "d_in d_in"]]:
+        """Cholesky factors of the second moments with the ridge, in float64."""
+        factors = {}
+        for name, C in self.second_moments.items():
+            exact = C.double().clone()
+            exact.diagonal().add_(self.ridge * exact.diagonal().mean())
+            try:
+                factors[name] = torch.linalg.cholesky(exact)
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(
+                    f"statistics: the second moment of the inputs of {name} is singular with "
+                    f"ridge={self.ridge}; take a larger ridge, or more text than {self.n_tokens} "
+                    "tokens"
+                ) from error
+        return factors
+
+    def save(self, path: str | Path, model: Model) -> Path:
+        """Write the statistics to one safetensors file.
+
+        Args:
+            path: The file to write. Its folder must exist.
+            model: The model that they are of; its weights are remembered by fingerprint.
+
+        Raises:
+            OSError: When the file cannot be written.
+        """
+        contents = {
+            "n_tokens": self.n_tokens,
+            "ridge": self.ridge,
+            "model": model_name(model),
+            "weights": fingerprints(model, list(self.second_moments)),
+        }
+        return write(Path(path), KIND, self.second_moments, contents)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model) -> KeyStatistics:
+        """Read statistics that :meth:`save` has written.
+
+        Raises:
+            FileNotFoundError: When there is no such file.
+            ValueError: When it is damaged or holds something else, or the weights that the
+                statistics are of are not those of this model.
+        """
+        contents, moments = read(Path(path), KIND)
+        try:
+            n_tokens, ridge = contents["n_tokens"], contents["ridge"]
+            expected: Mapping[str, str] = contents["weights"]
+            made_for = contents["model"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is a damaged {KIND} ({error!r}); make it again") from error
+        names = [site.name for site in weight_sites(model) if site.name in expected]
+        if fingerprints(model, names) != expected:
+            raise ValueError(
+                f"{path} has the statistics of {made_for}, and this model has other weights "
+                f"({', '.join(expected)}); revert the edits that are applied, or remove the file"
+            )
+        return cls({name: moments[name] for name in names}, n_tokens, ridge)
+
+
+def key_statistics(
+    model: Model,
+    texts: Iterable[Any],
+    layer: int | Sequence[int],
+    *,
+    ridge: float = 0.01,
+    path: str | Path | None = None,
+    batch_size: int = 16,
+    prepend_bos: bool | None = None,
+) -> KeyStatistics:
+    """The second moments of W_out's inputs over a sample of text, for ``key="whitened"``.
+
+    Every batch is run once, and only up to the last of the layers. Shows a progress bar when it
+    takes longer than two seconds.
+
+    Args:
+        model: A TransformerLens model in eval mode.
+        texts: Texts, or token ids of texts. Longer ones than the model's context are cut.
+        layer: The layer, or several.
+        ridge: What is added to the diagonal before the inverse is taken, in units of the mean of
+            the diagonal. It keeps directions that the sample hardly has from ruling the key.
+        path: A safetensors file. If it is there, the statistics are read from it, and no text is
+            run; else they are written to it.
+        batch_size: Texts in one forward pass.
+        prepend_bos: As in ``model.to_tokens``.
+
+    Raises:
+        FileNotFoundError: When the folder of ``path`` does not exist.
+        ValueError: For no text, a layer that does not exist, a negative ridge, a model in training
+            mode, and a file at ``path`` that belongs to other weights or layers.
+        TypeError, NotImplementedError: As :func:`weight_sites`.
+
+    Example:
+        >>> statistics = key_statistics(model, wikitext_lines, layer=24, path="layer24.safetensors")
+        >>> forward_pass_shift(model, prompt, " Paris", layer=24, lr=0.1, key="whitened",
+        ...                    statistics=statistics)
+    """
+    sites = weight_sites(model, "W_out", layer)
+    require_eval_mode(model)
+    if not 0 <= ridge < float("inf"):
+        raise ValueError(f"ridge must be a number of at least 0, got {ridge}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if path is not None and Path(path).exists():
+        loaded = KeyStatistics.load(path, model)
+        if loaded.second_moments.keys() != {site.name for site in sites}:
+            raise ValueError(
+                f"path: {path} has the statistics of {', '.join(loaded.second_moments)}, not of "
+                f"layer={layer!r}; pass another path"
+            )
+        return KeyStatistics(loaded.second_moments, loaded.n_tokens, ridge)
+    every = [texts] if isinstance(texts, str) else list(texts)
+    if not every:
+        raise ValueError("texts are empty; pass at least one")
+    tokens = [ids[: model.cfg.n_ctx] for ids in prompt_tokens(model, every, prepend_bos, "right")]
+    tokens.sort(key=len)
+    moments = {site.name: torch.zeros(site.d_in, site.d_in, dtype=torch.float64) for site in sites}
+    starts = range(0, len(tokens), batch_size)
+    for start in tqdm(starts, desc="key statistics", delay=2, leave=False):
+        batch, mask = padded(tokens[start : start + batch_size], pad_id(model), "right")
+        for name, x in weight_inputs(model, sites, batch).items():
+            rows = x[mask.bool().to(x.device)]
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            moments[name] += (rows.mT @ rows).cpu()
+    n_tokens = sum(map(len, tokens))
+    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+    statistics = KeyStatistics(
+        {name: (total / n_tokens).to(dtype) for name, total in moments.items()}, n_tokens, ridge
+    )
+    if path is not None:
+        statistics.save(path, model)
+    return statistics

@@ -1,0 +1,208 @@
+"""Forward passes that stop early, start late, or go all the way, without a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_backward.editing.hooks import edit_hooks
+from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.recording import Recorder
+from tl_backward.sites import Model, WeightSite, all_modules, attached_hook_points
+
+LEAST_TOLERANCE = 1e-4
+"""Of two runs in float64: transformers computes softmax and norms in float32."""
+
+
+class _Stop(BaseException):
+    """Ends a forward pass of which the rest is not needed."""
+
+
+@torch.no_grad()
+def weight_inputs(
+    model: Model,
+    sites: Sequence[WeightSite],
+    tokens: Int[Tensor, "batch pos"],
+    edit: WeightEdit | None = None,
+) -> dict[str, Float[Tensor, "batch pos d_in"]]:
+    """The inputs of some weights, by site name, from a forward pass that stops at the last of them.
+
+    Args:
+        model: A TransformerLens model.
+        sites: Sites in the order of the forward pass.
+        tokens: Texts, padded on the right.
+        edit: An edit that takes part by its hooks.
+    """
+    with ExitStack() as stack:
+        recorder = stack.enter_context(_recorded(model, sites, tokens, edit))
+        last = sites[-1].x_tap()
+        register: Callable[..., Any] = (
+            last.module.register_forward_hook
+            if last.side == "output"
+            else last.module.register_forward_pre_hook
+        )
+        stack.callback(register(_stop).remove)
+        try:
+            _logits(model, tokens)
+        except _Stop:
+            return _first(recorder, sites, "x", tokens)
+    raise RuntimeError(f"{sites[-1].name} took no part in the forward pass")
+
+
+class WholeRun:
+    """A forward pass on some texts, from the middle of which others can start.
+
+    Attributes:
+        logits: What it gave.
+        inputs: The inputs of the weights that were asked for, by site name.
+        outputs: Their outputs.
+        n_passes: How many passes through all layers there were so far.
+        n_upper_passes: How many through the upper layers.
+
+    Args:
+        model: A TransformerLens model.
+        tokens: Texts, padded on the right.
+        sites: Weights whose inputs and outputs to keep.
+        edit: An edit that takes part by its hooks, in this pass only.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Model,
+        tokens: Int[Tensor, "batch pos"],
+        sites: Sequence[WeightSite] = (),
+        edit: WeightEdit | None = None,
+    ) -> None:
+        self._model, self._tokens = model, tokens
+        self._block_outputs: list[Any] = []
+        self._agrees: dict[int, bool] = {}
+        with ExitStack() as stack:
+            recorder = stack.enter_context(_recorded(model, sites, tokens, edit))
+            for block in model.blocks:
+                handle = block.register_forward_hook(
+                    lambda block, x, y: self._block_outputs.append(y)
+                )
+                stack.callback(handle.remove)
+            self.logits: Float[Tensor, "batch pos d_vocab"] = _logits(model, tokens)
+        self.inputs = _first(recorder, sites, "x", tokens)
+        self.outputs = _first(recorder, sites, "y", tokens)
+        self.n_passes, self.n_upper_passes = 1, 0
+
+    @torch.no_grad()
+    def edited_logits(self, edits: Sequence[WeightEdit]) -> Float[Tensor, "edit batch pos d_vocab"]:
+        """The logits of the same texts with each of several edits, in one batch.
+
+        The blocks below the lowest edited layer return what they returned in the whole run. Whether
+        that is all the upper ones need is tried once for each layer, by a copy of the texts without
+        edit in the batch; where its logits are others, the passes go through all layers.
+        """
+        layers = [site.layer or 0 for e in edits for site, _ in e.at_sites().values()]
+        first = min(layers, default=0)
+        if len(self._block_outputs) != len(self._model.blocks):  # some run several times
+            first = 0
+        if first == 0 or self._agrees.get(first) is False:
+            self.n_passes += 1
+            return self._run(edits, 0, with_control=False)
+        self.n_upper_passes += 1
+        if self._agrees.get(first):
+            return self._run(edits, first, with_control=False)
+        control, logits = self._run(edits, first, with_control=True).split([1, len(edits)])
+        tolerance = max(torch.finfo(self.logits.dtype).eps ** 0.5, LEAST_TOLERANCE)
+        error = (control[0] - self.logits).norm() / self.logits.norm()
+        self._agrees[first] = bool(error <= tolerance)
+        return logits if self._agrees[first] else self.edited_logits(edits)
+
+    def _run(
+        self, edits: Sequence[WeightEdit], first: int, with_control: bool
+    ) -> Float[Tensor, "copies batch pos d_vocab"]:
+        of_copies = torch.arange(-1 if with_control else 0, len(edits))
+        rows = of_copies.repeat_interleave(len(self._tokens))
+        with ExitStack() as stack:
+            stack.enter_context(attached_hook_points(self._model))
+            hooks = edit_hooks(self._model, edits, rows)
+            stack.enter_context(self._model.hooks(fwd_hooks=hooks))
+            below = zip(self._model.blocks[:first], self._block_outputs, strict=False)
+            for block, output in below:
+                stack.enter_context(_returning(block, _repeated(output, len(of_copies))))
+            logits = _logits(self._model, self._tokens.repeat(len(of_copies), 1))
+        return logits.unflatten(0, (len(of_copies), -1))
+
+
+def require_eval_mode(model: Model) -> None:
+    """Make sure that dropout is off.
+
+    Raises:
+        ValueError: When a module is in training mode.
+    """
+    training = [name for name, module in all_modules(model) if module.training]
+    if training:
+        raise ValueError(
+            f"the model is in training mode (at least its module {training[0] or 'root'!r}), where "
+            "dropout makes activations random; call model.eval() first"
+        )
+
+
+@contextmanager
+def _recorded(
+    model: Model,
+    sites: Sequence[WeightSite],
+    tokens: Int[Tensor, "batch pos"],
+    edit: WeightEdit | None,
+) -> Iterator[Recorder]:
+    """The model with an edit, and with what goes into and comes out of some weights kept."""
+    with ExitStack() as stack:
+        stack.enter_context(attached_hook_points(model))
+        hooks = [] if edit is None else edit.fwd_hooks()
+        stack.enter_context(model.hooks(fwd_hooks=hooks))
+        recorder = stack.enter_context(Recorder(len(tokens)))
+        for site in sites:
+            recorder.keep_value(site.x_tap(), (site.name, "x"))
+            recorder.keep_value(site.y_tap(), (site.name, "y"))
+        yield recorder
+
+
+def _first(
+    recorder: Recorder, sites: Sequence[WeightSite], end: str, tokens: Int[Tensor, "batch pos"]
+) -> dict[str, Float[Tensor, "batch pos _"]]:
+    """What passed the sites, of those that are used several times the first time."""
+    return {
+        site.name: recorder.values((site.name, end))[0].reshape(*tokens.shape, -1) for site in sites
+    }
+
+
+def _logits(model: Model, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+    """A causal model does not see the padding on the right of a text."""
+    arguments = {} if model.tokenizer is None else {"padding_side": "right"}
+    return model(tokens.to(model.cfg.device), return_type="logits", **arguments)
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """The module with a forward pass that computes nothing and returns ``output``."""
+    attributes = vars(module)
+    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    attributes["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        attributes.update(own)
+
+
+def _repeated(output: Any, copies: int) -> Any:
+    """A block's output for several copies of the batch."""
+    if isinstance(output, Tensor):
+        return output.repeat(copies, *[1] * (output.ndim - 1))
+    if isinstance(output, tuple):
+        return tuple(_repeated(part, copies) for part in output)
+    return output
