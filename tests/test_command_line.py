@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from conftest import PROMPT, TARGET, tiny_config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import tl_backward as tlb
+from tl_backward import analysis, evaluation
 from tl_backward.__main__ import app
 
 
@@ -18,8 +20,8 @@ def run(boot, monkeypatch):
     """Run the command line on a tiny model; returns the result of the runner."""
     monkeypatch.setattr("tl_backward.demo_model.load_demo_model", lambda: boot("llama"))
 
-    def run(*arguments: str):
-        return CliRunner().invoke(app, ["lens", *arguments])
+    def run(*arguments: str, command: str = "lens"):
+        return CliRunner().invoke(app, [command, *arguments])
 
     return run
 
@@ -107,6 +109,98 @@ def test_a_local_folder_as_model(tokenizer, tmp_path):
     )
     assert shown.returncode == 0, shown.stderr
     assert "W_out at the last token" in shown.stdout
+
+
+def test_edit_shows_before_and_after(run, boot, tmp_path):
+    path = tmp_path / "edit.safetensors"
+    shown = run(PROMPT, "--target", TARGET, "--layer", "1", "--save", str(path), command="edit")
+    assert shown.exit_code == 0, shown.output
+    model = boot("llama")
+    edit = tlb.WeightEdit.load(path, model)
+    with edit.applied():
+        top = model(PROMPT)[0, -1].softmax(-1).topk(1)
+    assert model.tokenizer.decode(top.indices) == TARGET
+    after = next(line for line in shown.output.splitlines() if "after" in line)
+    assert f"·Paris {top.values.item():.2f}" in after
+    before = next(line for line in shown.output.splitlines() if "before" in line)
+    assert f"{model(PROMPT)[0, -1].softmax(-1).max():.2f}" in before
+
+
+def counterfact(tmp_path):
+    facts = [("The Eiffel Tower", "Rome", "Paris"), ("London", "Paris", "Berlin")]
+    records = [
+        {
+            "case_id": case,
+            "requested_rewrite": {
+                "prompt": "{} is located in",
+                "subject": subject,
+                "target_new": {"str": new},
+                "target_true": {"str": true},
+                "relation_id": "P1",
+            },
+            "paraphrase_prompts": [f"Not in Berlin is {subject} located but in"],
+            "neighborhood_prompts": ["The city of", "Lionel Messi plays for"],
+            "generation_prompts": [f"{subject} is"],
+        }
+        for case, (subject, new, true) in enumerate(facts)
+    ]
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_evaluate_prints_the_table(run, boot, tmp_path):
+    path = counterfact(tmp_path)
+    options = ["--data", str(path), "--layer", "1", "--lr", "0.7", "--out", str(tmp_path / "out")]
+    shown = run(*options, command="evaluate")
+    assert shown.exit_code == 0, shown.output
+    records = evaluation.load_records(path)
+    frame = evaluation.evaluate(boot("llama"), records, evaluation.shift(layer=1, lr=0.7))
+    expected = evaluation.table({"shift": frame})
+    rows = [[c.strip() for c in line.split("│")[1:-1]] for line in shown.output.splitlines()]
+    cells = {row[0]: row[2] for row in rows if len(row) == 3}
+    assert cells["efficacy (accuracy)"] == expected["accuracy", "efficacy"]["shift"]
+    assert cells["neighborhood (magnitude)"] == expected["magnitude", "neighborhood"]["shift"]
+    assert {"unedited", "shift"} <= {folder.name for folder in (tmp_path / "out").iterdir()}
+
+
+def test_reproduce_writes_tables_and_a_report(run, boot, tmp_path):
+    data, out = counterfact(tmp_path), tmp_path / "report"
+    names = ["gradient_rank", "vjp_norms"]
+    shown = run(*names, "--data", str(data), "-n", "2", "--out", str(out), command="reproduce")
+    assert shown.exit_code == 0, shown.output
+    records = evaluation.load_records(data)
+    for name in names:
+        written = pd.read_parquet(out / f"{name}.parquet")
+        expected = analysis.EXPERIMENTS[name].run(boot("llama"), records, prepend_bos=False)
+        pd.testing.assert_frame_equal(written, expected, check_dtype=False)
+    page = (out / "report.html").read_text()
+    assert [page.count(f"<h2>{name}</h2>") for name in names] == [1, 1]
+    assert page.count('class="plotly-graph-div"') == 2
+    assert "cdn" not in page.split("<h2>")[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("edit", [PROMPT, "--target", TARGET, "--layer", "first"], "--layer takes a number or"),
+        ("edit", [PROMPT, "--target", TARGET, "--layer", "9"], "layers 0 to 2"),
+        ("evaluate", ["--data", "DATA"], "--layer is missing"),
+        ("evaluate", ["--data", "DATA", "--layer", "1", "--lr", "x"], "--lr takes a number"),
+        (
+            "evaluate",
+            ["--data", "DATA", "--layer", "1", "--method", "fine-tuning"],
+            "--lr must be a number",
+        ),
+        ("evaluate", ["--data", "/no/such.json", "--layer", "1"], "such.json"),
+        ("reproduce", ["figure_99", "--data", "DATA"], "no experiment 'figure_99'; there is gra"),
+    ],
+)
+def test_bad_input_of_the_other_commands(run, tmp_path, command, arguments, message):
+    data = str(counterfact(tmp_path))
+    shown = run(*(data if part == "DATA" else part for part in arguments), command=command)
+    assert shown.exit_code == 2
+    assert message in " ".join(shown.stderr.replace("│", " ").split())
 
 
 def test_help_gives_an_example():

@@ -2,6 +2,7 @@
 
 from tl_backward.plotting.figures import lens_figure
 from tl_backward.plotting.page import lens_page
+from tl_backward.plotting.report import Chapter, report_page
 from tl_backward.plotting.tokens import visible
 
-__all__ = ["lens_figure", "lens_page", "visible"]
+__all__ = ["Chapter", "lens_figure", "lens_page", "report_page", "visible"]

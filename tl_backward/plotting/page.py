@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tl_backward.lens_result import VALUE_COLUMNS, BackwardLensResult
 from tl_backward.plotting.table import Table
 from tl_backward.plotting.tokens import visible
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def lens_page(result: BackwardLensResult) -> str:
@@ -18,22 +23,35 @@ def lens_page(result: BackwardLensResult) -> str:
         ImportError: Without the extra ``plot``.
         ValueError: For several prompts, or a lens that kept no tokens.
     """
+    return (
+        environment()
+        .get_template("lens.html.j2")
+        .render(
+            result=result,
+            tables=[Table(result, kind) for kind in result],
+            value=VALUE_COLUMNS[result.return_type].replace("_", " "),
+        )
+    )
+
+
+def environment() -> Environment:
+    """The templates, with what they use.
+
+    Raises:
+        ImportError: Without the extra ``plot``.
+    """
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError("the page needs Jinja2: pip install 'tl-backward[plot]'") from error
+        raise ImportError("pages need Jinja2: pip install 'tl-backward[plot]'") from error
 
-    environment = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("tl_backward"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["visible"] = visible
-    environment.globals["zip"] = zip
-    return environment.get_template("lens.html.j2").render(
-        result=result,
-        tables=[Table(result, kind) for kind in result],
-        value=VALUE_COLUMNS[result.return_type].replace("_", " "),
-    )
+    templates.filters["visible"] = visible
+    templates.globals["zip"] = zip
+    return templates

@@ -1,0 +1,164 @@
+"""Edits of several facts, against shifts that are written out on the weight itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import HAS_BRIDGE
+from test_analysis_segments import record
+
+import tl_backward as tlb
+from tl_backward import analysis
+from tl_backward.analysis import fact_of
+
+RECORDS = [
+    record(prompt, subject, new, true)
+    | {
+        "paraphrase_prompts": [f"Paris and {subject} is in", f"{subject} is"],
+        "neighborhood_prompts": ["The city of Rome is in", "Messi plays for the", "Berlin is"],
+    }
+    for prompt, subject, new, true in (
+        ("{} plays for the city of", "Lionel Messi", "Paris", "Rome"),
+        ("The {} is in", "Eiffel Tower", "Berlin", "London"),
+        ("The city of {} is located in", "Paris", "London", "Berlin"),
+    )
+]
+LAYER, LR = 1, 0.3
+
+pytestmark = pytest.mark.skipif(not HAS_BRIDGE, reason="TransformerLens 2 has no bridge")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def model(request):
+    model = request.getfixturevalue("boot")(request.param)
+    model(torch.tensor([[1, 2]]))
+    return model
+
+
+@pytest.fixture
+def weight(model):
+    (site,) = tlb.weight_sites(model, "W_out", LAYER)
+    before = site.parameter.detach().clone()
+    yield site
+    site.parameter.data.copy_(before)
+
+
+def token(model, text):
+    return int(model.to_tokens(f" {text}", prepend_bos=False)[0, 0])
+
+
+def ids(model, one):
+    rewrite = one["requested_rewrite"]
+    return token(model, rewrite["target_new"]["str"]), token(model, rewrite["target_true"]["str"])
+
+
+def term(model, site, one):
+    """``lr x_n^T D^T[t]`` of the model as it is; None where the target is predicted."""
+    seen = []
+    with model.hooks(fwd_hooks=[(site.hook_in, lambda x, hook: seen.append(x.detach()))]):
+        logits = model(fact_of(one).prompt)[0, -1]
+    target, _ = ids(model, one)
+    if logits.argmax() == target:
+        return None
+    return LR * torch.outer(seen[0][0, -1], model.W_U[:, target].detach())
+
+
+def add(site, update):
+    if update is not None:
+        site.parameter.data += update if site.parameter.shape == update.shape else update.T
+
+
+def measured(model, one):
+    target, original = ids(model, one)
+    result = {}
+    for kind, prompts, wanted, other in (
+        ("", [fact_of(one).prompt], target, original),
+        ("paraphrase_", one["paraphrase_prompts"], target, original),
+        ("neighborhood_", one["neighborhood_prompts"], original, target),
+    ):
+        last = [model(prompt)[0, -1].detach() for prompt in prompts]
+        result[f"{kind}accuracy"] = sum(int(x.argmax()) == wanted for x in last) / len(last)
+        result[f"{kind}success"] = sum(bool(x[wanted] > x[other]) for x in last) / len(last)
+    return result
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("schedule", ["together", "in turn"])
+def test_several_facts_are_edited_as_by_hand(model, weight, schedule, n):
+    frame = analysis.many_edits(
+        model,
+        RECORDS,
+        layer=LAYER,
+        lr=LR,
+        sizes=[3],
+        schedules=[schedule],
+        iterations=[n],
+        batch_size=2,
+        progress=False,
+    )
+    if schedule == "together":
+        for _ in range(n):
+            for update in [term(model, weight, one) for one in RECORDS]:
+                add(weight, update)
+    else:
+        for one in RECORDS:
+            for _ in range(n):
+                add(weight, term(model, weight, one))
+    assert frame["record"].tolist() == [0, 1, 2]
+    for one, row in zip(RECORDS, frame.to_dict("records"), strict=True):
+        for name, value in measured(model, one).items():
+            assert row[name] == pytest.approx(value), name
+
+
+def test_groups_are_edited_apart_and_the_model_is_left_as_it_is(model, weight, tmp_path):
+    from test_patching import state
+
+    before = state(model)
+    arguments = {"layer": LAYER, "lr": LR, "progress": False, "path": tmp_path}
+    frame = analysis.many_edits(model, RECORDS, sizes=[0, 1, 2], iterations=[1, 2], **arguments)
+    assert state(model) == before
+    assert len(frame) == 3 * (1 + 2 + 4)
+    assert frame.query("size == 2")["accuracy"].mean() > frame.query("size == 0")["accuracy"].mean()
+    assert frame.query("size == 2")["group"].tolist() == [0, 0, 1] * 4
+    for i, one in enumerate(RECORDS):
+        (row,) = frame.query(f"size == 0 and record == {i}").to_dict("records")
+        assert {k: row[k] for k in measured(model, one)} == pytest.approx(measured(model, one))
+    (alone,) = frame.query("size == 1 and record == 2 and iterations == 1").to_dict("records")
+    add(weight, term(model, weight, RECORDS[2]))
+    want = measured(model, RECORDS[2])
+    assert {k: alone[k] for k in want} == pytest.approx(want)
+    last_group = frame.query("size == 2 and record == 2 and iterations == 1")
+    for row in last_group.to_dict("records"):
+        assert {k: row[k] for k in want} == pytest.approx(want)
+    with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", raises)]):
+        again = analysis.many_edits(model, RECORDS, sizes=[0, 1, 2], iterations=[1, 2], **arguments)
+    assert again.equals(frame)
+
+
+def raises(tensor, hook):
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"schedules": ["at random"]}, r"schedules=\['at random'\]: there are together, in turn"),
+        ({"sizes": [-1]}, r"sizes=\[-1\]: they must be at least 0"),
+        ({"iterations": [0]}, r"iterations=\[0\]: they must be at least 1"),
+        ({"layer": 7}, r"layers=7: this model has layers 0 to 2"),
+    ],
+)
+def test_bad_arguments_are_named(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        analysis.many_edits(model, RECORDS, **{"layer": LAYER, "lr": LR} | arguments)
+    with pytest.raises(ValueError, match="records holds no record"):
+        analysis.many_edits(model, [], layer=LAYER, lr=LR)
+
+
+def test_the_figure_shows_the_mean_accuracy(model):
+    frame = analysis.many_edits(
+        model, RECORDS, layer=LAYER, lr=LR, sizes=[1, 3], schedules=["together"], progress=False
+    )
+    line = next(x for x in analysis.plot_many_edits(frame).data if x.name == "accuracy")
+    assert list(line.x) == [1, 3]
+    assert line.y[1] == pytest.approx(100 * frame.query("size == 3")["accuracy"].mean())

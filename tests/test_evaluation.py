@@ -1,0 +1,672 @@
+"""Edits evaluated in batches, against plain loops over one text at a time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import HAS_BRIDGE, MODELS, tiny_config
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+import tl_backward as tlb
+from tl_backward.editing import (
+    StepNotFoundError,
+    WeightEdit,
+    fine_tune,
+    forward_pass_shift,
+    gradient_step,
+)
+from tl_backward.evaluation import (
+    Record,
+    evaluate,
+    fine_tuning,
+    generate_texts,
+    generation,
+    gradient,
+    n_gram_entropy,
+    perplexity,
+    score_targets,
+    shift,
+    tokenised,
+    unedited,
+)
+from tl_backward.evaluation.scoring import Case
+from tl_backward.factors import GradientFactors
+
+NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
+RECORDS = [
+    Record(
+        case_id=11,
+        prompt="Lionel Messi plays for the city of",
+        subject="Lionel Messi",
+        relation_id="P54",
+        target_new="Paris",
+        target_true="Eiffel Tower",
+        paraphrase_prompts=("Messi plays in", "The city of Lionel Messi is"),
+        neighborhood_prompts=("The Eiffel Tower is located in", "Rome", "not in"),
+        generation_prompts=("Messi plays", "Lionel Messi is located"),
+    ),
+    Record(
+        case_id=22,
+        prompt="The Eiffel Tower is",
+        subject="The Eiffel Tower",
+        relation_id="P131",
+        target_new="Rome and Berlin",
+        target_true="Rome and London",
+        paraphrase_prompts=("Paris is the city of",),
+        neighborhood_prompts=("Messi plays for", "Berlin is located in", "Rome is"),
+        generation_prompts=("The Tower",),
+    ),
+    Record(
+        case_id=33,
+        prompt="London",
+        subject="London",
+        relation_id="P131",
+        target_new="Rome and Paris",
+        target_true="Rome",
+        paraphrase_prompts=("London is", "The city", "in London, in"),
+        neighborhood_prompts=("Messi",),
+        generation_prompts=("London", "not London", "The city of London"),
+    ),
+]
+TEXTS = [
+    "The Eiffel Tower is located in Rome",
+    "Lionel Messi plays for Paris, not for the city of London",
+    "Rome and Berlin",
+]
+KINDS = {"efficacy": 0, "paraphrase": 0, "neighborhood": 1}
+
+
+@pytest.fixture(params=MODELS)
+def model(models, tokenizer, request):
+    if request.param.startswith("bridge"):
+        return models(request.param)
+    from test_hooked_transformer import GATED, GQA, ROTARY, build
+
+    llama = {**GATED, **GQA, **ROTARY, "normalization_type": "RMS"}
+    made = build(
+        n_ctx=32, d_vocab=len(tokenizer), **llama if request.param.endswith("llama") else {}
+    )
+    made.set_tokenizer(copy.deepcopy(tokenizer))
+    # TransformerLens 2's generate looks for padding in zeros instead of in the tokens
+    made.tokenizer.pad_token = made.tokenizer.convert_ids_to_tokens(1)
+    return made
+
+
+@pytest.fixture
+def precision(request):
+    """In transformers, Llama's softmax and norms are in float32."""
+    return 1e-6 if request.node.callspec.params["model"] == "bridge-llama" else 1e-10
+
+
+def state(model):
+    if hasattr(model, "original_model"):
+        from test_capture import state
+    else:
+        from test_hooked_transformer import state
+    return state(model)
+
+
+def model_and_bridge(tokenizer, kind):
+    """A model of transformers, and a bridge of a copy of it."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(kind, len(tokenizer))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = AutoModelForCausalLM.from_config(config).double().eval()
+    bridge = TransformerBridge.boot_transformers(
+        kind, hf_model=copy.deepcopy(hf), tokenizer=tokenizer, dtype=torch.float64
+    )
+    return hf, bridge
+
+
+def ids_of(model, text):
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def score_alone(run, tokenizer, prefix, target):
+    """NLL of a target after a prefix, and whether it is predicted, token by token."""
+    start = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
+    whole = tokenizer(f"{prefix} {target}", add_special_tokens=False)["input_ids"]
+    assert whole == start + ids
+    logits = run(torch.tensor([whole]))[0]
+    nll, right = 0.0, []
+    for j, token in enumerate(ids):
+        at = logits[len(start) + j - 1]
+        nll -= float(at.log_softmax(-1)[token]) / len(ids)
+        right.append(int(at.argmax()) == token)
+    return nll, all(right)
+
+
+def plain_loop(run, tokenizer, record):
+    """All metrics of a record, one text at a time."""
+    prompts = {
+        "efficacy": [record.prompt],
+        "paraphrase": record.paraphrase_prompts,
+        "neighborhood": record.neighborhood_prompts,
+    }
+    row = {}
+    for kind, wanted in KINDS.items():
+        successes, magnitudes, accuracies = [], [], []
+        for prompt in prompts[kind]:
+            new = score_alone(run, tokenizer, prompt, record.target_new)
+            true = score_alone(run, tokenizer, prompt, record.target_true)
+            want, other = (new, true) if wanted == 0 else (true, new)
+            successes.append(other[0] > want[0])
+            magnitudes.append(math.exp(-want[0]) - math.exp(-other[0]))
+            accuracies.append(want[1])
+        row[f"{kind}_success"] = sum(successes) / len(successes)
+        row[f"{kind}_magnitude"] = sum(magnitudes) / len(magnitudes)
+        row[f"{kind}_accuracy"] = sum(accuracies) / len(accuracies)
+    return row
+
+
+def random_edits(model):
+    """Another edit for each case: of another weight, another rank, or none."""
+    generator = torch.Generator().manual_seed(0)
+    sites = {(site.kind, site.layer): site for site in tlb.weight_sites(model)}
+    chosen = {11: [("W_out", 1)], 22: [("W_in", 0), ("W_O", 1)], 33: []}
+
+    def factors(site, n):
+        u = torch.randn(n, site.d_in, generator=generator, dtype=torch.float64)
+        v = torch.randn(n, site.d_out, generator=generator, dtype=torch.float64)
+        return GradientFactors(u, 0.2 * v)
+
+    return {
+        case: WeightEdit(
+            model, {sites[key].name: factors(sites[key], n) for n, key in enumerate(of, 1)}
+        )
+        for case, of in chosen.items()
+    }
+
+
+def columns(frame):
+    return [name for name in frame if name.startswith(tuple(KINDS))]
+
+
+# scores
+
+
+@NEEDS_BRIDGE
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_scores_are_those_of_transformers(tokenizer, kind, batch_size):
+    hf, bridge = model_and_bridge(tokenizer, kind)
+    facts = [
+        (prompt, (record.target_new, record.target_true))
+        for record in RECORDS
+        for prompt in (record.prompt, *record.paraphrase_prompts, *record.neighborhood_prompts)
+    ]
+    cases = [tokenised(bridge, prompt, targets) for prompt, targets in facts]
+    nll, predicted = score_targets(bridge, cases, batch_size=batch_size)
+    for i, (prompt, targets) in enumerate(facts):
+        for j, target in enumerate(targets):
+            want, right = score_alone(lambda ids: hf(ids).logits, tokenizer, prompt, target)
+            assert float(nll[i, j]) == pytest.approx(want, abs=1e-6 if kind == "llama" else 1e-10)
+            assert bool(predicted[i, j]) == right
+
+
+def test_a_target_is_predicted_when_each_of_its_tokens_is(model):
+    """The greedy continuation is; with its last token, or its first, exchanged it is not."""
+    prefix = ids_of(model, "The Eiffel Tower")
+    greedy = list(prefix)
+    for _ in range(3):
+        with torch.no_grad():
+            greedy.append(int(model(torch.tensor([greedy]))[0, -1].argmax()))
+    first, *_, last = target = greedy[len(prefix) :]
+    others = [[*target[:-1], last - 1], [first - 1, *target[1:]], target[:1], target[:2]]
+    case = tokenised(model, "The Eiffel Tower", ["Paris"])._replace(targets=[target, *others])
+    predicted = score_targets(model, [case]).predicted
+    assert predicted.tolist() == [[True, False, False, True, True]]
+
+
+def test_one_run_for_the_targets_that_it_can_serve(models, monkeypatch):
+    """Targets of one token need the prefix alone, and a longer one serves those that begin it."""
+    model, seen = models(MODELS[0]), []
+    forward = type(model).forward
+
+    def counted(self, tokens, *args, **kwargs):
+        seen.append(list(tokens.shape))
+        return forward(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    prefix = [3, 1, 4]
+    for targets, rows in [
+        ([[5], [6]], [[1, 3]]),
+        ([[5], [5, 6], [5, 6, 7]], [[1, 5]]),
+        ([[5, 6], [7, 8]], [[2, 4]]),
+    ]:
+        seen.clear()
+        score_targets(model, [Case(prefix, targets)])
+        assert seen == rows
+
+
+def test_hooks_on_the_model_take_part(model):
+    cases = [tokenised(model, "The city", ["Paris"])]
+    plain = score_targets(model, cases).nll
+    edit = random_edits(model)[11]
+    with tlb.sites.attached_hook_points(model), model.hooks(fwd_hooks=edit.fwd_hooks()):
+        hooked = score_targets(model, cases).nll
+    assert (plain - hooked).abs() > 1e-3
+    want = score_targets(model, cases, edits=[edit], rows=[0]).nll
+    torch.testing.assert_close(hooked, want, rtol=1e-10, atol=1e-10)
+
+
+def test_an_edit_of_the_unembedding(model):
+    """Scores read it at few positions only."""
+    site = tlb.weight_sites(model, "W_U")[0]
+    generator = torch.Generator().manual_seed(1)
+    u, v = (
+        torch.randn(1, d, generator=generator, dtype=torch.float64) for d in (site.d_in, site.d_out)
+    )
+    edit = WeightEdit(model, {site.name: GradientFactors(u, 0.1 * v)})
+    cases = [tokenised(model, p, ["Rome and Paris", "Rome"]) for p in ("The city of", "London")]
+    got = score_targets(model, cases, edits=[edit], rows=[0, -1]).nll
+    with edit.applied():
+        applied = score_targets(model, cases).nll
+    plain = score_targets(model, cases).nll
+    torch.testing.assert_close(got[0], applied[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got[1], plain[1], rtol=1e-10, atol=1e-10)
+    assert (applied - plain)[0].abs().min() > 1e-3
+
+
+@NEEDS_BRIDGE
+def test_tokens_that_the_tokenizer_joins(models, monkeypatch, tmp_path):
+    """Without pre-tokenizer, merges reach over the end of the prefix."""
+    from transformers import PreTrainedTokenizerFast
+
+    model = models("bridge-gpt2")
+    bpe = Tokenizer(BPE())
+    texts = ["of Paris", "of Paris of Paris", "the city"] * 3
+    bpe.train_from_iterator(texts, BpeTrainer(vocab_size=30, show_progress=False))
+    special = {"bos_token": "o", "pad_token": "o"}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(tmp_path)
+    joining = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    monkeypatch.setattr(model, "tokenizer", joining)
+    whole = ids_of(model, "of Paris")
+    assert whole[: len(ids_of(model, "of"))] != ids_of(model, "of")
+    case = tokenised(model, "of", ["Paris", "city"])
+    assert case.prefix == ids_of(model, "of")
+    assert case.targets == [ids_of(model, " Paris"), ids_of(model, " city")]
+
+
+def test_a_prefix_longer_than_the_context(model):
+    prompt = "in " * 31 + "in"
+    tokenised(model, prompt, ["Paris"])
+    with pytest.raises(ValueError, match=r"has 32 tokens, and a target 2: more .* context of 32"):
+        tokenised(model, prompt, ["Paris", "Eiffel Tower"])
+    with pytest.raises(ValueError, match="rows has 1 entries, but there are 2 prefixes"):
+        score_targets(model, [tokenised(model, "in", ["Paris"])] * 2, rows=[-1])
+
+
+# many edits in one batch
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_batch_of_different_edits_gives_what_each_applied_edit_gives(
+    model, precision, batch_size
+):
+    edits, before = random_edits(model), state(model)
+    frame = evaluate(
+        model, RECORDS, lambda m, r: edits[r.case_id], batch_size=batch_size, progress=False
+    )
+    assert state(model) == before
+    assert frame["case_id"].tolist() == [11, 22, 33]
+    assert frame["error"].isna().all()
+    for record, row in zip(RECORDS, frame.to_dict("records"), strict=True):
+        edit = edits[record.case_id]
+        plain = plain_loop(model, model.tokenizer, record)
+        with edit.applied():
+            want = plain_loop(model, model.tokenizer, record)
+        assert {name: row[name] for name in want} == pytest.approx(want, abs=precision)
+        assert row["edit_norm"] == pytest.approx(float(edit.norm()), abs=1e-12)
+        changed = abs(want["efficacy_magnitude"] - plain["efficacy_magnitude"])
+        assert (changed > 1e-5) == bool(edit.factors)
+
+
+@NEEDS_BRIDGE
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_unedited_model_against_transformers(tokenizer, kind):
+    hf, bridge = model_and_bridge(tokenizer, kind)
+    frame = evaluate(bridge, RECORDS, unedited, progress=False)
+    for record, row in zip(RECORDS, frame.to_dict("records"), strict=True):
+        want = plain_loop(lambda ids: hf(ids).logits, tokenizer, record)
+        assert {name: row[name] for name in want} == pytest.approx(want, abs=1e-6)
+    assert frame["edit_norm"].eq(0).all()
+
+
+# methods
+
+
+def test_methods_make_the_edits_of_the_editing_package(model):
+    record, options = RECORDS[1], {"prepend_bos": False}
+    target = " Rome and Berlin"
+    _, cache = tlb.run_with_backward_cache(model, record.prompt, target, weights="W_in", **options)
+    for method, want in [
+        (
+            shift(layer=1, lr=0.3),
+            forward_pass_shift(model, record.prompt, target, layer=1, lr=0.3, **options),
+        ),
+        (
+            shift(layer=0, lr=0.2, tokens="all"),
+            forward_pass_shift(
+                model, record.prompt, target, layer=0, lr=0.2, tokens="all", **options
+            ),
+        ),
+        (
+            fine_tuning(lr=0.1, layers=1, max_steps=2),
+            fine_tune(model, record.prompt, target, lr=0.1, layers=1, max_steps=2, **options),
+        ),
+        (
+            gradient(lr=0.1, weights=["W_in"], layers=0),
+            gradient_step(cache, lr=0.1, layers=0, model=model),
+        ),
+    ]:
+        edit = method(model, record)
+        assert edit.factors.keys() == want.factors.keys() and edit.factors
+        for name, g in want.factors.items():
+            assert torch.equal(edit.factors[name].dense(), g.dense())
+    assert unedited(model, record) is None
+
+
+def test_an_edit_that_succeeds_is_seen_to(model):
+    records = [replace(record, target_new="Paris") for record in RECORDS]
+    method = fine_tuning(lr=0.2, weights="W_U", max_steps=100)
+    frame = evaluate(model, records, method, progress=False)
+    before = evaluate(model, records, unedited, progress=False)
+    assert frame["efficacy_accuracy"].tolist() == [1, 1, 1]
+    edited = before["efficacy_accuracy"] == 0
+    assert edited.any() and (frame["edit_norm"] > 0).tolist() == edited.tolist()
+    gains = frame["efficacy_magnitude"] - before["efficacy_magnitude"]
+    assert (gains > 0).tolist() == edited.tolist()
+
+
+# what goes wrong
+
+
+def failing(error):
+    def method(model, record):
+        if record.case_id == 22:
+            raise error
+        return forward_pass_shift(model, record.prompt, " Paris", layer=1, lr=0.3)
+
+    return method
+
+
+def test_an_error_stays_in_its_row(model, tmp_path):
+    before = state(model)
+    frame = evaluate(
+        model,
+        RECORDS,
+        failing(RuntimeError("no idea")),
+        generation=True,
+        perplexity_texts=TEXTS,
+        path=tmp_path / "errors",
+        progress=False,
+    )
+    assert state(model) == before
+    assert frame["error"].tolist()[1] == "RuntimeError: no idea"
+    measured = [*columns(frame), "ngram_entropy", "perplexity", "edit_norm"]
+    assert frame.loc[1, measured].isna().all()
+    assert frame.loc[[0, 2], measured].notna().all(axis=None)
+    assert frame.loc[[0, 2], "error"].isna().all()
+    alone = evaluate(model, [RECORDS[0], RECORDS[2]], failing(None), progress=False)
+    got = frame.loc[[0, 2], columns(frame)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(got, alone[columns(alone)], rtol=1e-6)
+
+
+def test_records_that_all_fail(model):
+    def method(model, record):
+        raise ValueError("no")
+
+    frame = evaluate(
+        model, RECORDS, method, generation=True, perplexity_texts=TEXTS, progress=False
+    )
+    assert frame["error"].tolist() == ["ValueError: no"] * 3
+
+
+def test_the_best_edit_of_a_search_without_success_is_measured(model):
+    best = random_edits(model)[11]
+    frame = evaluate(
+        model, RECORDS, failing(StepNotFoundError("nothing found", best)), progress=False
+    )
+    assert frame["error"].tolist()[1] == "StepNotFoundError: nothing found"
+    want = evaluate(model, RECORDS[1:2], lambda m, r: best, progress=False)
+    pd.testing.assert_frame_equal(
+        frame.loc[[1], columns(frame)].reset_index(drop=True), want[columns(want)], rtol=1e-6
+    )
+
+
+def test_a_record_that_is_too_long(model):
+    long = replace(RECORDS[0], paraphrase_prompts=("in " * 40,))
+    frame = evaluate(model, [RECORDS[2], long], unedited, progress=False)
+    assert frame["error"].isna().tolist() == [True, False]
+    assert re.search("ValueError: 'in in .* more than the model's context of 32", frame["error"][1])
+    assert frame.loc[0, columns(frame)].notna().all()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_is_no_error_of_the_method_goes_through(model, error):
+    before = state(model)
+    with pytest.raises(error):
+        evaluate(model, RECORDS, failing(error()), progress=False)
+    assert state(model) == before
+
+
+def test_bad_input(model):
+    before = state(model)
+    with pytest.raises(TypeError, match=r"method returned 3 for case .* must return a WeightEdit"):
+        evaluate(model, RECORDS, lambda m, r: 3, progress=False)
+    with pytest.raises(ValueError, match="records is empty"):
+        evaluate(model, [], unedited)
+    with pytest.raises(ValueError, match="perplexity_every is 0"):
+        evaluate(model, RECORDS, unedited, perplexity_every=0)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        evaluate(model, RECORDS, unedited, batch_size=0)
+    assert state(model) == before
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        evaluate(model, RECORDS, unedited)
+    model.eval()
+
+
+# resuming
+
+
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_an_interrupted_evaluation_goes_on_where_it_was(models, tmp_path, fail_at):
+    model = models(MODELS[-1]) if HAS_BRIDGE else pytest.skip("there is no bridge")
+    edits, calls = random_edits(model), []
+
+    def method(model, record):
+        if len(calls) == fail_at:
+            calls.append(None)
+            raise KeyboardInterrupt
+        calls.append(record.case_id)
+        return edits[record.case_id]
+
+    options = {"batch_size": 1, "progress": False, "perplexity_texts": TEXTS}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, RECORDS, method, path=tmp_path / "table", **options)
+    assert len(pd.read_parquet(tmp_path / "table")) == fail_at
+    resumed = evaluate(model, RECORDS, method, path=tmp_path / "table", **options)
+    assert sorted(case for case in calls if case) == [11, 22, 33]
+    at_once = evaluate(model, RECORDS, method, **options)
+    pd.testing.assert_frame_equal(resumed, at_once, check_dtype=False)
+    on_disk = pd.read_parquet(tmp_path / "table").sort_values("record", ignore_index=True)
+    pd.testing.assert_frame_equal(on_disk, resumed, check_dtype=False)
+    with pytest.raises(ValueError, match="holds a sweep over other records"):
+        evaluate(model, RECORDS[:2], method, path=tmp_path / "table", **options)
+
+
+def test_progress_is_shown(models, capsys):
+    model = models(MODELS[-1]) if HAS_BRIDGE else pytest.skip("there is no bridge")
+    evaluate(model, RECORDS, unedited)
+    assert "3/3" in capsys.readouterr().err
+
+
+# perplexity
+
+
+@torch.no_grad()
+def perplexity_alone(run, tokenizer, texts, longest=32):
+    each = []
+    for text in texts:
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:longest])
+        each.append(torch.nn.functional.cross_entropy(run(ids[None])[0, :-1], ids[1:]).exp())
+    return float(sum(each) / len(each))
+
+
+@NEEDS_BRIDGE
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_perplexity_is_that_of_transformers_loss(tokenizer, kind):
+    hf, bridge = model_and_bridge(tokenizer, kind)
+    each = []
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        each.append(math.exp(hf(ids, labels=ids).loss.item()))
+    assert float(perplexity(bridge, TEXTS)) == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 25, 1000])
+def test_perplexity_under_many_edits(model, precision, monkeypatch, tokens_per_pass):
+    from tl_backward.evaluation import text_perplexity as module
+
+    monkeypatch.setattr(module, "TOKENS_PER_PASS", tokens_per_pass)
+    edits, before = list(random_edits(model).values()), state(model)
+    got = perplexity(model, TEXTS, edits)
+    assert state(model) == before
+    for edit, value in zip(edits, got.tolist(), strict=True):
+        with edit.applied():
+            want = perplexity_alone(model, model.tokenizer, TEXTS)
+        assert value == pytest.approx(want, rel=precision)
+    assert (got[:2] - got[2]).abs().min() > 1e-2
+    assert torch.equal(got[2:], perplexity(model, TEXTS))
+
+
+def test_long_texts_are_cut(model, precision, monkeypatch):
+    from tl_backward.evaluation import text_perplexity as module
+
+    long = ["London and Rome " * 30]
+    want = perplexity_alone(model, model.tokenizer, long)
+    assert float(perplexity(model, long)) == pytest.approx(want, rel=precision)
+    monkeypatch.setattr(module, "MAX_TOKENS", 6)
+    cut = perplexity_alone(model, model.tokenizer, long, 6)
+    assert float(perplexity(model, long)) == pytest.approx(cut, rel=precision)
+    assert cut != pytest.approx(want, rel=1e-3)
+
+
+def test_texts_without_perplexity(model):
+    with pytest.raises(ValueError, match="texts is empty"):
+        perplexity(model, [])
+    with pytest.raises(ValueError, match="texts: 'in' is one token"):
+        perplexity(model, ["Rome and Paris", "in"])
+
+
+@pytest.mark.parametrize(("every", "measured"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0])])
+def test_perplexity_of_some_of_the_records(model, precision, every, measured):
+    edits = random_edits(model)
+    frame = evaluate(
+        model,
+        RECORDS,
+        lambda m, r: edits[r.case_id],
+        perplexity_texts=TEXTS,
+        perplexity_every=every,
+        progress=False,
+    )
+    assert frame.index[frame["perplexity"].notna()].tolist() == measured
+    want = perplexity(model, TEXTS, [edits[RECORDS[i].case_id] for i in measured]).tolist()
+    assert frame.loc[measured, "perplexity"].tolist() == pytest.approx(want, rel=precision)
+
+
+# generation
+
+
+@torch.no_grad()
+def greedy(model, prompt, n):
+    ids = ids_of(model, prompt)
+    while len(ids) < n:
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return model.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_texts_of_many_edits_are_those_of_each_applied(model, monkeypatch, batch_size):
+    monkeypatch.setattr(generation, "TOP_K", 1)
+    monkeypatch.setattr(generation, "MAX_TOKENS", 9)
+    edits, before = list(random_edits(model).values()), state(model)
+    pairs = [(p, row) for row, record in enumerate(RECORDS) for p in record.generation_prompts]
+    prompts, rows = zip(*pairs, strict=True)
+    texts = generate_texts(model, prompts, edits=edits, rows=rows, batch_size=batch_size)
+    assert state(model) == before
+    for prompt, row, text in zip(prompts, rows, texts, strict=True):
+        with edits[row].applied():
+            assert text == greedy(model, prompt, 9)
+    assert texts != generate_texts(model, prompts)
+
+
+def test_each_token_is_one_of_the_five_most_probable(model):
+    (text,) = generate_texts(model, ["The city of"])
+    ids = ids_of(model, "The city of")
+    assert text.startswith("The city of")
+    with torch.no_grad(), recorded_generate(model) as written:
+        generate_texts(model, ["The city of"] * 3)
+    tokens = written[0].clone()  # HookedTransformer makes it in inference mode
+    assert tokens.shape == (3, 32) and tokens[:, : len(ids)].tolist() == [ids] * 3
+    logits = model(tokens)[:, len(ids) - 1 : -1]
+    ranks = (logits > logits.gather(-1, tokens[:, len(ids) :, None])).sum(-1)
+    assert int(ranks.max()) <= 4 and int(ranks.max()) > 0
+    assert len(set(map(tuple, tokens.tolist()))) > 1
+
+
+@contextmanager
+def recorded_generate(model):
+    """What ``model.generate`` returns."""
+    written, generate = [], model.generate
+
+    def keep(*args, **kwargs):
+        written.append(generate(*args, **kwargs))
+        return written[-1]
+
+    model.__dict__["generate"] = keep
+    try:
+        yield written
+    finally:
+        del model.__dict__["generate"]
+
+
+def test_the_entropy_of_a_record_is_the_mean_over_its_texts(model):
+    edits = random_edits(model)
+    frame = evaluate(model, RECORDS, lambda m, r: edits[r.case_id], generation=True, progress=False)
+    again = evaluate(model, RECORDS, lambda m, r: edits[r.case_id], generation=True, progress=False)
+    pd.testing.assert_frame_equal(frame, again)
+    # evaluate takes the longest records first
+    order = sorted(range(3), key=lambda i: -len(RECORDS[i].prompt))
+    pairs = [(p, row) for row, i in enumerate(order) for p in RECORDS[i].generation_prompts]
+    texts = generate_texts(
+        model,
+        [prompt for prompt, _ in pairs],
+        edits=[edits[RECORDS[i].case_id] for i in order],
+        rows=[row for _, row in pairs],
+    )
+    for row, i in enumerate(order):
+        of_record = [n_gram_entropy(t) for t, (_, r) in zip(texts, pairs, strict=True) if r == row]
+        assert frame["ngram_entropy"][i] == pytest.approx(sum(of_record) / len(of_record))
+
+
+def test_no_prompts_and_wrong_rows(model):
+    assert generate_texts(model, []) == []
+    with pytest.raises(ValueError, match="rows has 1 entries, but there are 2 prompts"):
+        generate_texts(model, ["The", "London"], rows=[0])

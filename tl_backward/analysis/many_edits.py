@@ -1,0 +1,230 @@
+"""Whether the forward pass shift scales to many facts and to repetition (an open question)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_backward.analysis.over_records import Records, Row, first_tokens
+from tl_backward.analysis.segments import Fact, fact_of
+from tl_backward.editing.forward_shift import forward_pass_shift
+from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.sites import Model
+from tl_backward.sweep import sweep
+from tl_backward.tokens import pad_id, padded, prompt_tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+SCHEDULES = ("together", "in turn")
+PROMPTS = {"paraphrase": "paraphrase_prompts", "neighborhood": "neighborhood_prompts"}
+
+
+class Plan(NamedTuple):
+    """How many facts are edited, how, and how often."""
+
+    size: int
+    schedule: str
+    iterations: int
+
+
+def many_edits(
+    model: Model,
+    records: Records,
+    *,
+    layer: int,
+    lr: float,
+    sizes: Iterable[int] = (1, 10, 100),
+    schedules: Iterable[str] = SCHEDULES,
+    iterations: Iterable[int] = (1,),
+    prepend_bos: bool | None = None,
+    batch_size: int = 16,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What is left of each of several facts after all of them were edited.
+
+    The paper edits one fact with one step. Here the records are edited in groups, by the forward
+    pass shift of W_out in one layer: ``"together"``, with one term per fact in one update, all from
+    the model as it is, or ``"in turn"``, each with those before in place. A target that is
+    predicted already gets no shift, and no further one.
+
+    Args:
+        model: A TransformerLens model in eval mode, with a tokenizer. It is left as it is.
+        records: Facts in the schema of CounterFact, with ``paraphrase_prompts`` and
+            ``neighborhood_prompts``.
+        layer: The layer of W_out.
+        lr: The step of the shift.
+        sizes: How many facts are edited at once; 0 leaves the model as it is. The last group may
+            have fewer.
+        schedules: One of these or both; a single fact is edited the same way by both, so only the
+            first of them is run.
+        iterations: How many updates each fact (or, together, all of them) gets at most.
+        prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
+        batch_size: Prompts that are run at once.
+        path: A folder for the rows, from which an interrupted run goes on (:func:`sweep`).
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One row per plan and record, in the order of the records: ``size, schedule, iterations,
+        group``, ``record``; by the first token of the targets after the last token of the prompts:
+        ``accuracy``, whether the target is predicted, and ``success``, whether it is more probable
+        than what is true; ``paraphrase_accuracy`` and ``paraphrase_success``, the same, mean over
+        the paraphrases; ``neighborhood_accuracy`` and ``neighborhood_success``, mean over the
+        neighbours, for which what is true counts. All between 0 and 1.
+
+    Raises:
+        ValueError: For another schedule, sizes below 0, no iteration, and as
+            :func:`forward_pass_shift`.
+
+    Example:
+        >>> table = many_edits(model, records, layer=24, lr=0.1)
+        >>> table.groupby(["size", "schedule", "iterations"]).mean(numeric_only=True)
+    """
+    import pandas as pd
+
+    records = list(records)
+    plans = _plans(sizes, schedules, iterations)
+    groups: list[dict[str, Any]] = [
+        {"plan": list(plan), "group": g, "first": first, "records": records[first : first + width]}
+        for plan in plans
+        for width in (plan.size or len(records),)
+        for g, first in enumerate(range(0, len(records), width))
+    ]
+    if not groups:
+        raise ValueError("records holds no record")
+    rows = sweep(
+        model,
+        groups,
+        partial(_rows_of_groups, layer=layer, lr=lr, prepend_bos=prepend_bos, batch=batch_size),
+        batch_size=1,
+        path=path,
+        length=lambda group: len(group["records"]),
+        progress=progress,
+    )
+    table = pd.DataFrame(rows).drop(columns="record").rename(columns={"index": "record"})
+    order = ["size", "schedule", "iterations", "record"]
+    return table.sort_values(order, kind="stable", ignore_index=True)
+
+
+def plot_many_edits(frame: pd.DataFrame) -> Figure:
+    """Mean accuracies by the number of facts, a panel for each schedule and iterations.
+
+    Args:
+        frame: From :func:`many_edits`.
+    """
+    import plotly.express as px
+
+    kinds = ["accuracy", "paraphrase_accuracy", "neighborhood_accuracy"]
+    means = frame.groupby(["size", "schedule", "iterations"])[kinds].mean().mul(100)
+    tidy = means.reset_index().melt(
+        id_vars=["size", "schedule", "iterations"], var_name="prompts", value_name="percent"
+    )
+    return px.line(
+        tidy.sort_values("size"),
+        x="size",
+        y="percent",
+        color="prompts",
+        facet_col="iterations",
+        facet_row="schedule",
+        markers=True,
+        range_y=[-2, 102],
+        title="Accuracy after editing several facts",
+    )
+
+
+def _plans(sizes: Iterable[int], schedules: Iterable[str], iterations: Iterable[int]) -> list[Plan]:
+    sizes, schedules, iterations = list(sizes), list(schedules), list(iterations)
+    if not schedules or not set(schedules) <= set(SCHEDULES):
+        raise ValueError(f"schedules={schedules!r}: there are {', '.join(SCHEDULES)}")
+    if not sizes or min(sizes) < 0:
+        raise ValueError(f"sizes={sizes!r}: they must be at least 0")
+    if not iterations or min(iterations) < 1:
+        raise ValueError(f"iterations={iterations!r}: they must be at least 1")
+    return [
+        Plan(size, schedule, n)
+        for size, schedule, n in product(sizes, schedules, iterations)
+        if size > 1 or (schedule == schedules[0] and (size == 1 or n == iterations[0]))
+    ]
+
+
+def _rows_of_groups(
+    model: Model,
+    groups: Sequence[Mapping[str, Any]],
+    layer: int,
+    lr: float,
+    prepend_bos: bool | None,
+    batch: int,
+) -> list[list[Row]]:
+    """The rows of the facts of one group."""
+    (group,) = groups
+    plan, records = Plan(*group["plan"]), group["records"]
+    facts = [fact_of(record) for record in records]
+    targets = first_tokens(model, [fact.target for fact in facts])
+    originals = first_tokens(model, [fact.original for fact in facts])
+    edit = _edit(model, facts, targets, plan, layer=layer, lr=lr, prepend_bos=prepend_bos)
+    kinds = {"": [[fact.prompt] for fact in facts]}
+    kinds |= {f"{kind}_": [_prompts(r, field) for r in records] for kind, field in PROMPTS.items()}
+    rows: list[Row] = [
+        {**plan._asdict(), "group": group["group"], "index": group["first"] + i}
+        for i in range(len(facts))
+    ]
+    with edit.applied():
+        for kind, prompts in kinds.items():
+            each = [text for of_fact in prompts for text in of_fact]
+            logits = _last_logits(model, each, prepend_bos, batch)
+            parts = logits.split([len(of_fact) for of_fact in prompts])
+            for row, part, target, original in zip(rows, parts, targets, originals, strict=True):
+                wanted, other = (
+                    (original, target) if kind == "neighborhood_" else (target, original)
+                )
+                predicted = part.argmax(-1) == wanted
+                row[f"{kind}accuracy"] = predicted.double().mean()
+                row[f"{kind}success"] = (part[:, wanted] > part[:, other]).double().mean()
+    return [rows]
+
+
+def _edit(
+    model: Model, facts: Sequence[Fact], targets: Sequence[int], plan: Plan, **options: Any
+) -> WeightEdit:
+    edit = WeightEdit(model, {})
+    if plan.size == 0:
+        return edit
+    options["iterations"] = plan.iterations
+    if plan.schedule == "together":
+        prompts = [fact.prompt for fact in facts]
+        return forward_pass_shift(model, prompts, list(targets), **options)
+    for fact, target in zip(facts, targets, strict=True):
+        with edit.applied():
+            term = forward_pass_shift(model, fact.prompt, target, **options)
+        edit = edit + term
+    return edit
+
+
+@torch.no_grad()
+def _last_logits(
+    model: Model, prompts: Sequence[str], prepend_bos: bool | None, batch: int
+) -> Float[Tensor, "prompt d_vocab"]:
+    """The logits after the last token of every prompt."""
+    last = []
+    texts = prompt_tokens(model, list(prompts), prepend_bos, "right")
+    for start in range(0, len(texts), batch):
+        part = texts[start : start + batch]
+        tokens, _ = padded(part, pad_id(model), "right")
+        logits = model(tokens.to(model.cfg.device), return_type="logits", padding_side="right")
+        ends = torch.tensor([len(text) - 1 for text in part], device=logits.device)
+        last.append(logits[torch.arange(len(part), device=logits.device), ends])
+    return torch.cat(last)
+
+
+def _prompts(record: Any, field: str) -> list[str]:
+    prompts = record[field] if isinstance(record, Mapping) else getattr(record, field)
+    return list(prompts)

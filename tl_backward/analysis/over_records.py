@@ -1,0 +1,164 @@
+"""One run per fact, and a table of what an experiment says about each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tl_backward.analysis.segments import Fact, fact_of, prompt_segments
+from tl_backward.cache import BackwardCache
+from tl_backward.capture import Hooks, run_with_backward_cache
+from tl_backward.objectives import Objective
+from tl_backward.sites import Model
+from tl_backward.sweep import sweep
+from tl_backward.tokens import target_tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row: TypeAlias = dict[str, Any]
+Records: TypeAlias = Iterable[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class FactRun:
+    """What one forward and one backward pass left of one fact.
+
+    Attributes:
+        fact: The fact.
+        cache: Of its prompt; the loss is ``-log p(target)`` at the last token.
+        segments: The segment of each position.
+        target: The first token of the edit's target.
+        original: The first token of what is true.
+        answer: The token that the model itself finds most probable.
+    """
+
+    fact: Fact
+    cache: BackwardCache
+    segments: list[str]
+    target: int
+    original: int
+    answer: int
+
+    def positions(self) -> list[Row]:
+        """The columns ``position`` and ``segment`` of every position."""
+        return [{"position": i, "segment": name} for i, name in enumerate(self.segments)]
+
+
+def over_records(
+    model: Model,
+    records: Records,
+    rows_of: Callable[[FactRun], Sequence[Row]],
+    *,
+    weights: str | Iterable[str],
+    layers: int | Iterable[int] | None = None,
+    fwd_hooks: Hooks = (),
+    bwd_hooks: Hooks = (),
+    batch_size: int = 8,
+    path: str | Path | None = None,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Run every fact towards the first token of its target and collect the rows of all.
+
+    Args:
+        model: A TransformerLens model in eval mode, with a tokenizer.
+        records: Facts in the schema of CounterFact, as :func:`fact_of` reads them.
+        rows_of: Takes one fact's run and returns its rows.
+        weights: Kinds of weights to capture.
+        layers: Layers to capture; negative ones count from the last. Default: all.
+        fwd_hooks: As in :func:`run_with_backward_cache`.
+        bwd_hooks: The same.
+        batch_size: Prompts that are run at once.
+        path: A folder for the rows, from which an interrupted run goes on (:func:`sweep`).
+        prepend_bos: As in ``model.to_tokens``; the paper's prompts have none. Default: the model's
+            own setting.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One table in the order of the records; ``record`` is the index of each.
+
+    Raises:
+        ValueError: When a record is malformed, there is none, and as
+            :func:`run_with_backward_cache`.
+    """
+    import pandas as pd
+
+    capture = {
+        "weights": weights,
+        "layers": layers,
+        "fwd_hooks": fwd_hooks,
+        "bwd_hooks": bwd_hooks,
+        "prepend_bos": prepend_bos,
+    }
+
+    def rows_of_batch(model: Model, batch: list[Any]) -> list[Sequence[Row]]:
+        return [rows_of(run) for run in run_facts(model, batch, **capture)]
+
+    rows = sweep(
+        model,
+        records,
+        rows_of_batch,
+        batch_size=batch_size,
+        path=path,
+        length=lambda record: len(fact_of(record).prompt),
+        progress=progress,
+    )
+    table = pd.DataFrame(rows)
+    if table.empty:
+        raise ValueError("records holds no record, or none that gives a row")
+    return table.sort_values("record", kind="stable", ignore_index=True)
+
+
+def run_facts(model: Model, records: Sequence[Any], **capture: Any) -> list[FactRun]:
+    """Run several facts in one batch.
+
+    Args:
+        model: A TransformerLens model in eval mode, with a tokenizer.
+        records: As :func:`fact_of` reads them.
+        capture: As in :func:`run_with_backward_cache`.
+    """
+    facts = [fact_of(record) for record in records]
+    targets = first_tokens(model, [fact.target for fact in facts])
+    originals = first_tokens(model, [fact.original for fact in facts])
+    answers: list[int] = []
+    _, batch = run_with_backward_cache(
+        model,
+        [fact.prompt for fact in facts],
+        loss_fn=_nll_noting_answers(targets, answers),
+        **capture,
+    )
+    caches = [batch.example(b) for b in range(len(facts))]
+    segments = [
+        prompt_segments(model, torch.as_tensor(cache.tokens).tolist(), fact)
+        for fact, cache in zip(facts, caches, strict=True)
+    ]
+    each = zip(facts, caches, segments, targets, originals, answers, strict=True)
+    return [FactRun(*of_one) for of_one in each]
+
+
+def place_of(name: str) -> Row:
+    """The columns ``weight`` and ``layer`` of a site's name; outside the blocks there is none."""
+    layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
+    return {"weight": name.rpartition(".")[2], "layer": layer}
+
+
+def first_tokens(model: Model, texts: Sequence[str]) -> list[int]:
+    """The first token of each text."""
+    return [ids[0] for ids in target_tokens(model, list(texts), len(texts))]
+
+
+def _nll_noting_answers(targets: list[int], answers: list[int]) -> Objective:
+    """``-log p(target)`` after the last token; the most probable token goes to ``answers``."""
+
+    def compute(logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        last = logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
+        answers.extend(last.argmax(-1).tolist())
+        return torch.nn.functional.cross_entropy(last, targets.to(last.device), reduction="none")
+
+    return Objective(compute, {"targets": torch.tensor(targets)})

@@ -1,0 +1,180 @@
+"""The smallest learning rate with which an edit succeeds, and what it costs (Fig 26)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
+from tl_backward.editing.facts import Facts
+from tl_backward.editing.runs import WholeRun
+from tl_backward.editing.step_search import Step, smallest_step
+from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.factors import GradientFactors
+from tl_backward.sites import Model, weight_sites
+from tl_backward.tokens import prompt_tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+ADAM_EPS = 1e-8
+FIRST_GUESS = 0.05
+"""Norm of the first update that is tried, relative to that of the weight."""
+
+METHODS = ("shift", "sgd", "adam")
+
+
+def smallest_edit(
+    model: Model,
+    records: Records,
+    *,
+    methods: Iterable[str] = METHODS,
+    layers: int | Iterable[int] | None = None,
+    margin: float = 0.1,
+    texts: Sequence[str] | None = None,
+    prepend_bos: bool | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """By layer and method, the smallest step on W_out that makes the target the prediction.
+
+    The paper's Fig 26 shows this learning rate and the perplexity after the edit. ``"shift"`` is
+    the forward pass shift ``x_n^T D^T[t]``, ``"sgd"`` the step ``-G``, and ``"adam"`` the first
+    step of Adam, ``-G / (|G| + 1e-8)`` element by element, each times the learning rate. The three
+    rates are in different units; compare the norms of the updates.
+
+    Args:
+        model: A TransformerLens model in eval mode, with a tokenizer.
+        records: Facts in the schema of CounterFact.
+        methods: Some of these three.
+        layers: Layers; negative ones count from the last. Default: all.
+        margin: How far above all others the target's logit has to come, in nats.
+        texts: Texts whose perplexity is to be taken before and after each edit, mean over all of
+            their tokens but the first. Default: none, which is much faster.
+        prepend_bos: As in ``model.to_tokens``, for prompts and texts. Default: the model's setting.
+        options: ``batch_size``, ``path`` and ``progress``, as in :func:`over_records`.
+
+    Returns:
+        One row per record, layer and method: ``lr``, the smallest learning rate that was found, to
+        about 1 % (none where there is none, 0 where the model predicts the target anyway);
+        ``update_norm`` and ``relative_norm``: the Frobenius norm of the update with that rate, and
+        over that of the weight; ``gap``: by how many nats the target's logit is then above all
+        others; with texts ``perplexity_before`` and ``perplexity``.
+
+    Raises:
+        ValueError: For another method.
+
+    Example:
+        >>> smallest_edit(model, records, layers=(10, 20, -1)).groupby(["method", "layer"]).median()
+    """
+    methods = list(methods)
+    if not methods or not set(methods) <= set(METHODS):
+        raise ValueError(f"methods={methods!r}: there are {', '.join(METHODS)}")
+    sites = weight_sites(model, "W_out", layers)
+    norms = {site.name: float(site.parameter.detach().norm()) for site in sites}
+    W_U = model.W_U.detach()
+    sample = [] if texts is None else prompt_tokens(model, list(texts), prepend_bos, "right")
+    before = _perplexity(model, sample, None)
+
+    def rows(run: FactRun) -> list[Row]:
+        tokens = torch.as_tensor(run.cache.tokens)
+        facts = Facts(model, tokens, run.target, -1, "first", None)
+        whole = WholeRun(model, facts.tokens)
+
+        def row(name: str, g: GradientFactors, method: str) -> Row:
+            update = _update(method, g, W_U[:, run.target])
+            unit = WeightEdit(model, {name: _on_these(update, g.inputs)})
+
+            def gaps(sizes: Sequence[float]) -> list[float]:
+                edits = [size * unit for size in sizes]
+                return facts.gaps(whole.edited_logits(edits)).squeeze(1).tolist()
+
+            norm = float(update.norm())
+            step = Step(0.0, *gaps([0.0]))
+            if step.gap <= 0:
+                step = smallest_step(gaps, FIRST_GUESS * norms[name] / norm, margin)
+            succeeds = step.gap >= margin or step.size == 0
+            columns: Row = {
+                "method": method,
+                "lr": step.size if succeeds else None,
+                "update_norm": step.size * norm if succeeds else None,
+                "relative_norm": step.size * norm / norms[name] if succeeds else None,
+                "gap": step.gap,
+            }
+            if texts is not None:
+                edit = step.size * WeightEdit(model, {name: _factors(update)})
+                after = _perplexity(model, sample, edit) if succeeds else None
+                columns |= {"perplexity_before": before, "perplexity": after}
+            return {**place_of(name), **columns}
+
+        return [row(name, g, method) for name, g in run.cache.items() for method in methods]
+
+    return over_records(
+        model, records, rows, weights="W_out", layers=layers, prepend_bos=prepend_bos, **options
+    )
+
+
+def plot_smallest_edit(frame: pd.DataFrame, value: str = "relative_norm") -> Figure:
+    """Fig 26: the median over records by layer, a line for each method.
+
+    Args:
+        frame: From :func:`smallest_edit`.
+        value: Which of its columns: a step's size, or ``"perplexity"``.
+    """
+    import plotly.express as px
+
+    medians = frame.groupby(["method", "layer"], sort=False)[value].median().reset_index()
+    title = f"Smallest edit of W_out that succeeds: median {value.replace('_', ' ')} (Fig 26)"
+    return px.line(
+        medians, x="layer", y=value, color="method", log_y=True, markers=True, title=title
+    )
+
+
+def _update(
+    method: str, g: GradientFactors, target: Float[Tensor, "d_out"]
+) -> GradientFactors | Float[Tensor, "d_in d_out"]:
+    """What is added to W_out with a learning rate of 1."""
+    if method == "shift":
+        return GradientFactors(g.inputs[-1:], target.unsqueeze(0))
+    if method == "sgd":
+        return -1 * g
+    dense = g.dense()
+    return -dense / (dense.abs() + ADAM_EPS)
+
+
+def _factors(update: GradientFactors | Float[Tensor, "d_in d_out"]) -> GradientFactors:
+    if isinstance(update, GradientFactors):
+        return update
+    return GradientFactors(torch.eye(len(update), dtype=update.dtype), update.cpu())
+
+
+def _on_these(
+    update: GradientFactors | Float[Tensor, "d_in d_out"], inputs: Float[Tensor, "n d_in"]
+) -> GradientFactors:
+    """An update of rank ``n`` that does the same to these inputs."""
+    if isinstance(update, GradientFactors):
+        return update
+    return GradientFactors(torch.linalg.pinv(inputs).mT, inputs @ update)
+
+
+@torch.no_grad()
+def _perplexity(
+    model: Model, texts: Sequence[Int[Tensor, "_"]], edit: WeightEdit | None
+) -> float | None:
+    """Over all tokens but the first of each text; None without texts."""
+    if not texts:
+        return None
+    total, count = 0.0, 0
+    with model.hooks(fwd_hooks=[] if edit is None else edit.fwd_hooks()):
+        for tokens in texts:
+            ids = tokens.to(model.cfg.device)
+            logits = model(ids.unsqueeze(0), return_type="logits")[0, :-1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+            count += len(ids) - 1
+    return math.exp(total / count)

@@ -1,0 +1,146 @@
+"""Which translator makes the target readable in early layers (an open question of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_backward.analysis.over_records import Records, place_of, run_facts
+from tl_backward.analysis.target_rank import target_rank
+from tl_backward.sites import Model
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+
+def translator_ranks(
+    model: Model,
+    records: Records,
+    translators: Mapping[str, Callable[[Tensor, int | None], Tensor]],
+    *,
+    path: str | Path | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Ranks of the target by layer with each of several translators.
+
+    The paper leaves open whether early layers need another, learned, map to be readable, as they
+    do in forward lenses.
+
+    Args:
+        model: A TransformerLens model in eval mode, with a tokenizer.
+        records: Facts in the schema of CounterFact.
+        translators: By name, what :class:`BackwardLogitLens` takes as ``lens``: those of
+            ``tl_backward.translators``, or :func:`fit_linear_translator`.
+        path: A folder, which gets one of :func:`sweep` for each translator.
+        options: As in :func:`target_rank`.
+
+    Returns:
+        The table of :func:`target_rank` for each translator, with a column ``translator``.
+
+    Example:
+        >>> table = translator_ranks(model, records, {"identity": translators.identity})
+        >>> table.query("segment == 'last'").groupby(["translator", "layer"]).target_rank.median()
+    """
+    import pandas as pd
+
+    frames = []
+    for name, translator in translators.items():
+        where = None if path is None else Path(path, name)
+        frame = target_rank(model, records, lens=translator, path=where, **options)
+        frame.insert(0, "translator", name)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def fit_linear_translator(
+    model: Model,
+    records: Records,
+    *,
+    ridge: float = 0.1,
+    batch_size: int = 8,
+    prepend_bos: bool | None = None,
+) -> Callable[[Tensor, int | None], Tensor]:
+    """Learn a linear map for each layer, from VJPs at W_out to the one that enters the last layer.
+
+    Ridge regression of the direction of the last token's ``delta`` in the last layer on that in
+    each layer: a backward cousin of the tuned lens. Read other records with it than those that it
+    is fitted on.
+
+    Args:
+        model: A TransformerLens model in eval mode, with a tokenizer.
+        records: Facts in the schema of CounterFact.
+        ridge: Weight of the squared norm of the map, in units of the mean square of the singular
+            values of the directions in each layer.
+        batch_size: Prompts that are run at once.
+        prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
+
+    Returns:
+        The translator. It keeps no norms: vectors are read in unit length.
+
+    Raises:
+        ValueError: When there is no record, or one is malformed.
+    """
+    records = list(records)
+    if not records:
+        raise ValueError("records holds no record to fit on")
+    vjps: dict[int, list[Tensor]] = {}
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        for run in run_facts(model, batch, weights="W_out", prepend_bos=prepend_bos):
+            for name in run.cache:
+                layer = place_of(name)["layer"]
+                vjps.setdefault(layer, []).append(run.cache.residual_vjps(name)[-1])
+    directions = {layer: _unit(torch.stack(of_layer)) for layer, of_layer in vjps.items()}
+    wanted = directions[max(directions)]
+    maps = {layer: _ridge(given, wanted, ridge) for layer, given in directions.items()}
+
+    def translator(vectors: Tensor, layer: int | None) -> Tensor:
+        return vectors if layer is None else _unit(vectors) @ maps[layer].to(vectors)
+
+    return translator
+
+
+def plot_translator_ranks(
+    frame: pd.DataFrame, segment: str = "last", rank: str = "target_rank"
+) -> Figure:
+    """Median rank by layer at one segment, a line for each translator.
+
+    Args:
+        frame: From :func:`translator_ranks`.
+        segment: Whose tokens.
+        rank: ``"target_rank"``, ``"original_rank"`` or ``"answer_rank"``.
+    """
+    import plotly.express as px
+
+    here = frame[frame["segment"] == segment]
+    medians = here.groupby(["weight", "translator", "layer"], sort=False)[rank].median()
+    return px.line(
+        medians.reset_index(),
+        x="layer",
+        y=rank,
+        color="translator",
+        facet_col="weight",
+        markers=True,
+        title=f"Median {rank.replace('_', ' ')} by translator: {segment}",
+    )
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def _ridge(
+    given: Float[Tensor, "n d"], wanted: Float[Tensor, "n d"], ridge: float
+) -> Float[Tensor, "d d"]:
+    """The map ``M`` of least ``|given M - wanted|^2 + weight |M|^2``."""
+    dtype = torch.promote_types(given.dtype, torch.float32)
+    given, wanted = given.to(dtype), wanted.to(dtype)
+    gram = given.mT @ given
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.linalg.solve(gram, given.mT @ wanted)

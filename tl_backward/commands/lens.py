@@ -1,0 +1,142 @@
+"""``python -m tl_backward lens``."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tl_backward.commands.shared import (
+    DEFAULT_MODEL,
+    ModelOption,
+    console_for_output,
+    exit_code_2_on_bad_input,
+    integers,
+    load,
+    split,
+)
+
+if TYPE_CHECKING:
+    from tl_backward.lens_result import BackwardLensResult
+
+TOKENS_SHOWN = 3
+BY_INPUT = "read by its inputs: the most probable tokens are imprinted"
+BY_VJP = "read by its VJPs: a step moves towards the least probable tokens"
+
+
+def lens(
+    prompt: Annotated[str, typer.Argument(help="Text that the model reads.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Text to differentiate towards: mind the leading space.",
+            show_default=False,
+        ),
+    ],
+    model: ModelOption = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers, such as 0,5,-1 (-1 is the last).", metavar="LIST", show_default="all"
+        ),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Weight matrices.", metavar="LIST")] = "W_in,W_out",
+    top_k: Annotated[
+        int, typer.Option(help="Tokens kept at each end of the vocabulary.", metavar="K")
+    ] = 10,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with every position.", metavar="FILE", show_default=False),
+    ] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write everything as JSON.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Show what the gradient of -log p(target | prompt) would write into each layer.
+
+    Prints a table for the last token; `--html` and `--json` keep all positions. Of a target of
+    several tokens all but the last are appended to the prompt, and ranks are those of the first.
+    """
+    console = console_for_output()
+    with exit_code_2_on_bad_input():
+        with console.status("loading the libraries") as status:
+            from tl_backward import BackwardLogitLens
+
+            status.update(f"loading {model or DEFAULT_MODEL}")
+            read = BackwardLogitLens(load(model))
+        with warnings.catch_warnings(record=True) as caught:
+            result = read(
+                prompt,
+                target,
+                weights=split(weights),
+                layers=None if layers is None else integers(layers),
+                top_k=top_k,
+            )
+        for warning in caught:
+            Console(stderr=True).print(f"[bold yellow]warning:[/] {escape(str(warning.message))}")
+        for kind in result:
+            console.print(_last_token_table(result, kind))
+        console.print(
+            f"{escape(repr(prompt))} -> {escape(repr(target))}: "
+            f"loss {result.loss:.4f} nats per token, exp(-loss) = {result.loss.neg().exp():.2g}"
+        )
+        if json_path:
+            written = json.dumps(_as_json(result, prompt, target, model))
+            json_path.write_text(written, encoding="utf-8")
+            console.print(f"all positions as JSON: {escape(str(json_path.resolve()))}")
+        if html:
+            page = result.to_html(html).resolve()
+            console.print(f"all positions as a page, open it in a browser: {page.as_uri()}")
+
+
+def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
+    from tl_backward.lens_result import READ_BY_INPUT
+    from tl_backward.plotting import visible
+
+    readout = result[kind]
+    table = Table(
+        title=f"{kind} at the last token {visible(result.str_tokens[-1])!r}",
+        caption=(
+            f"{BY_INPUT if kind in READ_BY_INPUT else BY_VJP}\nrank of {visible(result.target)!r}: "
+            f"0 is the most probable token, {result.d_vocab - 1} the least"
+        ),
+        header_style="bold",
+    )
+    for name, width in (("layer", 5), ("norm", 6)):
+        table.add_column(name, justify="right", min_width=width)
+    for name in ("most probable", "least probable"):
+        table.add_column(name)
+    table.add_column("rank", justify="right", min_width=len(str(result.d_vocab)))
+    top, bottom = readout.top_tokens(), readout.bottom_tokens()
+    for i, layer in enumerate(readout.layers):
+        table.add_row(
+            str(layer),
+            f"{readout.norms[i, -1]:.3g}",
+            *(escape("  ".join(map(visible, end[i][-1][:TOKENS_SHOWN]))) for end in (top, bottom)),
+            "-" if readout.zero_mask[i, -1] else str(int(readout.target_ranks[i, -1])),
+        )
+    return table
+
+
+def _as_json(
+    result: BackwardLensResult, prompt: str, target: str, model: str | None
+) -> dict[str, Any]:
+    rows = json.loads(result.to_dataframe().to_json(orient="records"))
+    return {
+        "model": model or DEFAULT_MODEL,
+        "prompt": prompt,
+        "str_tokens": result.str_tokens,
+        "target": target,
+        "target_id": int(result.target_ids),
+        "loss": result.loss.item(),
+        "rows": rows,
+    }

@@ -1,0 +1,31 @@
+"""Edits, measured on CounterFact: records, metrics and a runner for many edits in one batch."""
+
+from tl_backward.evaluation.generation import generate_texts
+from tl_backward.evaluation.methods import Method, fine_tuning, gradient, shift, unedited
+from tl_backward.evaluation.metrics import n_gram_entropy, prompt_metrics
+from tl_backward.evaluation.records import Record, load_records
+from tl_backward.evaluation.runner import evaluate
+from tl_backward.evaluation.scoring import TargetScores, score_targets, tokenised
+from tl_backward.evaluation.summary import summarise, table
+from tl_backward.evaluation.text_perplexity import perplexity, wikitext_lines
+
+__all__ = [
+    "Method",
+    "Record",
+    "TargetScores",
+    "evaluate",
+    "fine_tuning",
+    "generate_texts",
+    "gradient",
+    "load_records",
+    "n_gram_entropy",
+    "perplexity",
+    "prompt_metrics",
+    "score_targets",
+    "shift",
+    "summarise",
+    "table",
+    "tokenised",
+    "unedited",
+    "wikitext_lines",
+]

@@ -1,0 +1,150 @@
+"""CounterFact records, from a file or from the hub."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """A fact to rewrite, and prompts that tell what else the edit changes.
+
+    Attributes:
+        case_id: The number of the record in CounterFact.
+        prompt: What the model is to continue, with the subject in its place.
+        subject: Whom or what the fact is about.
+        relation_id: Wikidata's name of the relation, such as ``"P103"``.
+        target_new: What is to follow the prompt after the edit, without a leading space.
+        target_true: What is true, and follows the prompts about neighbours.
+        paraphrase_prompts: The same fact in other words.
+        neighborhood_prompts: The same relation of other subjects that share ``target_true``.
+        generation_prompts: Beginnings of texts about the subject.
+    """
+
+    case_id: int
+    prompt: str
+    subject: str
+    relation_id: str
+    target_new: str
+    target_true: str
+    paraphrase_prompts: tuple[str, ...]
+    neighborhood_prompts: tuple[str, ...]
+    generation_prompts: tuple[str, ...]
+
+
+def load_records(source: str | Path, n: int | None = None, *, split: str = "train") -> list[Record]:
+    """Read CounterFact records in the original schema (Meng et al. 2022).
+
+    Args:
+        source: A JSON file that holds a list of records, or else the name of a data set on the
+            Hugging Face hub, which ``datasets`` loads.
+        n: How many entries to read, from the first. Default: all.
+        split: The split of a data set on the hub.
+
+    Returns:
+        The well-formed ones among them, in their order.
+
+    Raises:
+        FileNotFoundError: When ``source`` ends in ``.json`` and is no file.
+        ValueError: When the file is no list in JSON, ``n`` is not positive, or no record is
+            well-formed.
+
+    Warns:
+        UserWarning: When records are malformed; every one is named with its index and field.
+
+    Example:
+        >>> records = load_records("counterfact.json", n=100)
+    """
+    if n is not None and n < 1:
+        raise ValueError(f"n is {n}; it must be at least 1, or None for all records")
+    file = Path(source)
+    if file.is_file() or file.suffix == ".json":
+        entries = _from_file(file)
+    else:
+        from datasets import load_dataset
+
+        entries = load_dataset(str(source), split=split)
+    records, complaints = [], []
+    for i, entry in zip(range(len(entries) if n is None else n), entries, strict=False):
+        try:
+            records.append(_record(entry))
+        except ValueError as error:
+            complaints.append(f"record {i}: {error}")
+    if not records:
+        raise ValueError("\n  ".join([f"source: {source} holds no usable record", *complaints]))
+    if complaints:
+        summary = f"{source}: {len(complaints)} malformed records are left out"
+        warnings.warn("\n  ".join([summary, *complaints]), stacklevel=2)
+    return records
+
+
+def _from_file(file: Path) -> list[Any]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"source: {file} is no JSON file ({error})") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"source: {file} holds a JSON {type(entries).__name__}, not a list")
+    return entries
+
+
+def _record(entry: Any) -> Record:
+    """One entry of the original schema.
+
+    Raises:
+        ValueError: When it is malformed; the message names the field.
+    """
+    template = _text(entry, "requested_rewrite", "prompt")
+    subject = _text(entry, "requested_rewrite", "subject")
+    if template.count("{}") != 1:
+        raise ValueError(f"requested_rewrite.prompt must have one {{}}, got {template!r}")
+    case_id = _at(entry, "case_id")
+    if not isinstance(case_id, int) or isinstance(case_id, bool):
+        raise ValueError(f"case_id must be an integer, got {case_id!r}")
+    return Record(
+        case_id=case_id,
+        prompt=template.replace("{}", subject),
+        subject=subject,
+        relation_id=_text(entry, "requested_rewrite", "relation_id"),
+        target_new=_text(entry, "requested_rewrite", "target_new", "str"),
+        target_true=_text(entry, "requested_rewrite", "target_true", "str"),
+        paraphrase_prompts=_texts(entry, "paraphrase_prompts"),
+        neighborhood_prompts=_texts(entry, "neighborhood_prompts"),
+        generation_prompts=_texts(entry, "generation_prompts"),
+    )
+
+
+def _at(entry: Any, *path: str) -> Any:
+    value = entry
+    for depth, key in enumerate(path):
+        if not isinstance(value, Mapping):
+            where = ".".join(path[:depth]) or "it"
+            raise ValueError(f"{where} must be an object, got {value!r}")
+        if key not in value:
+            raise ValueError(f"{'.'.join(path[: depth + 1])} is missing")
+        value = value[key]
+    return value
+
+
+def _text(entry: Any, *path: str) -> str:
+    value = _at(entry, *path)
+    if not _is_text(value):
+        raise ValueError(f"{'.'.join(path)} must be a text, got {value!r}")
+    return value
+
+
+def _texts(entry: Any, field: str) -> tuple[str, ...]:
+    value = _at(entry, field)
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    if not is_list or not value or not all(_is_text(one) for one in value):
+        raise ValueError(f"{field} must be a list of one text or more, got {value!r}")
+    return tuple(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())

@@ -1,0 +1,198 @@
+"""Many edits, evaluated on CounterFact records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_backward.editing import StepNotFoundError, WeightEdit
+from tl_backward.editing.runs import require_eval_mode
+from tl_backward.evaluation.generation import generate_texts
+from tl_backward.evaluation.methods import Method
+from tl_backward.evaluation.metrics import n_gram_entropy, prompt_metrics
+from tl_backward.evaluation.records import Record
+from tl_backward.evaluation.scoring import Case, TargetScores, score_targets, tokenised
+from tl_backward.evaluation.text_perplexity import perplexity
+from tl_backward.sites import Model, attached_hook_points
+from tl_backward.sweep import sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOGETHER = 10**9
+"""Puts records whose perplexity is measured before all others, so that they share batches."""
+
+
+def evaluate(
+    model: Model,
+    records: Sequence[Record],
+    method: Method,
+    *,
+    batch_size: int = 16,
+    generation: bool = False,
+    perplexity_texts: Sequence[str] | None = None,
+    perplexity_every: int = 1,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Edit the model for each record by itself, and measure what the edit did.
+
+    The edits of a batch of records are evaluated together: each text has the edit of its own
+    record, by hooks. The model and its weights are not touched.
+
+    Args:
+        model: A TransformerLens model in eval mode.
+        records: From :func:`load_records`.
+        method: Called with the model and a record; returns the edit, bound to the model, or None
+            for none. Ready-made: :func:`shift`, :func:`fine_tuning`, :func:`gradient` and
+            :func:`unedited`.
+        batch_size: Records whose texts are evaluated together.
+        generation: Whether to generate from each record's generation prompts and measure the n-gram
+            entropy of the texts, the mean over them.
+        perplexity_texts: Texts whose perplexity to measure under each edit, such as
+            :func:`wikitext_lines`. Costs far more than the rest: a pass over all texts for each
+            edit, though through the edited and higher layers only.
+        perplexity_every: Measure it for every ``k``-th record only, from the first.
+        path: A folder to write the table to and to resume from, as in :func:`sweep`. It knows its
+            records, but neither model nor method: take another folder for others.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One row for each record, in their order: ``record`` (its index), ``case_id``, ``error``
+        (None, or why there is no edit), ``edit_norm`` (Frobenius norm of the update; 0 without
+        one), and the metrics as shares, not in percent: ``efficacy_``, ``paraphrase_`` and
+        ``neighborhood_`` with ``success``, ``magnitude`` and ``accuracy``, the mean over the
+        record's prompts of that kind; ``ngram_entropy`` (bits) and ``perplexity`` where they were
+        measured. A record for which the method raises has its error and no metrics, but the best
+        edit that a search found is measured. Of several processes, each returns its share.
+
+    Raises:
+        ValueError: For a model in training mode, no records, an argument that is not positive, and
+            a folder that belongs to other records.
+        TypeError: When the method returns something else than an edit or None.
+
+    Example:
+        >>> results = {
+        ...     "unedited": evaluate(model, records, unedited),
+        ...     "shift": evaluate(model, records, shift(layer=22, lr=0.3), path="shift22"),
+        ... }
+        >>> table(results)
+    """
+    import pandas as pd
+
+    require_eval_mode(model)
+    if perplexity_every < 1:
+        raise ValueError(f"perplexity_every is {perplexity_every}; it must be at least 1")
+    records = list(records)
+    if not records:
+        raise ValueError("records is empty; pass at least one record")
+    measured = set() if perplexity_texts is None else set(map(id, records[::perplexity_every]))
+
+    def run(model: Model, batch: list[Record]) -> list[dict[str, Any]]:
+        attempts = [_attempt(model, record, method) for record in batch]
+        done = [attempt for attempt in attempts if attempt.cases]
+        _score(model, done)
+        if generation:
+            _generate(model, done)
+        chosen = [attempt for attempt in done if id(attempt.record) in measured]
+        if chosen and perplexity_texts is not None:
+            values = perplexity(model, perplexity_texts, [attempt.edit for attempt in chosen])
+            for attempt, value in zip(chosen, values.tolist(), strict=True):
+                attempt.row["perplexity"] = value
+        return [attempt.row for attempt in attempts]
+
+    with attached_hook_points(model):
+        rows = list(
+            sweep(
+                model,
+                records,
+                run,
+                batch_size=batch_size,
+                path=path,
+                length=lambda record: len(record.prompt) + (id(record) in measured) * TOGETHER,
+                progress=progress,
+            )
+        )
+    frame = pd.DataFrame(rows)
+    return frame.sort_values("record", ignore_index=True) if rows else frame
+
+
+@dataclass
+class _Attempt:
+    """A record, its edit, its prompts as tokens (none after an error), and its row of the table."""
+
+    record: Record
+    edit: WeightEdit
+    cases: dict[str, list[Case]]
+    row: dict[str, Any]
+
+
+def _attempt(model: Model, record: Record, method: Method) -> _Attempt:
+    """Call the method; what it raises goes into the row."""
+    row: dict[str, Any] = {"case_id": record.case_id, "error": None, "edit_norm": None}
+    try:
+        cases = _cases(model, record)
+        try:
+            edit = method(model, record)
+        except StepNotFoundError as error:
+            edit, row["error"] = error.best, _described(error)
+    except Exception as error:
+        return _Attempt(record, WeightEdit(model, {}), {}, row | {"error": _described(error)})
+    edit = WeightEdit(model, {}) if edit is None else edit
+    if not isinstance(edit, WeightEdit):
+        raise TypeError(
+            f"method returned {edit!r} for case {record.case_id}; it must return a WeightEdit, or "
+            "None for no edit"
+        )
+    return _Attempt(record, edit, cases, row | {"edit_norm": float(edit.norm())})
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _cases(model: Model, record: Record) -> dict[str, list[Case]]:
+    """The prompts of each kind, with both targets."""
+    prompts = {
+        "efficacy": [record.prompt],
+        "paraphrase": record.paraphrase_prompts,
+        "neighborhood": record.neighborhood_prompts,
+    }
+    targets = [record.target_new, record.target_true]
+    return {
+        kind: [tokenised(model, prompt, targets) for prompt in of_kind]
+        for kind, of_kind in prompts.items()
+    }
+
+
+def _score(model: Model, attempts: Sequence[_Attempt]) -> None:
+    """Put the metrics of all prompts into the rows."""
+    edits, cases, rows = [attempt.edit for attempt in attempts], [], []
+    for row, attempt in enumerate(attempts):
+        for of_kind in attempt.cases.values():
+            cases += of_kind
+            rows += [row] * len(of_kind)
+    nll, predicted = score_targets(model, cases, edits=edits, rows=rows)
+    start = 0
+    for attempt in attempts:
+        for kind, of_kind in attempt.cases.items():
+            part = slice(start, start + len(of_kind))
+            attempt.row |= prompt_metrics(kind, TargetScores(nll[part], predicted[part]))
+            start = part.stop
+
+
+def _generate(model: Model, attempts: Sequence[_Attempt]) -> None:
+    """Put the n-gram entropy of what the edited models write into the rows."""
+    prompts = [(row, p) for row, a in enumerate(attempts) for p in a.record.generation_prompts]
+    texts = generate_texts(
+        model,
+        [prompt for _, prompt in prompts],
+        edits=[attempt.edit for attempt in attempts],
+        rows=[row for row, _ in prompts],
+    )
+    entropies = iter(map(n_gram_entropy, texts))
+    for attempt in attempts:
+        of_record = [next(entropies) for _ in attempt.record.generation_prompts]
+        attempt.row["ngram_entropy"] = sum(of_record) / len(of_record)

@@ -1,0 +1,113 @@
+"""Tables of evaluated methods, as the paper has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tl_backward.evaluation.metrics import FAMILIES, WANTED, harmonic_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCORED = ("success", "accuracy")
+PERCENT = 100
+EXTRA = {"ngram_entropy": 100, "perplexity": 1}
+"""Metrics that are not always measured, and the unit in which the paper gives them."""
+
+
+def summarise(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Mean and standard deviation of each method's metrics over its records.
+
+    Args:
+        results: By name of the method, what :func:`evaluate` returned.
+
+    Returns:
+        One row for each method. Columns in two levels: ``("records", "measured")``, how many
+        records have metrics, and ``("records", "errors")``, how many have an error (the best edit
+        that a search found counts to both); under ``"success"``, ``"magnitude"`` and ``"accuracy"``
+        the ``efficacy``, ``paraphrase`` and ``neighborhood`` in percent, each also as ``..._std``
+        (of the population); with success and accuracy a ``score``, the harmonic mean of the three
+        means; under ``"text"``, if they were measured, ``ngram_entropy`` in bits times 100 and
+        ``perplexity``.
+
+    Raises:
+        ValueError: When there are no results.
+    """
+    import pandas as pd
+
+    if not results:
+        raise ValueError("results is empty; pass at least one method's table")
+    rows = {name: _row(frame) for name, frame in results.items()}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    summary = pd.DataFrame.from_dict(rows, orient="index")
+    return summary.reindex(columns=pd.MultiIndex.from_tuples(columns))
+
+
+def _row(frame: pd.DataFrame) -> dict[tuple[str, str], float]:
+    measured = frame["efficacy_success"].notna() if "efficacy_success" in frame else frame.index < 0
+    row: dict[tuple[str, str], float] = {
+        ("records", "measured"): float(measured.sum()),
+        ("records", "errors"): float(frame["error"].notna().sum()),
+    }
+    for family in FAMILIES:
+        means = []
+        for kind in WANTED:
+            row |= _mean_and_std(frame, f"{kind}_{family}", (family, kind), PERCENT)
+            means.append(row[family, kind])
+        if family in SCORED:
+            row[family, "score"] = harmonic_mean(means)
+    for column, unit in EXTRA.items():
+        if column in frame:
+            row |= _mean_and_std(frame, column, ("text", column), unit)
+    return row
+
+
+def _mean_and_std(
+    frame: pd.DataFrame, column: str, name: tuple[str, str], unit: int
+) -> dict[tuple[str, str], float]:
+    import pandas as pd
+
+    values = frame[column].astype(float) if column in frame else pd.Series(dtype=float)
+    family, metric = name
+    return {
+        name: unit * float(values.mean()),
+        (family, f"{metric}_std"): unit * float(values.std(ddof=0)),
+    }
+
+
+def table(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """:func:`summarise` to read: ``mean (std)`` of the success and accuracy families, and the rest.
+
+    Args:
+        results: By name of the method, what :func:`evaluate` returned.
+
+    Returns:
+        Texts, with two decimals; a dash for what was not measured.
+
+    Raises:
+        ValueError: As :func:`summarise`.
+
+    Example:
+        >>> print(table({"unedited": before, "shift": after}).to_string())
+    """
+    summary = summarise(results)
+    texts = summary[[]].copy()
+    for family, metric in summary.columns.to_flat_index():
+        if metric.endswith("_std"):
+            continue
+        values = summary[family, metric]
+        stds = summary.get((family, f"{metric}_std"))
+        texts[family, metric] = [
+            _text(value, None if stds is None else stds.iloc[i], whole=family == "records")
+            for i, value in enumerate(values)
+        ]
+    return texts
+
+
+def _text(value: float, std: float | None, whole: bool) -> str:
+    if value != value:
+        return "-"
+    if whole:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if std is None else f"{value:.2f} ({std:.2f})"

@@ -1,0 +1,120 @@
+"""What an edit does to the perplexity of other texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_backward.editing import WeightEdit
+from tl_backward.editing.runs import WholeRun
+from tl_backward.sites import Model
+from tl_backward.tokens import pad_id, padded, prompt_tokens
+
+MAX_TOKENS = 256
+TOKENS_PER_PASS = 1024
+"""Tokens that go through the model at once: all logits are there for each of them."""
+
+
+def wikitext_lines(source: str | Path, n: int = 100, *, min_characters: int = 30) -> list[str]:
+    """The first long enough lines of a text, as the paper takes them from WikiText-2-raw's test.
+
+    Args:
+        source: A text file with one line for each record, or else the name of a data set on the
+            Hugging Face hub, such as ``"Salesforce/wikitext"``, of whose configuration
+            ``wikitext-2-raw-v1`` the test split is loaded by ``datasets``.
+        n: How many lines.
+        min_characters: What they must have, the line break not counted.
+
+    Raises:
+        FileNotFoundError: When ``source`` ends in ``.txt`` and is no file.
+        ValueError: When no line is long enough.
+
+    Example:
+        >>> evaluate(model, records, method, perplexity_texts=wikitext_lines("wiki.test.raw.txt"))
+    """
+    file = Path(source)
+    if file.is_file() or file.suffix == ".txt":
+        lines = file.read_text(encoding="utf-8").split("\n")
+    else:
+        from datasets import load_dataset
+
+        lines = load_dataset(str(source), "wikitext-2-raw-v1", split="test")["text"]
+    cut = (line.rstrip("\r\n") for line in lines)
+    long_enough = [line for line in cut if len(line) >= min_characters][:n]
+    if not long_enough:
+        raise ValueError(f"source: {source} has no line of {min_characters} characters or more")
+    return long_enough
+
+
+def perplexity(
+    model: Model, texts: Sequence[str], edits: Sequence[WeightEdit] | None = None
+) -> Float[Tensor, "edit"]:
+    """The perplexity of texts under each of several edits, the mean over the texts.
+
+    Each text is cut at 256 tokens and has, without a BOS token, ``exp`` of its mean negative
+    log-likelihood per token from the second token on. (A mean of the texts' perplexities, as of the
+    paper's order of magnitude; not one perplexity of all tokens together.)
+
+    Several edits go through the model in one batch, and only through the layers from the lowest
+    edited one upwards: those below are run once.
+
+    Args:
+        model: A TransformerLens model in eval mode.
+        texts: Texts of at least two tokens.
+        edits: The edits. Default: one without effect.
+
+    Raises:
+        ValueError: When there is no text, or one has less than two tokens.
+
+    Example:
+        >>> before = perplexity(model, wikitext_lines("wiki.test.raw.txt"))
+    """
+    edits = [WeightEdit(model, {})] if edits is None else edits
+    if not texts:
+        raise ValueError("texts is empty; pass at least one text")
+    n_ctx = model.cfg.n_ctx or MAX_TOKENS
+    tokens = [ids[: min(MAX_TOKENS, n_ctx)] for ids in prompt_tokens(model, texts, False, "right")]
+    for text, ids in zip(texts, tokens, strict=True):
+        if len(ids) < 2:
+            raise ValueError(f"texts: {text!r} is one token; the first token has no likelihood")
+    total = torch.zeros(len(edits), dtype=torch.float64)
+    with_effect = [i for i, edit in enumerate(edits) if edit.factors]
+    without = [i for i, edit in enumerate(edits) if not edit.factors]
+    for batch in _batches(sorted(tokens, key=len, reverse=True)):
+        ids, mask = padded(batch, pad_id(model), "right")
+        run = WholeRun(model, ids)
+        if without:
+            total[without] += _perplexities(run.logits, ids, mask.bool()).sum()
+        at_once = max(1, TOKENS_PER_PASS // ids.numel())
+        for start in range(0, len(with_effect), at_once):
+            some = with_effect[start : start + at_once]
+            logits = run.edited_logits([edits[i] for i in some])
+            for i, of_edit in zip(some, logits, strict=True):
+                total[i] += _perplexities(of_edit, ids, mask.bool()).sum()
+    return total / len(texts)
+
+
+def _batches(tokens: Sequence[Int[Tensor, "_"]]) -> Iterator[list[Int[Tensor, "_"]]]:
+    """Texts, the longest first, that fill a pass with their padding."""
+    start = 0
+    while start < len(tokens):
+        n = max(1, TOKENS_PER_PASS // len(tokens[start]))
+        yield list(tokens[start : start + n])
+        start += n
+
+
+def _perplexities(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+) -> Float[Tensor, "batch"]:
+    """The perplexity of each text, the padding left out."""
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    of_next = tokens[:, 1:, None].to(logits.device)
+    nll = (logits.logsumexp(-1) - logits.gather(-1, of_next).squeeze(-1)).cpu().double()
+    counted = mask[:, 1:]
+    return (nll.masked_fill(~counted, 0).sum(-1) / counted.sum(-1)).exp()
