@@ -31,6 +31,10 @@ torch.set_num_threads(1)  # the tiny models are faster on one
 TL_VERSION = int(version("transformer-lens").split(".")[0])
 HAS_BRIDGE, HAS_HOOKED_TRANSFORMER = TL_VERSION >= 3, TL_VERSION < 4
 NEEDS = {
+    "test_analysis.py": HAS_BRIDGE,
+    "test_analysis_edits.py": HAS_BRIDGE,
+    "test_analysis_many_edits.py": HAS_BRIDGE,
+    "test_analysis_questions.py": HAS_BRIDGE,
     "test_both_classes.py": HAS_BRIDGE and HAS_HOOKED_TRANSFORMER,
     "test_capture.py": HAS_BRIDGE,
     "test_command_line.py": HAS_BRIDGE,

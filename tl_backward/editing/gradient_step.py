@@ -14,7 +14,7 @@ from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.editing.facts import Facts
 from tl_backward.editing.weight_edit import WeightEdit
-from tl_backward.sites import Model
+from tl_backward.sites import Model, attached_hook_points
 from tl_backward.tokens import Prompt, Target
 
 
@@ -131,24 +131,25 @@ def fine_tune(
     losses: list[Tensor] = []
     edit = WeightEdit(model, {})
     n_steps = 0
-    while True:
-        see: tuple[str, Any] = ("unembed.hook_out", lambda logits, hook: seen.append(logits))
-        loss, cache = run_with_backward_cache(
-            model,
-            prompt,
-            target,
-            weights=kinds,
-            layers=layers,
-            prepend_bos=prepend_bos,
-            padding_side="right",
-            fwd_hooks=[*edit.fwd_hooks(), see],
-        )
-        losses.append(loss.reshape(-1))
-        predicted = facts.gaps(seen.pop().detach()[None])[0] > 0
-        if predicted.all() or n_steps == max_steps:
-            break
-        edit = edit + gradient_step(cache, lr=lr, model=model)
-        n_steps += 1
+    with attached_hook_points(model):
+        while True:
+            see: tuple[str, Any] = ("unembed.hook_out", lambda logits, hook: seen.append(logits))
+            loss, cache = run_with_backward_cache(
+                model,
+                prompt,
+                target,
+                weights=kinds,
+                layers=layers,
+                prepend_bos=prepend_bos,
+                padding_side="right",
+                fwd_hooks=[*edit.fwd_hooks(), see],
+            )
+            losses.append(loss.reshape(-1))
+            predicted = facts.gaps(seen.pop().detach()[None])[0] > 0
+            if predicted.all() or n_steps == max_steps:
+                break
+            edit = edit + gradient_step(cache, lr=lr, model=model)
+            n_steps += 1
     edit.report = FineTuneReport(
         n_steps,
         tuple(predicted.tolist()),
