@@ -18,7 +18,7 @@ from tl_backward.sites import hooked_transformer, transformer_bridge
 from tl_backward.sites.hooked_transformer import add_hook_points, remove_hook_points
 from tl_backward.sites.parameters import coverage_table
 from tl_backward.sites.processing import weights_processing
-from tl_backward.sites.site import Model, Tap, WeightSite, select_sites
+from tl_backward.sites.site import Model, Tap, WeightSite, final_norm, select_sites
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,13 +135,6 @@ def all_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
 def attached_hook_points(model: Model) -> AbstractContextManager[None]:
     """The model with every HookPoint that its sites name; those it lacked go again at the end."""
     return _backend(model).attached_hook_points(model)
-
-
-def final_norm(
-    model: Model, vectors: Float[Tensor, "rows d_model"]
-) -> Float[Tensor, "rows d_model"]:
-    """Vectors through the model's own final norm, its statistics computed anew."""
-    return _backend(model).final_norm(model, vectors)
 
 
 def unembed(

@@ -28,6 +28,7 @@ from tl_backward.sites.site import (
     Obstacle,
     Tap,
     WeightSite,
+    final_norm,
     unchanged,
     with_ties,
 )
@@ -138,15 +139,6 @@ def left_padding_obstacle(model: Model) -> str | None:
 def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
     """Every module of the model, with its name."""
     return model.named_modules()
-
-
-def final_norm(
-    model: Model, vectors: Float[Tensor, "rows d_model"]
-) -> Float[Tensor, "rows d_model"]:
-    """The final norm; nothing, if the model has none."""
-    if model.cfg.normalization_type is None:
-        return vectors
-    return model.ln_final(vectors.unsqueeze(0)).squeeze(0)
 
 
 def unembed(

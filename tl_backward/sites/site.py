@@ -104,6 +104,15 @@ class Obstacle(NamedTuple):
     parameter: Tensor | None = None
 
 
+def final_norm(
+    model: Model, vectors: Float[Tensor, "rows d_model"]
+) -> Float[Tensor, "rows d_model"]:
+    """Vectors through the final norm, its statistics computed anew; nothing, if there is none."""
+    if model.cfg.normalization_type is None:
+        return vectors
+    return model.ln_final(vectors.unsqueeze(0)).squeeze(0)
+
+
 def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
     """The same sites, knowing of each other where they share a parameter."""
     sites = list(sites)

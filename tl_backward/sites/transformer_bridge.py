@@ -26,6 +26,7 @@ from tl_backward.sites.site import (
     Obstacle,
     Tap,
     WeightSite,
+    final_norm,
     unchanged,
     with_ties,
 )
@@ -336,15 +337,6 @@ def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
     """Every module of the bridge and of the model that it wraps (some of them twice)."""
     yield from model.named_modules()
     yield from model.original_model.named_modules()
-
-
-def final_norm(
-    model: Model, vectors: Float[Tensor, "rows d_model"]
-) -> Float[Tensor, "rows d_model"]:
-    """The final norm; nothing, if the model has none."""
-    if model.cfg.normalization_type is None:
-        return vectors
-    return model.ln_final(vectors.unsqueeze(0)).squeeze(0)
 
 
 def unembed(
