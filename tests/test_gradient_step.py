@@ -124,7 +124,7 @@ def test_several_prompts_add_up(model):
 @pytest.mark.parametrize("tokens", [[TARGET], [TARGET, 6]])
 def test_fine_tuning_against_torchs_sgd(boot, kind, tokens):
     """A copy of transformers' own model, trained on the same weights until it says the target."""
-    model, lr = boot(kind), 0.01
+    model, lr = boot(kind), 0.01 * len(tokens) ** 2
     hf = copy.deepcopy(model.original_model)
     names = {
         "gpt2": ["transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"],
@@ -145,7 +145,8 @@ def test_fine_tuning_against_torchs_sgd(boot, kind, tokens):
         optimizer.step()
 
     before = weights(model)
-    edit = fine_tune(model, PROMPT, tokens, weights=("W_in", "W_out"), layers=1, lr=lr)
+    options = {"weights": ("W_in", "W_out"), "layers": 1, "lr": lr, "max_steps": 200}
+    edit = fine_tune(model, PROMPT, tokens, **options)
     assert same_bits(weights(model), before)
     assert edit.report.n_steps == len(losses) - 1 > 1 and edit.report.predicted == (True,)
     torch.testing.assert_close(torch.tensor(edit.report.losses[0]), torch.tensor(losses))

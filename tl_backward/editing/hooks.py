@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from functools import reduce
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -83,13 +84,12 @@ def _of_rows(
     vectors: Sequence[Float[Tensor, "_ d"]], rows: Int[Tensor, "batch"] | None
 ) -> Float[Tensor, "batch n d"]:
     """The vectors of each row's edit, filled up with zeros; without rows, of all edits."""
-    filled = [some for some in vectors if len(some)] or list(vectors)
+    filled = [some for some in vectors if len(some)] or vectors[:1]
     dtype = reduce(torch.promote_types, (some.dtype for some in filled))
-    reference = filled[0].to(dtype)
-    alike = [some.to(reference) for some in vectors]
+    alike = [some.to(filled[0].device, dtype) for some in vectors]
     if rows is None:
         return torch.cat(alike).unsqueeze(0)
-    padded = pad_sequence([*alike, reference.new_zeros(0, reference.shape[-1])], batch_first=True)
+    padded = pad_sequence([*alike, alike[0].new_zeros(0, alike[0].shape[-1])], batch_first=True)
     return padded[rows.to(padded.device)]
 
 
