@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from conftest import HAS_BRIDGE, MODELS, relative_error
-from test_weight_edit import applied_logits, logits, same_bits, state, weights
+from test_weight_edit import applied_logits, logits, random_edit, same_bits, state, weights
 
 import tl_backward as tlb
 from tl_backward.editing import (
@@ -145,6 +145,15 @@ def test_targets_of_several_tokens(model, tokens):
     g = edit.factors["blocks.1.mlp.W_out"]
     assert len(g.inputs) == len(terms)
     torch.testing.assert_close(g.dense(), expected)
+
+
+def test_added_to_an_edit_of_other_weights(model):
+    shift = forward_pass_shift(model, PROMPT, TARGET, layer=1, lr=0.1)
+    other = random_edit(model, "embed.W_E") + random_edit(model, "blocks.0.attn.W_O")
+    with shift.applied(), other.applied():
+        expected = logits(model)
+    for both in (shift + other, other + shift):
+        torch.testing.assert_close(applied_logits(both), expected)
 
 
 def test_iterated_updates(model):

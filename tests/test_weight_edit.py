@@ -437,8 +437,9 @@ def test_each_row_of_a_batch_gets_its_own_edit(models, name):
     plain = logits(model)[0]
     for row, index in enumerate(rows):
         expected = plain if index < 0 else applied_logits(edits[index])[0]
-        # transformers computes some of float64 in float32, where a batch rounds otherwise
-        torch.testing.assert_close(got[row], expected, rtol=0, atol=2e-6)
+        # transformers computes Llama's softmax in float32, where a batch rounds otherwise
+        atol = 2e-6 if name == "bridge-llama" else 1e-10
+        torch.testing.assert_close(got[row], expected, rtol=0, atol=atol)
     assert state(model) == before
 
 

@@ -73,36 +73,47 @@ def read_vocabulary(
     At most ``chunk_size x d_vocab`` logits exist at once. Shows a progress bar when it takes
     longer than two seconds.
     """
-    chunks = []
     rows = zip(vectors.split(chunk_size), targets.split(chunk_size), strict=True)
     n_chunks = -(-len(vectors) // chunk_size)
-    for part, wanted in tqdm(rows, desc="reading", total=n_chunks, delay=2, leave=False):
-        logits = unembed(part)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_total, entropy = _log_total_and_entropy(logits)
-
-        def value(chosen: Tensor, log_total: Tensor = log_total) -> Tensor:
-            if return_type == "logits":
-                return chosen
-            return chosen - log_total if return_type == "log_probs" else (chosen - log_total).exp()
-
-        top, top_ids = _outermost(logits, top_k, largest=True)
-        bottom, bottom_ids = _outermost(logits, bottom_k, largest=False)
-        of_targets = logits.gather(-1, wanted.to(logits.device))
-        ranks = [(logits > one.unsqueeze(-1)).sum(-1) for one in of_targets.unbind(-1)]
-        chunks.append(
-            (
-                top_ids,
-                value(top),
-                bottom_ids,
-                value(bottom),
-                torch.stack(ranks, -1) if ranks else wanted.to(logits.device),
-                value(of_targets),
-                value(logits[:, [] if vocab is None else vocab.to(logits.device)]),
-                entropy,
-            )
-        )
+    chunks = [
+        _read_logits(unembed(part), wanted, top_k, bottom_k, vocab, return_type)
+        for part, wanted in tqdm(rows, desc="reading", total=n_chunks, delay=2, leave=False)
+    ]
     return VocabularyReadout(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def _read_logits(
+    logits: Float[Tensor, "rows d_vocab"],
+    targets: Int[Tensor, "rows t"],
+    top_k: int,
+    bottom_k: int,
+    vocab: Int[Tensor, "v"] | None,
+    return_type: ReturnType,
+) -> tuple[Tensor, ...]:
+    """The fields of a :class:`VocabularyReadout` of some rows, in its order."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_total, entropy = _log_total_and_entropy(logits)
+
+    def value(chosen: Tensor) -> Tensor:
+        if return_type == "logits":
+            return chosen
+        return chosen - log_total if return_type == "log_probs" else (chosen - log_total).exp()
+
+    top, top_ids = _outermost(logits, top_k, largest=True)
+    bottom, bottom_ids = _outermost(logits, bottom_k, largest=False)
+    targets = targets.to(logits.device)
+    of_targets = logits.gather(-1, targets)
+    ranks = [(logits > one.unsqueeze(-1)).count_nonzero(-1) for one in of_targets.unbind(-1)]
+    return (
+        top_ids,
+        value(top),
+        bottom_ids,
+        value(bottom),
+        torch.stack(ranks, -1) if ranks else targets,
+        value(of_targets),
+        value(logits[:, [] if vocab is None else vocab.to(logits.device)]),
+        entropy,
+    )
 
 
 def _log_total_and_entropy(

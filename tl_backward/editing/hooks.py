@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from functools import reduce
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -47,6 +47,8 @@ class WeightEdit:
         factors: The factors by site name, with or without a batch axis.
         report: See above.
         made_for: See above.
+        sites: The sites of the factors and those tied to them, where they are known already; the
+            model is not searched for them then.
 
     Raises:
         TypeError: When the model is no TransformerLens model.
@@ -65,6 +67,7 @@ class WeightEdit:
         factors: Mapping[str, GradientFactors],
         report: Any = None,
         made_for: MadeFor | None = None,
+        sites: Sequence[WeightSite] | None = None,
     ) -> None:
         self.model = model
         self.factors: dict[str, GradientFactors] = {
@@ -76,7 +79,8 @@ class WeightEdit:
         self._changes: list[tuple[Tensor, WeightChange]] | None = None
         self._sites: dict[str, WeightSite] = {}
         if model is not None and self.factors:
-            self._sites = {site.name: site for site in weight_sites(model)}
+            every = weight_sites(model) if sites is None else sites
+            self._sites = {site.name: site for site in every}
             self._require_fitting_sites()
 
     def __repr__(self) -> str:
@@ -222,7 +226,9 @@ class WeightEdit:
         factors = dict(self.factors)
         for name, g in other.factors.items():
             factors[name] = factors[name] + g if name in factors else g
-        return (self if self.factors else other)._with(factors)
+        edit = self._with(factors)
+        edit._sites = self._sites | other._sites
+        return edit
 
     def __mul__(self, scalar: int | float | Float[Tensor, ""]) -> WeightEdit:
         """The edit times a number, which goes to the vectors that :meth:`residual_vectors` omits.

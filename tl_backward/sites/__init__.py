@@ -18,7 +18,15 @@ from tl_backward.sites import hooked_transformer, transformer_bridge
 from tl_backward.sites.hooked_transformer import add_hook_points, remove_hook_points
 from tl_backward.sites.parameters import coverage_table
 from tl_backward.sites.processing import weights_processing
-from tl_backward.sites.site import Model, Tap, WeightSite, final_norm, select_sites
+from tl_backward.sites.site import (
+    Model,
+    Obstacle,
+    Tap,
+    WeightSite,
+    final_norm,
+    select_sites,
+    with_ties,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,9 +75,13 @@ def weight_sites(
         >>> [site.name for site in weight_sites(model, "W_out", layers=-1)]
         ['blocks.29.mlp.W_out']
     """
-    backend = _backend(model)
+    found = list(_backend(model).survey(model))
     return select_sites(
-        backend.sites(model), backend.obstacles(model), model.cfg.n_layers, weights, layers
+        with_ties(one for one in found if isinstance(one, WeightSite)),
+        [one for one in found if isinstance(one, Obstacle)],
+        model.cfg.n_layers,
+        weights,
+        layers,
     )
 
 

@@ -56,15 +56,16 @@ def sites(model: Model) -> list[WeightSite]:
     Raises:
         NotImplementedError: For weights quantised to 4 bits.
     """
-    return with_ties(found for found in _survey(model) if isinstance(found, WeightSite))
+    return with_ties(found for found in survey(model) if isinstance(found, WeightSite))
 
 
 def obstacles(model: Model) -> list[Obstacle]:
     """The weight matrices of the model that have no site, each with the reason."""
-    return [found for found in _survey(model) if isinstance(found, Obstacle)]
+    return [found for found in survey(model) if isinstance(found, Obstacle)]
 
 
-def _survey(model: Model) -> Iterator[WeightSite | Obstacle]:
+def survey(model: Model) -> Iterator[WeightSite | Obstacle]:
+    """Every weight matrix of the model: its site, or what keeps it from having one."""
     _refuse_quantized(model)
     yield _lookup_site(model, "embed", "W_E")
     if _reads_positions(model):
@@ -149,7 +150,7 @@ def unembed(
     vectors = vectors.to(device=W_U.device, dtype=W_U.dtype)
     if apply_ln:
         vectors = final_norm(model, vectors)
-    logits = vectors @ W_U + model.unembed.b_U
+    logits = (vectors @ W_U).add_(model.unembed.b_U)
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
 

@@ -119,9 +119,14 @@ def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
     sharers: dict[int, list[str]] = {}
     for site in sites:
         sharers.setdefault(id(site.parameter), []).append(site.name)
+    others = {
+        name: tuple(other for other in names if other != name)
+        for names in sharers.values()
+        if len(names) > 1
+        for name in names
+    }
     return [
-        replace(site, tied_to=tuple(n for n in sharers[id(site.parameter)] if n != site.name))
-        for site in sites
+        replace(site, tied_to=others[site.name]) if site.name in others else site for site in sites
     ]
 
 

@@ -69,15 +69,16 @@ def accepts(model: object) -> bool:
 
 def sites(model: Model) -> list[WeightSite]:
     """Every weight site of a bridge, in the order of the forward pass."""
-    return with_ties(found for found in _survey(model) if isinstance(found, WeightSite))
+    return with_ties(found for found in survey(model) if isinstance(found, WeightSite))
 
 
 def obstacles(model: Model) -> list[Obstacle]:
     """The weight matrices of a bridge that have no site, each with the reason."""
-    return [found for found in _survey(model) if isinstance(found, Obstacle)]
+    return [found for found in survey(model) if isinstance(found, Obstacle)]
 
 
-def _survey(model: Model) -> Iterator[WeightSite | Obstacle]:
+def survey(model: Model) -> Iterator[WeightSite | Obstacle]:
+    """Every weight matrix of the model: its site, or what keeps it from having one."""
     for kind, path in LOOKUPS.items():
         component = model._modules.get(path)
         if _weight(component) is not None:
@@ -347,4 +348,4 @@ def unembed(
     vectors = vectors.to(device=W_U.device, dtype=W_U.dtype)
     if apply_ln:
         vectors = final_norm(model, vectors)
-    return model.adapter.apply_output_logits_transform(vectors @ W_U + model.b_U)
+    return model.adapter.apply_output_logits_transform((vectors @ W_U).add_(model.b_U))
