@@ -28,9 +28,7 @@ def edit_hooks(
 
     ``y = x W`` becomes ``y + (x u^T) v`` with the edit's left vectors ``u`` and right vectors
     ``v``, which is what the applied edit gives. The hooks for ``x`` and for ``y`` are at the site's
-    ``hook_in`` and ``hook_out``, also at those of sites with the same (tied) weight. Only the row of
-    an embedding's padding token (``nn.Embedding.padding_idx``), which has no gradient, is left as it
-    is.
+    ``hook_in`` and ``hook_out``, also at those of sites with the same (tied) weight.
 
     Hooks at one HookPoint run in the order in which they were put there: one that patches the
     input of an edited weight belongs before these, one that patches its output behind them.
