@@ -219,7 +219,10 @@ FLOAT32_ONLY = {"xglm": "makes the lowest float64 number as a float32: torch.ful
 
 TL_4_ONLY = {"cohere": "its adapter of cohere refuses to boot with a norm on queries and keys"}
 
-PADDING_CHANGES_TL_3 = {"youtu": "its bridge gives a padded text another loss than the text alone"}
+PADDING_CHANGES_TL_3 = dict.fromkeys(
+    ("youtu", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    "its bridge of latent attention gives a padded text another loss than the text alone",
+)
 
 # Families that give other logits to a text that is padded on the left, whatever the mask says.
 SEE_PADDING_ON_THE_LEFT = (

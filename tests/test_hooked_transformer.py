@@ -312,8 +312,10 @@ def test_unembed_gives_the_models_logits(normalization, cap):
     model = build(normalization_type=normalization, output_logits_soft_cap=cap)
     logits, cache = model.run_with_cache(TOKENS)
     residual = cache["blocks.1.hook_resid_post"][0]
-    torch.testing.assert_close(backend.unembed(model, residual), logits[0], rtol=1e-12, atol=1e-12)
-    low = backend.unembed(model, residual.float())
+    torch.testing.assert_close(
+        backend.unembed(model, residual, apply_ln=True), logits[0], rtol=1e-12, atol=1e-12
+    )
+    low = backend.unembed(model, residual.float(), apply_ln=True)
     torch.testing.assert_close(low, logits[0], rtol=1e-4, atol=1e-4)
 
 
