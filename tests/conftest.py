@@ -36,6 +36,7 @@ NEEDS = {
     "test_analysis_edits.py": HAS_BRIDGE,
     "test_analysis_many_edits.py": HAS_BRIDGE,
     "test_analysis_questions.py": HAS_BRIDGE,
+    "test_backward_lens.py": HAS_BRIDGE,
     "test_both_classes.py": HAS_BRIDGE and HAS_HOOKED_TRANSFORMER,
     "test_capture.py": HAS_BRIDGE,
     "test_command_line.py": HAS_BRIDGE,
