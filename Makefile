@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 
 ## Everything the project claims, checked under each TransformerLens that it supports.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 	$(BIN)/nox --reuse-existing-virtualenvs
 
 check: $(VENV)/.dev

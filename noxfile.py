@@ -21,7 +21,7 @@ def tests(session: nox.Session, transformer_lens: str, constraints: str) -> None
     _install(session, transformer_lens, constraints)
     if not transformer_lens.startswith("2."):
         session.install("--quiet", "--no-deps", "torchao==0.18.0")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "--numprocesses", "auto", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session
