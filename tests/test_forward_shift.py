@@ -350,6 +350,53 @@ def test_automatic_step_for_several_facts_layers_and_tokens(models, name):
     assert worst_gap(edit) >= 0.1 - 1e-6 and worst_gap(0.95 * edit) < 0.1
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_each_token_of_a_target_has_a_step_of_its_own(models, name):
+    """By applied weights: all come out on top, by less than one step for all would need."""
+    model, target = models(name), [5, 13, 8]
+    edit = forward_pass_shift(model, PROMPT, target, layer=1, lr="auto", tokens="all")
+    site, text = W_out(model, 1), [*PROMPT, *target[:-1]]
+    x = seen_at(model, site.hook_in, text)[-len(target) :]
+    terms = [torch.outer(row, embedding(model, t)) for row, t in zip(x, target, strict=True)]
+    original = site.parameter.data.clone()
+
+    def update(sizes):
+        return sum(size * term for size, term in zip(sizes, terms, strict=True))
+
+    def gaps(sizes):
+        site.parameter.data.copy_(original + site.to_parameter_layout(update(sizes)))
+        of_each = logits(model, tokens=torch.tensor([text]))[0, -len(target) :]
+        site.parameter.data.copy_(original)
+        return [gap(one, t) for one, t in zip(of_each, target, strict=True)]
+
+    lrs = edit.report.lrs
+    torch.testing.assert_close(edit.factors[site.name].dense(), update(lrs))
+    assert len(set(lrs)) > 1 and edit.report.lr == max(lrs)
+    assert min(gaps(lrs)) == pytest.approx(edit.report.gap, abs=1e-5) and edit.report.gap >= 0.1
+    assert lrs[-1] == 0 or gaps([*lrs[:-1], 0.97 * lrs[-1]])[-1] < 0.1  # the last one searched
+    for k in range(-200, 100):
+        common = [lrs[0] * 1.02**k] * len(target)
+        if update(common).norm() < edit.norm():
+            assert min(gaps(common)) < 0.1
+
+
+def test_a_target_that_is_there_already_needs_no_step(model):
+    text = torch.tensor([[*PROMPT]])
+    first = int(logits(model, tokens=text)[0, -1].argmax())
+    second = int(logits(model, tokens=torch.tensor([[*PROMPT, first]]))[0, -1].argmax())
+    edit = forward_pass_shift(
+        model,
+        PROMPT,
+        [first, second],
+        layer=1,
+        lr="auto",
+        tokens="all",
+        margin=0.0,
+        skip_if_predicted=False,
+    )
+    assert edit.report.lr == 0 and edit.norm() == 0
+
+
 def test_what_is_skipped_stays_predicted(model):
     """A predicted fact beside one that is shifted does not limit the margin, but stays on top."""
     predicted = int(logits(model, tokens=torch.tensor([[1, 2, 3]]))[0, -1].argmax())

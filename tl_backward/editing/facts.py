@@ -84,17 +84,20 @@ class Facts:
     def gaps(
         self, logits: Float[Tensor, "copies batch pos d_vocab"]
     ) -> Float[Tensor, "copies batch"]:
-        """How far above all others the targets are: their logits minus the largest other, in nats.
+        """The :meth:`term_gaps` by prompt: of a target with several tokens, that of the worst."""
+        gaps = self.term_gaps(logits)
+        worst = gaps.new_full((len(gaps), self.n_prompts), torch.inf)
+        return worst.scatter_reduce(1, self.example.expand(len(gaps), -1), gaps, "amin")
 
-        Of a target with several tokens, that of the worst.
-        """
+    def term_gaps(
+        self, logits: Float[Tensor, "copies batch pos d_vocab"]
+    ) -> Float[Tensor, "copies term"]:
+        """How far above all others the targets' tokens are: logit minus the largest other."""
         at = logits[:, self.example, self.predicting].cpu()
         at = at.to(torch.promote_types(at.dtype, torch.float32))
         ids = self.ids.expand(len(at), -1).unsqueeze(-1)
         largest_other = at.scatter(-1, ids, -torch.inf).amax(-1)
-        gaps = at.gather(-1, ids).squeeze(-1) - largest_other
-        worst = gaps.new_full((len(at), self.n_prompts), torch.inf)
-        return worst.scatter_reduce(1, self.example.expand(len(at), -1), gaps, "amin")
+        return at.gather(-1, ids).squeeze(-1) - largest_other
 
     def elsewhere(self) -> Bool[Tensor, "batch pos"]:
         """The positions that predict no target."""

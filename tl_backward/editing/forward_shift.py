@@ -26,11 +26,12 @@ class ShiftReport:
 
     Attributes:
         layers: The layers that are edited.
-        lr: The step, given or found.
+        lr: The step, given or found; where the terms have steps of their own, the largest.
         skipped: For each prompt, whether nothing was done because its target was predicted.
         n_passes: Forward passes from the bottom of the model, to its top or to the edited layer.
         n_upper_passes: Forward passes of the layers from the edit upwards, with several steps in
             one batch each.
+        lrs: The step of each of the target's tokens, where the search gave them steps of their own.
         gap: With ``"auto"``, how far the logit of the worst target is above all others with the
             edit, in nats (of a skipped one, with the margin added, which it need not have).
         changes: With ``layer="auto"``, for each layer in which an edit succeeds, its step and how
@@ -42,6 +43,7 @@ class ShiftReport:
     skipped: tuple[bool, ...]
     n_passes: int
     n_upper_passes: int = 0
+    lrs: tuple[float, ...] = ()
     gap: float | None = None
     changes: dict[int, tuple[float, float]] = field(default_factory=dict)
 
@@ -101,8 +103,10 @@ def forward_pass_shift(
         lr: The step, positive to shift towards the target. ``"auto"`` is the smallest, to about
             1 %, that makes every target the most probable token with all terms in place, with the
             logit ``margin`` above the next; skipped ones have to stay on top. It is one step for
-            all terms. It is searched by runs of the layers from the edit upwards, several steps in
-            one batch; where such a run does not agree with a whole one, by whole ones.
+            all terms, but of several tokens of a single prompt's target each gets its own if that
+            makes the update smaller (``edit.report.lrs``). It is searched by runs of the layers
+            from the edit upwards, several steps in one batch; where such a run does not agree with
+            a whole one, by whole ones.
         position: Where ``x`` is taken: an index into the prompt, or one for each prompt.
         tokens: Of a target of several tokens, take the ``"first"``, as the paper does, or
             ``"all"``: one term each, at the position that predicts it when the target is appended
@@ -198,6 +202,7 @@ def _best(search: ShiftSearch, candidates: Sequence[Candidate]) -> WeightEdit:
         skipped=tuple(search.skipped.tolist()),
         n_passes=search.n_passes,
         n_upper_passes=search.n_upper_passes,
+        lrs=best.of_each,
         gap=best.step.gap,
         changes={
             layer: (one.step.size, one.change)

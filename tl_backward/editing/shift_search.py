@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,16 +18,25 @@ from tl_backward.editing.runs import WholeRun
 from tl_backward.editing.shift_terms import unit_shift
 from tl_backward.editing.step_search import Step, smallest_step
 from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, WeightSite
 from tl_backward.tokens import Prompt, pad_id, padded, prompt_tokens
 
+N_TURNS = 6
+"""How often each token of a target gets a step anew, with those of the others in place."""
+
 
 class Candidate(NamedTuple):
-    """A shift in some layers, the step that it is to have, and how much it changes elsewhere."""
+    """A shift in some layers, the step that it is to have, and how much it changes elsewhere.
+
+    Where each token of the target has a step of its own, ``step`` is the largest, ``unit`` has the
+    terms in their proportions, and ``of_each`` says what the steps are.
+    """
 
     sites: Sequence[WeightSite]
     unit: WeightEdit
     step: Step
+    of_each: tuple[float, ...] = ()
     change: float = math.nan
 
 
@@ -69,7 +79,11 @@ class ShiftSearch:
         return sum(run.n_upper_passes for run in self._runs)
 
     def candidate(self, sites: Sequence[WeightSite], lr: float | Literal["auto"]) -> Candidate:
-        """The shift in the layers of some sites, with a given step or the smallest that does."""
+        """The shift in the layers of some sites, with a given step or the smallest that does.
+
+        Each of several tokens of one prompt's target gets a step of its own, if that makes a
+        smaller update than the same step for all.
+        """
         unit = unit_shift(
             self._model, sites, self._facts, self._run.inputs, ~self.skipped, self._statistics
         )
@@ -78,7 +92,10 @@ class ShiftSearch:
         step = smallest_step(
             lambda sizes: self._gaps(unit, sizes), self._guess(sites, unit), self.margin
         )
-        return Candidate(sites, unit, step)
+        common = Candidate(sites, unit, step)
+        if self._facts.n_prompts > 1 or len(self._facts.ids) == 1:
+            return common
+        return min(common, self._with_own_steps(common), key=self._size)
 
     def layers(
         self,
@@ -126,6 +143,40 @@ class ShiftSearch:
         gaps = self._facts.gaps(self._run.edited_logits([size * unit for size in sizes]))
         return (gaps + self.margin * self.skipped).amin(1).tolist()
 
+    def _with_own_steps(self, common: Candidate) -> Candidate:
+        """Each token's step, in turn, is the smallest that lifts it, with the others in place."""
+        sizes = [0.0] * len(self._facts.ids)
+
+        def gaps(term: int, candidates: Sequence[float]) -> list[float]:
+            edits = [
+                _scaled(common.unit, [*sizes[:term], size, *sizes[term + 1 :]])
+                for size in candidates
+            ]
+            return self._facts.term_gaps(self._run.edited_logits(edits))[:, term].tolist()
+
+        worst = -math.inf
+        for _ in range(N_TURNS):
+            for term in range(len(sizes)):
+                sizes[term] = self._smallest(partial(gaps, term), common.step.size)
+            worst = min(gaps(term, [size])[0] for term, size in enumerate(sizes))
+            if worst >= self.margin:
+                break
+        largest = max(sizes)
+        unit = _scaled(common.unit, [size / (largest or 1.0) for size in sizes])
+        return Candidate(common.sites, unit, Step(largest, worst), tuple(sizes))
+
+    def _smallest(self, gaps: Callable[[Sequence[float]], list[float]], guess: float) -> float:
+        """The size of the smallest step that succeeds, which may be none."""
+        if gaps([0.0])[0] >= self.margin:
+            return 0.0
+        return smallest_step(gaps, guess, self.margin).size
+
+    def _size(self, candidate: Candidate) -> tuple[bool, float]:
+        """What makes a candidate worse: no success, and then its gap, or the update's norm."""
+        if self.succeeds(candidate):
+            return False, candidate.step.size * float(candidate.unit.norm())
+        return True, -candidate.step.gap
+
     def _guess(self, sites: Sequence[WeightSite], unit: WeightEdit) -> float:
         """The step by which a weight's outputs change as much as they are large."""
         outputs, changes = [], []
@@ -147,6 +198,15 @@ class ShiftSearch:
         tokens, mask = padded(cut, pad_id(self._model), "right")
         self._runs.append(WholeRun(self._model, tokens))
         return self._runs[-1], mask.bool()
+
+
+def _scaled(edit: WeightEdit, sizes: Sequence[float]) -> WeightEdit:
+    """The edit with each of its terms times a number."""
+    factors = {
+        name: GradientFactors(g.inputs * g.inputs.new_tensor(sizes).unsqueeze(1), g.vjps)
+        for name, g in edit.factors.items()
+    }
+    return WeightEdit(edit.model, factors)
 
 
 def _log_probs(
