@@ -156,12 +156,66 @@ def test_evaluate_prints_the_table(run, boot, tmp_path):
     assert shown.exit_code == 0, shown.output
     records = evaluation.load_records(path)
     frame = evaluation.evaluate(boot("llama"), records, evaluation.shift(layer=1, lr=0.7))
-    expected = evaluation.table({"shift": frame})
+    name = "shift, layer 1, lr 0.7, first tokens"
+    expected = evaluation.table({name: frame})
     rows = [[c.strip() for c in line.split("│")[1:-1]] for line in shown.output.splitlines()]
     cells = {row[0]: row[2] for row in rows if len(row) == 3}
-    assert cells["efficacy (accuracy)"] == expected["accuracy", "efficacy"]["shift"]
-    assert cells["neighborhood (magnitude)"] == expected["magnitude", "neighborhood"]["shift"]
-    assert {"unedited", "shift"} <= {folder.name for folder in (tmp_path / "out").iterdir()}
+    assert cells["efficacy (accuracy)"] == expected["accuracy", "efficacy"][name]
+    assert cells["neighborhood (magnitude)"] == expected["magnitude", "neighborhood"][name]
+    folders = {"unedited", "shift-layer-1-lr-0.7-first-tokens"}
+    assert folders <= {folder.name for folder in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        (["--tokens", "all"], lambda: evaluation.shift(layer=1, lr=0.7, tokens="all")),
+        (["--method", "gradient-step"], lambda: evaluation.gradient(layers=1, lr=0.7)),
+        (["--method", "fine-tuning"], lambda: evaluation.fine_tuning(layers=1, lr=0.7)),
+    ],
+)
+def test_evaluate_with_every_method(run, boot, tmp_path, options, method):
+    path = counterfact(tmp_path)
+    shown = run(*["--data", str(path), "--layer", "1", "--lr", "0.7", *options], command="evaluate")
+    assert shown.exit_code == 0, shown.output
+    frame = evaluation.evaluate(boot("llama"), evaluation.load_records(path), method())
+    expected = evaluation.table({"edited": frame})["magnitude", "efficacy"]["edited"]
+    row = next(line for line in shown.output.splitlines() if "efficacy (magnitude)" in line)
+    assert row.split("│")[3].strip() == expected
+
+
+def test_evaluate_with_a_whitened_key_and_texts(run, boot, tmp_path, monkeypatch):
+    """The key's statistics are of other lines than those whose perplexity is measured."""
+    monkeypatch.setattr(evaluation, "N_LINES", 2)
+    path, text = counterfact(tmp_path), tmp_path / "text.txt"
+    lines = [f"Lionel Messi plays for the city of {city}, not" for city in ("Paris", "Rome", "in")]
+    text.write_text("\n".join(lines))
+    options = ["--data", str(path), "--layer", "1", "--lr", "0.7", "--whiten", str(text)]
+    shown = run(*options, "--perplexity", str(text), "--text-every", "2", command="evaluate")
+    assert shown.exit_code == 0, shown.output
+    model = boot("llama")
+    statistics = tlb.key_statistics(model, lines[2:], 1, prepend_bos=False)
+    frame = evaluation.evaluate(
+        model,
+        evaluation.load_records(path),
+        evaluation.shift(layer=1, lr=0.7, key="whitened", statistics=statistics),
+        perplexity_texts=lines,
+        text_every=2,
+    )
+    expected = evaluation.table({"edited": frame})["text", "perplexity"]["edited"]
+    row = next(line for line in shown.output.splitlines() if "perplexity (text)" in line)
+    assert row.split("│")[3].strip() == expected
+
+
+def test_evaluate_does_not_mix_results_of_other_options(run, tmp_path):
+    options = ["--data", str(counterfact(tmp_path)), "--method", "unedited"]
+    options += ["--out", str(tmp_path / "out")]
+    assert run(*options, command="evaluate").exit_code == 0
+    assert run(*options, command="evaluate").exit_code == 0
+    shown = run(*options, "--generation", command="evaluate")
+    assert shown.exit_code == 2
+    message = " ".join(shown.stderr.split())
+    assert "has results with --generation=False; take another folder" in message
 
 
 def test_reproduce_writes_tables_and_a_report(run, boot, tmp_path):

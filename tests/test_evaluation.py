@@ -471,8 +471,8 @@ def test_bad_input(model):
         evaluate(model, RECORDS, lambda m, r: 3, progress=False)
     with pytest.raises(ValueError, match="records is empty"):
         evaluate(model, [], unedited)
-    with pytest.raises(ValueError, match="perplexity_every is 0"):
-        evaluate(model, RECORDS, unedited, perplexity_every=0)
+    with pytest.raises(ValueError, match="text_every is 0"):
+        evaluate(model, RECORDS, unedited, text_every=0)
     with pytest.raises(ValueError, match="batch_size is 0"):
         evaluate(model, RECORDS, unedited, batch_size=0)
     assert state(model) == before
@@ -576,17 +576,19 @@ def test_texts_without_perplexity(model):
 
 
 @pytest.mark.parametrize(("every", "measured"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0])])
-def test_perplexity_of_some_of_the_records(model, precision, every, measured):
+def test_texts_of_some_of_the_records(model, precision, every, measured):
     edits = random_edits(model)
     frame = evaluate(
         model,
         RECORDS,
         lambda m, r: edits[r.case_id],
+        generation=True,
         perplexity_texts=TEXTS,
-        perplexity_every=every,
+        text_every=every,
         progress=False,
     )
     assert frame.index[frame["perplexity"].notna()].tolist() == measured
+    assert frame.index[frame["ngram_entropy"].notna()].tolist() == measured
     want = perplexity(model, TEXTS, [edits[RECORDS[i].case_id] for i in measured]).tolist()
     assert frame.loc[measured, "perplexity"].tolist() == pytest.approx(want, rel=precision)
 

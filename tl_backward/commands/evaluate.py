@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +24,20 @@ class MethodName(str, Enum):
     """The methods that the command knows."""
 
     shift = "shift"
+    gradient_step = "gradient-step"
     fine_tuning = "fine-tuning"
     unedited = "unedited"
+
+
+class Tokens(str, Enum):
+    """Which tokens of a target the shift writes."""
+
+    first = "first"
+    all = "all"
+
+
+KEY_LINES = 400
+"""Lines for the whitened key: those behind the ones whose perplexity is measured."""
 
 
 def evaluate(
@@ -33,19 +47,35 @@ def evaluate(
     method: Annotated[MethodName, typer.Option(help="How to edit.")] = MethodName.shift,
     layer: Annotated[int | None, typer.Option(help="Layer of W_out.", show_default=False)] = None,
     lr: Annotated[str, typer.Option(help="Step, or for the shift 'auto'.")] = "auto",
+    tokens: Annotated[
+        Tokens, typer.Option(help="Tokens of the target that the shift writes.")
+    ] = Tokens.first,
+    whiten: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Whiten the shift's key by {KEY_LINES} lines of this text, as --perplexity "
+            "takes it.",
+            metavar="TEXT",
+        ),
+    ] = None,
     n: Annotated[int | None, typer.Option("-n", help="Records.", show_default="all")] = None,
     batch_size: Annotated[int, typer.Option(help="Records at once.", metavar="N")] = 16,
     generation: Annotated[bool, typer.Option(help="Measure n-gram entropy, too.")] = False,
     perplexity: Annotated[
         str | None,
-        typer.Option(help="Text file, or a data set on the hub, to measure perplexity on."),
+        typer.Option(
+            help="Text file, or a data set on the hub, to measure perplexity on.", metavar="TEXT"
+        ),
     ] = None,
-    perplexity_every: Annotated[
-        int, typer.Option(help="Measure it for every k-th record.", metavar="K")
+    text_every: Annotated[
+        int, typer.Option(help="Measure these two for every k-th record.", metavar="K")
     ] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results (Parquet), to resume from.", metavar="FOLDER"),
+        typer.Option(
+            help="Folder for the results (Parquet), one for each method; to resume from.",
+            metavar="FOLDER",
+        ),
     ] = None,
     model: ModelOption = None,
 ) -> None:
@@ -59,8 +89,16 @@ def evaluate(
             records = evaluation.load_records(data, n)
             texts = None if perplexity is None else evaluation.wikitext_lines(perplexity)
         methods = {"unedited": evaluation.unedited}
-        if method is not MethodName.unedited:
-            methods[method.value] = _method(method, layer, lr)
+        if method is MethodName.shift:
+            name = f"shift, layer {layer}, lr {lr}, {tokens.value} tokens"
+            name += "" if whiten is None else f", whitened by {Path(whiten).name}"
+            methods[name] = _shift(bridge, layer, lr, tokens, whiten)
+        elif method is not MethodName.unedited:
+            name = f"{method.value}, layer {layer}, lr {lr}"
+            methods[name] = _descent(method, layer, lr)
+        if out is not None:
+            measured = {"generation": generation, "perplexity": perplexity}
+            _require_same_options(out, {"model": model, **measured, "text-every": text_every})
         results = {
             name: evaluation.evaluate(
                 bridge,
@@ -69,24 +107,62 @@ def evaluate(
                 batch_size=batch_size,
                 generation=generation,
                 perplexity_texts=texts,
-                perplexity_every=perplexity_every,
-                path=None if out is None else out / name,
+                text_every=text_every,
+                path=None if out is None else out / re.sub(r"[^\w.]+", "-", name),
             )
             for name, made in methods.items()
         }
         console.print(_shown(evaluation.table(results)))
 
 
-def _method(method: MethodName, layer: int | None, lr: str) -> Any:
+def _require_same_options(folder: Path, options: dict[str, Any]) -> None:
+    """Make sure that what is in the folder was measured as it is to be measured now."""
+    file = folder / "options.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(options), encoding="utf-8")
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name in options if options[name] != stored.get(name)]
+    if other:
+        raise ValueError(
+            f"--out: {folder} has results with --{other[0]}={stored.get(other[0])}; take another "
+            "folder"
+        )
+
+
+def _shift(model: Any, layer: int | None, lr: str, tokens: Tokens, whiten: str | None) -> Any:
+    from tl_backward import evaluation, key_statistics
+
+    at = _given(layer)
+    step: Any = lr if lr == "auto" else _step(lr)
+    if whiten is None:
+        return evaluation.shift(layer=at, lr=step, tokens=tokens.value)
+    lines = evaluation.wikitext_lines(whiten, evaluation.N_LINES + KEY_LINES)[evaluation.N_LINES :]
+    if not lines:
+        raise ValueError(
+            f"--whiten: {whiten} has no lines behind the {evaluation.N_LINES} whose perplexity is "
+            "measured"
+        )
+    statistics = key_statistics(model, lines, at, prepend_bos=False)
+    return evaluation.shift(
+        layer=at, lr=step, tokens=tokens.value, key="whitened", statistics=statistics
+    )
+
+
+def _descent(method: MethodName, layer: int | None, lr: str) -> Any:
     from tl_backward import evaluation
 
+    if lr == "auto":
+        raise ValueError(f"--lr must be a number for {method.value}")
+    if method is MethodName.fine_tuning:
+        return evaluation.fine_tuning(lr=_step(lr), layers=_given(layer))
+    return evaluation.gradient(lr=_step(lr), layers=_given(layer))
+
+
+def _given(layer: int | None) -> int:
     if layer is None:
         raise ValueError("--layer is missing: which W_out to edit")
-    if method is MethodName.shift:
-        return evaluation.shift(layer=layer, lr="auto" if lr == "auto" else _step(lr))
-    if lr == "auto":
-        raise ValueError("--lr must be a number for fine-tuning")
-    return evaluation.fine_tuning(lr=_step(lr), layers=layer)
+    return layer
 
 
 def _step(lr: str) -> float:

@@ -7,9 +7,10 @@ from tl_backward.evaluation.records import Record, load_records
 from tl_backward.evaluation.runner import evaluate
 from tl_backward.evaluation.scoring import TargetScores, score_targets, tokenised
 from tl_backward.evaluation.summary import summarise, table
-from tl_backward.evaluation.text_perplexity import perplexity, wikitext_lines
+from tl_backward.evaluation.text_perplexity import N_LINES, perplexity, wikitext_lines
 
 __all__ = [
+    "N_LINES",
     "Method",
     "Record",
     "TargetScores",

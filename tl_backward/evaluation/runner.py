@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TOGETHER = 10**9
-"""Puts records whose perplexity is measured before all others, so that they share batches."""
+"""Puts records whose texts are measured before all others, so that they share batches."""
 
 
 def evaluate(
@@ -33,7 +33,7 @@ def evaluate(
     batch_size: int = 16,
     generation: bool = False,
     perplexity_texts: Sequence[str] | None = None,
-    perplexity_every: int = 1,
+    text_every: int = 1,
     path: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -54,7 +54,7 @@ def evaluate(
         perplexity_texts: Texts whose perplexity to measure under each edit, such as
             :func:`wikitext_lines`. Costs far more than the rest: a pass over all texts for each
             edit, though through the edited and higher layers only.
-        perplexity_every: Measure it for every ``k``-th record only, from the first.
+        text_every: Measure these two for every ``k``-th record only, from the first.
         path: A folder to write the table to and to resume from, as in :func:`sweep`. It knows its
             records, but neither model nor method: take another folder for others.
         progress: Whether to show a progress bar.
@@ -83,20 +83,21 @@ def evaluate(
     import pandas as pd
 
     require_eval_mode(model)
-    if perplexity_every < 1:
-        raise ValueError(f"perplexity_every is {perplexity_every}; it must be at least 1")
+    if text_every < 1:
+        raise ValueError(f"text_every is {text_every}; it must be at least 1")
     records = list(records)
     if not records:
         raise ValueError("records is empty; pass at least one record")
-    measured = set() if perplexity_texts is None else set(map(id, records[::perplexity_every]))
+    with_texts = generation or perplexity_texts is not None
+    measured = set(map(id, records[::text_every])) if with_texts else set()
 
     def run(model: Model, batch: list[Record]) -> list[dict[str, Any]]:
         attempts = [_attempt(model, record, method) for record in batch]
         done = [attempt for attempt in attempts if attempt.cases]
         _score(model, done)
-        if generation:
-            _generate(model, done)
         chosen = [attempt for attempt in done if id(attempt.record) in measured]
+        if chosen and generation:
+            _generate(model, chosen)
         if chosen and perplexity_texts is not None:
             values = perplexity(model, perplexity_texts, [attempt.edit for attempt in chosen])
             for attempt, value in zip(chosen, values.tolist(), strict=True):

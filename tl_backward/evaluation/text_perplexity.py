@@ -15,11 +15,12 @@ from tl_backward.sites import Model
 from tl_backward.tokens import pad_id, padded, prompt_tokens
 
 MAX_TOKENS = 256
+N_LINES = 100
 TOKENS_PER_PASS = 1024
 """Tokens that go through the model at once: all logits are there for each of them."""
 
 
-def wikitext_lines(source: str | Path, n: int = 100, *, min_characters: int = 30) -> list[str]:
+def wikitext_lines(source: str | Path, n: int = N_LINES, *, min_characters: int = 30) -> list[str]:
     """The first long enough lines of a text, as the paper takes them from WikiText-2-raw's test.
 
     Args:
