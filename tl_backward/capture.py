@@ -205,10 +205,11 @@ def _watch_weights(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
 def _factors_of(
     recorder: Recorder, site: WeightSite, vjps: Mapping[Any, list[Tensor]], rows: Rows
 ) -> GradientFactors:
-    x, y = recorder.values(site.name), vjps[site.name, "y"]
-    return GradientFactors(
-        rows.of([site.encode(one) for one in x]), rows.of(y), rows.lengths(len(x))
-    )
+    x, y = [site.encode(one) for one in recorder.values(site.name)], vjps[site.name, "y"]
+    if site.padding_row is not None:
+        for one in x:
+            one[..., site.padding_row] = 0
+    return GradientFactors(rows.of(x), rows.of(y), rows.lengths(len(x)))
 
 
 def _require_used(recorder: Recorder, sites: Sequence[WeightSite]) -> None:

@@ -65,6 +65,8 @@ class WeightSite:
     layout: Callable[[Tensor], Tensor] = field(repr=False)
     encode: Callable[[Tensor], Tensor] = field(repr=False, default=unchanged)
     """What makes ``x`` of that which is read: one-hot rows of token ids."""
+    padding_row: int | None = field(repr=False, default=None)
+    """The row of ``W`` that PyTorch leaves out of the gradient: that of a padding token."""
     hook_residual: str | None = None
     residual_tap: Callable[[], Tap] | None = field(repr=False, default=None)
     """Where ``y`` is read behind the post-norm."""

@@ -110,6 +110,7 @@ def _lookup(kind: str, path: str, component: Any) -> WeightSite | Obstacle:
         read_parameter=lambda: module.weight,
         layout=unchanged,
         encode=partial(_one_hot, module),
+        padding_row=module.padding_idx,
         hook_out_scale=getattr(component, "_output_contribution_scale", 1.0),
     )
 
@@ -280,12 +281,9 @@ def _lookup_scale(module: nn.Module) -> float | None:
 
 
 def _one_hot(module: nn.Embedding, ids: Int[Tensor, "..."]) -> Float[Tensor, "... d_vocab"]:
-    """The rows ``x`` for which the embedding is ``x W``; its padding token has no gradient."""
+    """The rows ``x`` for which the embedding is ``x W``."""
     scale = _lookup_scale(module) or 0.0
-    x = nn.functional.one_hot(ids, module.num_embeddings).to(module.weight.dtype) * scale
-    if module.padding_idx is not None:
-        x[..., module.padding_idx] = 0
-    return x
+    return nn.functional.one_hot(ids, module.num_embeddings).to(module.weight.dtype) * scale
 
 
 def named_parameters(model: Model) -> Iterator[NamedParameter]:
