@@ -102,13 +102,13 @@ def residual_points(model: Model) -> dict[str, nn.Module]:
     and MLP are parallel) and ``hook_mlp_out``, and ``hook_resid_post`` of the last. A name that the
     model does not have is left out.
     """
-    n_layers = model.cfg.n_layers
+    n_layers, points = model.cfg.n_layers, model.hook_dict
     names = [
         "hook_embed",
         *(f"blocks.{block}.{hook}" for block in range(n_layers) for hook in RESIDUAL_POINTS),
         f"blocks.{n_layers - 1}.hook_resid_post",
     ]
-    return {name: model.hook_dict[name] for name in names if name in model.hook_dict}
+    return {name: points[name] for name in names if name in points}
 
 
 def coverage(model: Model) -> pd.DataFrame:

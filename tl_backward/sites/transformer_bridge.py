@@ -289,13 +289,12 @@ def _one_hot(module: nn.Embedding, ids: Int[Tensor, "..."]) -> Float[Tensor, "..
 def named_parameters(model: Model) -> Iterator[NamedParameter]:
     """Every parameter of the bridge and of the model that it wraps, each once."""
     seen = set()
-    for root in (model.original_model, model):
-        for path, module in root.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    full = f"{path}.{name}".replace("._original_component", "")
-                    yield NamedParameter(full, module, parameter)
+    for path, module in modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                full = f"{path}.{name}".replace("._original_component", "")
+                yield NamedParameter(full, module, parameter)
 
 
 def reasons(model: Model) -> dict[int, str]:
@@ -333,9 +332,20 @@ def left_padding_obstacle(model: Model) -> str | None:
 
 
 def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the bridge and of the model that it wraps (some of them twice)."""
-    yield from model.named_modules()
-    yield from model.original_model.named_modules()
+    """Every module of the model that is wrapped, and of the bridge, each once, with its path.
+
+    A bridge has thousands; ``named_modules``, which recurses, takes three times as long.
+    """
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model), ("", model.original_model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            prefix = f"{path}." if path else ""
+            children = reversed(module._modules.items())
+            waiting.extend((prefix + name, child) for name, child in children if child is not None)
 
 
 def unembed(
