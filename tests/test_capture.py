@@ -115,6 +115,42 @@ def vjps_at(model, *hook_points):
     return seen
 
 
+def test_moved_to_a_device_while_the_backward_pass_runs(model, monkeypatch):
+    """To the bit as without; whoever looks on from layer 1 sees those of layer 2 moved already."""
+    prompts, targets = [PROMPT, "Paris"], [" Paris", " Rome and Berlin"]
+    moved, seen, to = [], [], torch.Tensor.to
+
+    def noted(self, *args, **kwargs):
+        if args == (torch.device("cpu"),):
+            moved.append(self)
+        return to(self, *args, **kwargs)
+
+    def look(tensor, hook):
+        seen.append(len(moved))
+
+    def run(**options):
+        return tlb.run_with_backward_cache(
+            model,
+            prompts,
+            targets,
+            per_head=True,
+            fwd_hooks=[("unembed.hook_in", look)],
+            bwd_hooks=[("blocks.1.hook_mlp_out", look)],
+            **options,
+        )[1]
+
+    plain = run()
+    seen.clear()
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    cache = run(device="cpu")
+    assert 0 < seen[0] < seen[1] < len(moved)
+    for name, g in plain.items():
+        assert torch.equal(cache[name].inputs, g.inputs) and torch.equal(cache[name].vjps, g.vjps)
+    for kind in ("vjps", "activations", "attention", "heads"):
+        for name, tensor in getattr(plain.residual, kind).items():
+            assert torch.equal(getattr(cache.residual, kind)[name], tensor), name
+
+
 def test_vjp_at_the_logits(model):
     """Eq 4, and Lemma 5.1 at the output of ln_final."""
     seen = vjps_at(model, "unembed.hook_out", "ln_final.hook_out")

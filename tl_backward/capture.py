@@ -53,6 +53,7 @@ def run_with_backward_cache(
     layers: int | Iterable[int] | None = None,
     positions: Positions = None,
     per_head: bool = False,
+    device: str | torch.device | None = None,
     prepend_bos: bool | None = None,
     padding_side: Literal["left", "right"] | None = None,
     fwd_hooks: Hooks = (),
@@ -88,6 +89,9 @@ def run_with_backward_cache(
             these tokens' part of the gradient. Default: all.
         per_head: Keep what each attention head contributes to the VJP at the residual stream, for
             ``cache.stack_head_vjps``. Costs a backward pass through attention for every head.
+        device: Where the cache is kept, as in ``model.run_with_cache``. Inputs are moved there as
+            the forward pass goes on and VJPs as the backward pass does, layer by layer, so that the
+            model's device never holds all of them. Default: where they arise.
         prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
         padding_side: On which side shorter prompts are padded. Default: the tokenizer's setting.
         fwd_hooks: Pairs of a HookPoint's name (or a function that selects names) and a hook, as in
@@ -151,7 +155,9 @@ def run_with_backward_cache(
         stack.enter_context(attached_hook_points(model))
         stack.enter_context(model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)))
         stack.enter_context(_guarded(model))
-        recorder = stack.enter_context(Recorder(len(texts)))
+        recorder = stack.enter_context(
+            Recorder(len(texts), None if device is None else torch.device(device))
+        )
         _watch_weights(recorder, sites)
         after = None if layers is None else min(site.layer or 0 for site in sites)
         if all(site.kind == "W_U" for site in sites):
@@ -177,7 +183,7 @@ def run_with_backward_cache(
             if site.residual_tap is not None
         }
 
-    losses = losses.detach()
+    losses = losses.detach() if device is None else losses.detach().to(device)
     whole = partial(_single_or_batch, single=single)
     cache = BackwardCache(
         factors=factors,

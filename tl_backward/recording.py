@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tl_backward.sites import Tap
 
@@ -20,6 +21,7 @@ class Place(NamedTuple):
     """A place in the autograd graph, and what arrives there when the loss does not depend on it."""
 
     edge: GradientEdge | None
+    device: torch.device
     no_gradient: Callable[[], Tensor]
 
 
@@ -36,12 +38,15 @@ class Recorder:
     Args:
         batch_size: Number of texts. What passes once for all of them, such as the embeddings of
             positions, is repeated for each, so that each gets its own VJP.
+        device: Where tensors are moved as soon as they are there. Default: they stay.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, device: torch.device | None = None) -> None:
         self.places: dict[Hashable, list[Place]] = defaultdict(list)
         self._values: dict[Hashable, list[_Value]] = defaultdict(list)
         self._batch_size = batch_size
+        self._device = device
+        self._kept_values = WeakTensorKeyDictionary()
         self._hooks = ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -54,7 +59,8 @@ class Recorder:
         """Keep the tensor that passes the tap, or a copy where the model may change it later."""
 
         def see(x: Tensor) -> None:
-            value = x.detach().clone() if copy else x.detach()
+            value = self._kept(x)
+            value = value.clone() if copy and value.device == x.device else value
             self._values[key].append(_Value(value, value._version))
 
         self._hooks.callback(_hook(tap, see).remove)
@@ -83,8 +89,9 @@ class Recorder:
                 elif y._is_view():
                     replaced = y = y.clone()
                 edge = get_gradient_edge(y)
-            no_gradient = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
-            self.places[key].append(Place(edge, no_gradient))
+            kept_on = self._device or y.device
+            no_gradient = partial(torch.zeros, y.shape, dtype=y.dtype, device=kept_on)
+            self.places[key].append(Place(edge, y.device, no_gradient))
             return replaced
 
         self._hooks.callback(_hook(tap, see).remove)
@@ -110,8 +117,8 @@ class Recorder:
         edges = [place.edge for places in self.places.values() for place in places if place.edge]
         found: dict[GradientEdge | None, Tensor | None] = {}
         if loss.requires_grad and edges:
-            vjps = torch.autograd.grad(loss, edges, allow_unused=True, retain_graph=retain_graph)
-            found = dict(zip(edges, vjps, strict=True))
+            keep = _vjps_at if self._device is None else self._moved_vjps_at
+            found = keep(loss, edges, retain_graph)
         return {
             key: [
                 place.no_gradient() if (vjp := found.get(place.edge)) is None else vjp
@@ -120,15 +127,69 @@ class Recorder:
             for key, places in self.places.items()
         }
 
+    def _moved_vjps_at(
+        self, loss: Tensor, edges: list[GradientEdge], retain_graph: bool
+    ) -> dict[GradientEdge | None, Tensor | None]:
+        """The VJPs, each moved when the backward pass gets there: none is kept behind it."""
+        found: dict[GradientEdge | None, Tensor | None] = {}
+
+        def move(edge: GradientEdge, vjps: tuple[Tensor | None, ...]) -> None:
+            vjp = vjps[edge.output_nr]
+            found[edge] = None if vjp is None else vjp.to(self._device)
+
+        leaves = _leaves_behind(edges)
+        with ExitStack() as hooks:
+            for edge in dict.fromkeys(edges):
+                hooks.callback(edge.node.register_prehook(partial(move, edge)).remove)
+            of_leaves = _vjps_at(loss, leaves, retain_graph)
+        for edge in set(leaves).intersection(edges):
+            vjp = of_leaves[edge]
+            found[edge] = None if vjp is None else vjp.to(self._device)
+        return found
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """A tensor where it is to be kept, once for all who look at it."""
+        if self._device is None:
+            return x.detach()
+        known = self._kept_values.get(x)
+        if known is None or known.version != x._version:
+            known = self._kept_values[x] = _Value(x.detach().to(self._device), x._version)
+        return known.tensor
+
+
+def _vjps_at(
+    loss: Tensor, edges: list[GradientEdge], retain_graph: bool
+) -> dict[GradientEdge | None, Tensor | None]:
+    vjps = torch.autograd.grad(loss, edges, allow_unused=True, retain_graph=retain_graph)
+    return dict(zip(edges, vjps, strict=True))
+
+
+def _leaves_behind(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
+    """Where the graph upstream of some places begins: the backward pass to there meets them all."""
+    seen, waiting, leaves = set(), [edge.node for edge in edges], []
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            upstream = [other for other, _ in node.next_functions if other is not None]
+            waiting += upstream
+            if not upstream:
+                leaves.append(GradientEdge(node, 0))
+    return leaves
+
 
 def vjp_between(later: Place, vjp: Tensor, earlier: Place) -> Tensor:
     """The part of the VJP at an earlier place that comes through a later one."""
     if later.edge is None or earlier.edge is None:
         return earlier.no_gradient()
     (part,) = torch.autograd.grad(
-        later.edge, earlier.edge, grad_outputs=vjp, allow_unused=True, retain_graph=True
+        later.edge,
+        earlier.edge,
+        grad_outputs=vjp.to(later.device),
+        allow_unused=True,
+        retain_graph=True,
     )
-    return earlier.no_gradient() if part is None else part
+    return earlier.no_gradient() if part is None else part.to(vjp.device)
 
 
 def _hook(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
