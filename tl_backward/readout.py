@@ -70,20 +70,26 @@ def read_vocabulary(
 ) -> VocabularyReadout:
     """Read vectors by the logit lens ``softmax(unembed(v))`` (Eq 7), ``chunk_size`` rows at a time.
 
-    At most ``chunk_size x d_vocab`` logits exist at once. Shows a progress bar when it takes
-    longer than two seconds.
+    At most ``chunk_size x d_vocab`` logits exist at once, and one more such matrix. Shows a
+    progress bar when it takes longer than two seconds.
     """
     rows = zip(vectors.split(chunk_size), targets.split(chunk_size), strict=True)
     n_chunks = -(-len(vectors) // chunk_size)
-    chunks = [
-        _read_logits(unembed(part), wanted, top_k, bottom_k, vocab, return_type)
-        for part, wanted in tqdm(rows, desc="reading", total=n_chunks, delay=2, leave=False)
-    ]
+    chunks, scratch = [], vectors.new_empty(0)
+    for part, wanted in tqdm(rows, desc="reading", total=n_chunks, delay=2, leave=False):
+        logits = unembed(part)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not len(scratch):
+            scratch = torch.empty_like(logits)
+        used = scratch[: len(logits)]
+        chunks.append(_read_logits(logits, used, wanted, top_k, bottom_k, vocab, return_type))
+        del logits  # before the next ones are there
     return VocabularyReadout(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
 def _read_logits(
     logits: Float[Tensor, "rows d_vocab"],
+    scratch: Float[Tensor, "rows d_vocab"],
     targets: Int[Tensor, "rows t"],
     top_k: int,
     bottom_k: int,
@@ -91,8 +97,7 @@ def _read_logits(
     return_type: ReturnType,
 ) -> tuple[Tensor, ...]:
     """The fields of a :class:`VocabularyReadout` of some rows, in its order."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_total, entropy = _log_total_and_entropy(logits)
+    log_total, entropy = _log_total_and_entropy(logits, scratch)
 
     def value(chosen: Tensor) -> Tensor:
         if return_type == "logits":
@@ -103,7 +108,7 @@ def _read_logits(
     bottom, bottom_ids = _outermost(logits, bottom_k, largest=False)
     targets = targets.to(logits.device)
     of_targets = logits.gather(-1, targets)
-    ranks = [(logits > one.unsqueeze(-1)).count_nonzero(-1) for one in of_targets.unbind(-1)]
+    ranks = [_n_above(one, logits, scratch) for one in of_targets.unbind(-1)]
     return (
         top_ids,
         value(top),
@@ -116,16 +121,29 @@ def _read_logits(
     )
 
 
-def _log_total_and_entropy(
+def _n_above(
+    values: Float[Tensor, "rows"],
     logits: Float[Tensor, "rows d_vocab"],
+    scratch: Float[Tensor, "rows d_vocab"],
+) -> Int[Tensor, "rows"]:
+    """How many logits of each row are above its value.
+
+    Counted as a sum of ones in float, exact up to 2^24, and without the integer copy that
+    ``count_nonzero`` makes.
+    """
+    return torch.gt(logits, values.unsqueeze(-1), out=scratch).sum(-1).long()
+
+
+def _log_total_and_entropy(
+    logits: Float[Tensor, "rows d_vocab"], scratch: Float[Tensor, "rows d_vocab"]
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows"]]:
     """The logarithm of the softmax's denominator, and the entropy in nats."""
     largest = logits.amax(-1, keepdim=True)
-    exponentials = torch.sub(logits, largest)
+    exponentials = torch.sub(logits, largest, out=scratch)
     exponentials.clamp_(min=UNDERFLOW).exp_()
     total = exponentials.sum(-1, keepdim=True)
     log_total = largest + total.log()
-    mean = torch.linalg.vecdot(exponentials, logits).unsqueeze(-1) / total
+    mean = exponentials.mul_(logits).sum(-1, keepdim=True) / total
     return log_total, (log_total - mean).squeeze(-1)
 
 
