@@ -30,8 +30,18 @@ def input_only_backward(model: Any, tokens: Tensor, start: str = "embed.hook_out
         torch.autograd.grad(nll(model, tokens), leaves)
 
 
+def incl_bwd(model: Any, tokens: Tensor, hooks: set[str]) -> None:
+    """TransformerLens's own: of the mean loss over the text, which is what it differentiates."""
+    model.run_with_cache(
+        tokens.reshape(1, -1), return_type="loss", incl_bwd=True, names_filter=hooks.__contains__
+    )
+    model.zero_grad(set_to_none=True)
+
+
 def nll(model: Any, tokens: Tensor) -> Tensor:
-    return -model(tokens.reshape(1, -1))[0, -1].log_softmax(-1)[TARGET]
+    """Of one prompt, or the sum over several of the same length."""
+    logits = model(tokens.reshape(-1, tokens.shape[-1]))
+    return -logits[:, -1].log_softmax(-1)[:, TARGET].sum()
 
 
 @contextmanager

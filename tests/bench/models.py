@@ -33,6 +33,22 @@ def llama_1b() -> TransformerBridge:
     )
 
 
+def smollm2_of(n_layers: int) -> TransformerBridge:
+    """Some layers of SmolLM2's shape, random."""
+    return _random(
+        "llama",
+        LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=n_layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=D_VOCAB,
+            tie_word_embeddings=True,
+        ),
+    )
+
+
 def smollm2() -> TransformerBridge:
     """SmolLM2-135M."""
     return load_demo_model()

@@ -1,19 +1,18 @@
-"""What is measured. Each function gives the rows of one table."""
+"""What is timed. Each function makes the jobs of one table."""
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from typing import Any
 
 import torch
-from bench.floors import TARGET, full_backward, input_only_backward
+from bench.floors import TARGET, full_backward, incl_bwd, input_only_backward
 from bench.models import MODELS, counterfact_like, random_tokens, smollm2
-from bench.timing import Row, additional_peak, compared
+from bench.timing import Comparison, Section
 
 import tl_backward as tlb
 
 LAYERS_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
-REPEATS = 7
 
 
 def weights_of(model: Any) -> tuple[str, ...]:
@@ -21,68 +20,37 @@ def weights_of(model: Any) -> tuple[str, ...]:
     return tuple(kind for kind in LAYERS_WEIGHTS if kind in there)
 
 
-def capture(name: str) -> list[Row]:
-    """All attention and MLP matrices of one prompt of 64 tokens."""
+def capture(name: str) -> Section:
+    """One prompt of 64 tokens."""
     model, tokens = MODELS[name](), random_tokens(64)
     weights = weights_of(model)
     hooks = {h for s in tlb.weight_sites(model, weights) for h in (s.hook_in, s.hook_out)}
     middle = model.cfg.n_layers // 2
+    run = partial(tlb.run_with_backward_cache, model, tokens, TARGET)
+    everything = "capture of all attention and MLP matrices"
+    one = f"capture of W_out in layer {middle}"
     jobs = {
-        "floor: forward + backward of inputs only": lambda: input_only_backward(model, tokens),
-        "capture": lambda: tlb.run_with_backward_cache(model, tokens, TARGET, weights=weights),
-        "forward + loss.backward()": lambda: full_backward(model, tokens),
-        "run_with_cache(incl_bwd=True), the same hook points": lambda: incl_bwd(
-            model, tokens, hooks
-        ),
-        f"floor from layer {middle} up": lambda: input_only_backward(
-            model, tokens, f"blocks.{middle}.mlp.hook_out"
-        ),
-        f"capture of W_out in layer {middle}": lambda: tlb.run_with_backward_cache(
-            model, tokens, TARGET, weights="W_out", layers=middle
-        ),
+        "floor": lambda: input_only_backward(model, tokens),
+        everything: lambda: run(weights=weights),
+        "full": lambda: full_backward(model, tokens),
+        "incl_bwd": lambda: incl_bwd(model, tokens, hooks),
+        "upper floor": lambda: input_only_backward(model, tokens, f"blocks.{middle}.mlp.hook_out"),
+        one: lambda: run(weights="W_out", layers=middle),
     }
-    return compared(jobs, REPEATS, "floor: forward + backward of inputs only")
+    comparisons = [
+        Comparison(f"{everything} / forward + input-only backward", everything, "floor", 1.10),
+        Comparison(f"{everything} / forward + full backward", everything, "full", 0.60),
+        Comparison(f"{everything} / run_with_cache(incl_bwd=True)", everything, "incl_bwd", 0.45),
+        Comparison(f"{one} / forward + backward above it", one, "upper floor", 1.10),
+    ]
+    return Section(jobs, comparisons)
 
 
-def incl_bwd(model: Any, tokens: torch.Tensor, hooks: set[str]) -> None:
-    """TransformerLens's own: the mean loss over the text, which is what it can differentiate."""
-    model.run_with_cache(
-        tokens.reshape(1, -1), return_type="loss", incl_bwd=True, names_filter=hooks.__contains__
-    )
-    model.zero_grad(set_to_none=True)
-
-
-def algebra(_: str) -> list[Row]:
-    """A gradient of 11008 x 4096 from 32 tokens, factored and dense."""
-    from transformer_lens import FactoredMatrix
-
-    generator = torch.Generator().manual_seed(0)
-    x, delta = (torch.randn(32, d, generator=generator) for d in (11008, 4096))
-    g = tlb.GradientFactors(x, delta)
-    dense = g.dense()
-    rows = compared(
-        {
-            "FactoredMatrix.svd": lambda: FactoredMatrix(x.mT, delta).svd(),
-            "GradientFactors.svd": g.svd,
-            "singular values": g.singular_values,
-            "rank": g.rank,
-        },
-        REPEATS,
-        "FactoredMatrix.svd",
-    )
-    start = time.perf_counter()
-    torch.linalg.svdvals(dense)
-    seconds = time.perf_counter() - start
-    for row in rows:
-        row["ratio to dense svdvals"] = row["seconds"] / seconds
-    return rows
-
-
-def lens(name: str) -> list[Row]:
-    """All layers and positions of W_in and W_out, 33 tokens, ten tokens at each end."""
+def lens(name: str) -> Section:
+    """All layers and positions of W_in and W_out, 33 tokens, ten tokens at each end, ranks."""
     model, tokens = MODELS[name](), random_tokens(33)
     reader = tlb.BackwardLogitLens(model)
-    rows_read = 33 * model.cfg.n_layers * 2 - 32
+    rows_read = 33 * model.cfg.n_layers * 2 - 32  # in the last layer one VJP is not zero
     vectors = torch.randn(rows_read, model.cfg.d_model)
 
     def floor() -> None:
@@ -91,35 +59,62 @@ def lens(name: str) -> list[Row]:
         for part in vectors.split(64):
             part @ W_U
 
+    jobs = {"floor": floor, "lens": lambda: reader(tokens, TARGET)}
+    what = "lens / forward + input-only backward + vectors @ W_U"
+    return Section(jobs, [Comparison(what, "lens", "floor", 1.25)])
+
+
+def algebra(_: str) -> Section:
+    """A gradient of 11008 x 4096 from 32 tokens, factored and dense."""
+    from transformer_lens import FactoredMatrix
+
+    generator = torch.Generator().manual_seed(0)
+    x, delta = (torch.randn(32, d, generator=generator) for d in (11008, 4096))
+    g = tlb.GradientFactors(x, delta)
+    dense = g.dense()
     jobs = {
-        "floor: that of the capture + vectors @ W_U": floor,
-        "lens": lambda: reader(tokens, TARGET),
+        "FactoredMatrix": lambda: FactoredMatrix(x.mT, delta).svd(),
+        "svd": g.svd,
+        "singular values": g.singular_values,
+        "rank": g.rank,
+        "svdvals": lambda: torch.linalg.svdvals(dense),
+        "matrix_rank": lambda: torch.linalg.matrix_rank(dense),
     }
-    return compared(jobs, REPEATS, "floor: that of the capture + vectors @ W_U")
+    comparisons = [
+        Comparison("singular values / dense svdvals", "singular values", "svdvals", 1 / 5000),
+        Comparison("rank / dense matrix_rank", "rank", "matrix_rank", 1 / 5000),
+        Comparison("SVD / FactoredMatrix.svd", "svd", "FactoredMatrix", 1 / 3),
+    ]
+    return Section(jobs, comparisons, repeats=3)
 
 
-def sweep(_: str) -> list[Row]:
-    """The lens at the last token of 200 prompts as long as CounterFact's, W_in and W_out."""
-    model, records = smollm2(), counterfact_like(200)
+def batch(_: str) -> Section:
+    """Prompts as long as CounterFact's: in batches, and one by one."""
+    model, prompts, records = smollm2(), counterfact_like(32), counterfact_like(200)
     reader = tlb.BackwardLogitLens(model)
+    capture = partial(tlb.run_with_backward_cache, model, weights=weights_of(model))
 
-    def read(model: Any, batch: list[Any]) -> list[Row]:
+    def read(model: Any, batch: list[Any]) -> list[dict[str, int]]:
         result = reader(batch, TARGET, positions=-1)
         return [{"rank": int(r)} for r in result["W_out"].target_ranks[-1, :, 0]]
 
     jobs = {
-        "a call for each": lambda: [reader(one, TARGET, positions=-1) for one in records],
-        "sweep in batches of 32": lambda: list(
+        "batch": lambda: capture(prompts, TARGET),
+        "calls": lambda: [capture(one, TARGET) for one in prompts],
+        "sweep": lambda: list(
             tlb.sweep(model, records, read, batch_size=32, length=len, progress=False)
         ),
+        "lens calls": lambda: [reader(one, TARGET, positions=-1) for one in records],
     }
-    return compared(jobs, 1, "a call for each")
+    comparisons = [
+        Comparison("capture of 32 prompts in a batch / 32 calls", "batch", "calls", 1 / 3),
+        Comparison("sweep of 200 prompts with the lens / 200 calls", "sweep", "lens calls", 0.35),
+    ]
+    return Section(jobs, comparisons, repeats=3)
 
 
-def edits(_: str) -> list[Row]:
-    """Rank-1 edits of W_out, each evaluated on 13 prompts: in one batch, and one at a time."""
-    from tl_backward.editing import edit_hooks
-
+def edits(_: str) -> Section:
+    """16 rank-1 edits of W_out, each evaluated on 13 prompts of 12 tokens."""
     model, prompts = smollm2(), torch.stack([random_tokens(12, seed) for seed in range(13)])
     edits = [
         tlb.WeightEdit(model, {"blocks.24.mlp.W_out": tlb.GradientFactors(u, v)})
@@ -130,7 +125,7 @@ def edits(_: str) -> list[Row]:
 
     @torch.no_grad()
     def together() -> None:
-        with model.hooks(fwd_hooks=edit_hooks(model, edits, rows)):
+        with model.hooks(fwd_hooks=tlb.edit_hooks(model, edits, rows)):
             model(batch)
 
     @torch.no_grad()
@@ -140,70 +135,43 @@ def edits(_: str) -> list[Row]:
                 for prompt in prompts:
                     model(prompt.unsqueeze(0))
 
-    jobs = {
-        "weights written and restored, a prompt at a time": one_at_a_time,
-        "16 edits in one batch, by hooks": together,
-    }
-    return compared(jobs, 3, "weights written and restored, a prompt at a time")
+    jobs = {"together": together, "one at a time": one_at_a_time}
+    what = "edits in one batch, by hooks / weights written and restored, prompt by prompt"
+    return Section(jobs, [Comparison(what, "together", "one at a time", 1 / 5)], repeats=3)
 
 
-def memory(name: str) -> list[Row]:
-    """By how much a process grows, against dense gradients of all attention and MLP matrices."""
-    model = MODELS[name]()
-    weights = weights_of(model)
-    dense = 4 * sum(s.d_in * s.d_out for s in tlb.weight_sites(model, weights)) / 2**20
-    rows = []
-    for n in (8, 32, 128):
-        tokens = random_tokens(n)
-        tlb.run_with_backward_cache(model, tokens, TARGET, weights=weights)
-        _, cache = tlb.run_with_backward_cache(model, tokens, TARGET, weights=weights)
-        tensors = [t for g in cache.values() for t in (g.inputs, g.vjps)]
-        tensors += [*cache.residual.vjps.values(), *cache.residual.activations.values()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-        held = sum(storage.nbytes() for storage in storages.values()) / 2**20
-        del cache, tensors, storages
-        floor = additional_peak(lambda n=tokens: input_only_backward(model, n))
-        peak = additional_peak(
-            lambda n=tokens: tlb.run_with_backward_cache(model, n, TARGET, weights=weights)
+def shift(_: str) -> Section:
+    """The forward pass shift of a prompt of 12 tokens, in three of 30 layers."""
+    model, tokens = smollm2(), random_tokens(12)
+    n_layers = model.cfg.n_layers
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(tokens.unsqueeze(0))
+
+    def shift_at(layer: int) -> None:
+        tlb.forward_pass_shift(model, tokens, TARGET, layer=layer, lr=0.1, skip_if_predicted=False)
+
+    layers = (5, 15, 25)
+    jobs = {"forward": forward} | {f"layer {n}": partial(shift_at, n) for n in layers}
+    comparisons = [
+        Comparison(
+            f"shift in layer {n} / {n + 1}/{n_layers} of a forward pass",
+            f"layer {n}",
+            "forward",
+            1.1,
+            factor=(n + 1) / n_layers,
         )
-        rows.append(
-            {
-                "tokens": n,
-                "dense gradients, MiB": dense,
-                "the cache, MiB": held,
-                "peak of the capture, MiB": peak,
-                "peak of the floor, MiB": floor,
-                "cache / dense": held / dense,
-            }
-        )
-    return rows
+        for n in layers
+    ]
+    return Section(jobs, comparisons, repeats=15)
 
 
-def growth(name: str) -> list[Row]:
-    """The capture with tokens, and with prompts in a batch."""
-    model = MODELS[name]()
-    weights, rows = weights_of(model), []
-    for axis, sizes in (("tokens", (16, 64, 256, 1024)), ("prompts of 16 tokens", (1, 4, 16))):
-        for size in sizes:
-            prompt: Any = random_tokens(size)
-            if axis != "tokens":
-                prompt = [random_tokens(16, seed) for seed in range(size)]
-            jobs = {
-                "capture": lambda p=prompt: tlb.run_with_backward_cache(
-                    model, p, TARGET, weights=weights
-                )
-            }
-            (row,) = compared(jobs, 3, "capture")
-            rows.append({"axis": axis, "size": size, "seconds": row["seconds"]})
-    return rows
-
-
-SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
+SECTIONS = {
     "capture": (capture, tuple(MODELS)),
     "lens": (lens, ("GPT-2 small", "SmolLM2-135M")),
-    "algebra": (algebra, ("",)),
-    "sweep": (sweep, ("",)),
-    "edits": (edits, ("",)),
-    "memory": (memory, ("GPT-2 small", "SmolLM2-135M")),
-    "growth": (growth, ("SmolLM2-135M",)),
+    "algebra": (algebra, ("random factors",)),
+    "batch": (batch, ("SmolLM2-135M",)),
+    "edits": (edits, ("SmolLM2-135M",)),
+    "shift": (shift, ("SmolLM2-135M",)),
 }

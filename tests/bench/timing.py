@@ -1,4 +1,4 @@
-"""Times and memory of jobs, side by side within one run."""
+"""Times of jobs, side by side within one run, and how much memory they take."""
 
 from __future__ import annotations
 
@@ -7,15 +7,53 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich.table import Table
+from typing import Any, NamedTuple
 
 Job = Callable[[], object]
 Row = dict[str, Any]
+
+
+class Comparison(NamedTuple):
+    """One job's time against another's, times a factor, and what it should be at most."""
+
+    what: str
+    job: str
+    against: str
+    at_most: float
+    factor: float = 1.0
+
+
+class Section(NamedTuple):
+    """Jobs that are timed together."""
+
+    jobs: Mapping[str, Job]
+    comparisons: Sequence[Comparison]
+    repeats: int = 7
+
+
+def timed(section: Section) -> list[Row]:
+    """The median ratio of every comparison over the turns, and its spread."""
+    seconds = seconds_of(section.jobs, section.repeats)
+    return [
+        {
+            "what": comparison.what,
+            "ratio": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+            "at most": comparison.at_most,
+            "ms": 1000 * statistics.median(seconds[comparison.job]),
+            "against, ms": 1000 * statistics.median(seconds[comparison.against]),
+        }
+        for comparison in section.comparisons
+        for ratios in [
+            [
+                a / (b * comparison.factor)
+                for a, b in zip(seconds[comparison.job], seconds[comparison.against], strict=True)
+            ]
+        ]
+    ]
 
 
 def seconds_of(jobs: Mapping[str, Job], repeats: int) -> dict[str, list[float]]:
@@ -25,34 +63,11 @@ def seconds_of(jobs: Mapping[str, Job], repeats: int) -> dict[str, list[float]]:
         job()
     for _ in range(repeats):
         for name, job in jobs.items():
+            gc.collect()
             start = time.perf_counter()
             job()
             seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def compared(jobs: Mapping[str, Job], repeats: int, baseline: str) -> list[Row]:
-    """Median seconds of each job, and the ratio to those of the baseline in the same turn."""
-    seconds = seconds_of(jobs, repeats)
-    rows = []
-    for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
-        rows.append(
-            {
-                "job": name,
-                "seconds": statistics.median(times),
-                "ratio": statistics.median(ratios),
-                "lowest": min(ratios),
-                "highest": max(ratios),
-            }
-        )
-    return rows
-
-
-def ratio_of(rows: list[Row], job: str, other: str) -> float:
-    """The ratio of two jobs' medians."""
-    seconds = {row["job"]: row["seconds"] for row in rows}
-    return seconds[job] / seconds[other]
 
 
 def additional_peak(job: Job) -> float:
@@ -71,13 +86,3 @@ def _status(key: str) -> float:
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
-
-
-def as_table(title: str, rows: list[Row]) -> Table:
-    """The rows as they are printed."""
-    table = Table(title=f"{title}; {torch.get_num_threads()} threads")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == "job" else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    return table
