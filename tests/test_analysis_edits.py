@@ -64,8 +64,9 @@ def step_by_hand(model, record, layer, method, lr):
 
 
 def perplexity(model):
-    losses = [model(text, return_type="loss", loss_per_token=True).flatten() for text in TEXTS]
-    return float(torch.cat(losses).mean().exp().detach())
+    """Mean of those of the texts, without BOS."""
+    losses = [model(text, return_type="loss", prepend_bos=False) for text in TEXTS]
+    return float(torch.stack(losses).exp().mean().detach())
 
 
 def test_the_step_is_just_enough_when_it_is_made_by_hand(model, frame):

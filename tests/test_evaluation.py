@@ -542,7 +542,7 @@ def test_perplexity_is_that_of_transformers_loss(tokenizer, kind):
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 25, 1000])
 def test_perplexity_under_many_edits(model, precision, monkeypatch, tokens_per_pass):
-    from tl_backward.evaluation import text_perplexity as module
+    from tl_backward.editing import perplexity as module
 
     monkeypatch.setattr(module, "TOKENS_PER_PASS", tokens_per_pass)
     edits, before = list(random_edits(model).values()), state(model)
@@ -557,7 +557,7 @@ def test_perplexity_under_many_edits(model, precision, monkeypatch, tokens_per_p
 
 
 def test_long_texts_are_cut(model, precision, monkeypatch):
-    from tl_backward.evaluation import text_perplexity as module
+    from tl_backward.editing import perplexity as module
 
     long = ["London and Rome " * 30]
     want = perplexity_alone(model, model.tokenizer, long)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
 from tl_backward.editing.facts import Facts
+from tl_backward.editing.perplexity import perplexity
 from tl_backward.editing.runs import WholeRun
 from tl_backward.editing.step_search import Step, smallest_step
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, weight_sites
-from tl_backward.tokens import prompt_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,9 +53,9 @@ def smallest_edit(
         methods: Some of these three.
         layers: Layers; negative ones count from the last. Default: all.
         margin: How far above all others the target's logit has to come, in nats.
-        texts: Texts whose perplexity is to be taken before and after each edit, mean over all of
-            their tokens but the first. Default: none, which is much faster.
-        prepend_bos: As in ``model.to_tokens``, for prompts and texts. Default: the model's setting.
+        texts: Texts whose perplexity is to be taken before and after each edit. Default: none,
+            which is much faster.
+        prepend_bos: As in ``model.to_tokens``. Default: the model's setting.
         options: ``batch_size``, ``path`` and ``progress``, as in :func:`over_records`.
 
     Returns:
@@ -78,15 +77,14 @@ def smallest_edit(
     sites = weight_sites(model, "W_out", layers)
     norms = {site.name: float(site.parameter.detach().norm()) for site in sites}
     W_U = model.W_U.detach()
-    sample = [] if texts is None else prompt_tokens(model, list(texts), prepend_bos, "right")
-    before = _perplexity(model, sample, None)
+    before = None if texts is None else float(perplexity(model, texts))
 
     def rows(run: FactRun) -> list[Row]:
         tokens = torch.as_tensor(run.cache.tokens)
         facts = Facts(model, tokens, run.target, -1, "first", None)
         whole = WholeRun(model, facts.tokens)
 
-        def row(name: str, g: GradientFactors, method: str) -> Row:
+        def row_and_edit(name: str, g: GradientFactors, method: str) -> tuple[Row, WeightEdit]:
             update = _update(method, g, W_U[:, run.target])
             unit = WeightEdit(model, {name: _on_these(update, g.inputs)})
 
@@ -99,20 +97,27 @@ def smallest_edit(
             if step.gap <= 0:
                 step = smallest_step(gaps, FIRST_GUESS * norms[name] / norm, margin)
             succeeds = step.gap >= margin or step.size == 0
-            columns: Row = {
+            row: Row = {
+                **place_of(name),
                 "method": method,
                 "lr": step.size if succeeds else None,
                 "update_norm": step.size * norm if succeeds else None,
                 "relative_norm": step.size * norm / norms[name] if succeeds else None,
                 "gap": step.gap,
             }
-            if texts is not None:
-                edit = step.size * WeightEdit(model, {name: _factors(update)})
-                after = _perplexity(model, sample, edit) if succeeds else None
-                columns |= {"perplexity_before": before, "perplexity": after}
-            return {**place_of(name), **columns}
+            return row, step.size * WeightEdit(model, {name: _factors(update)})
 
-        return [row(name, g, method) for name, g in run.cache.items() for method in methods]
+        each = [
+            row_and_edit(name, g, method) for name, g in run.cache.items() for method in methods
+        ]
+        if texts is not None:
+            values = perplexity(model, texts, [edit for _, edit in each]).tolist()
+            for (row, _), after in zip(each, values, strict=True):
+                row |= {
+                    "perplexity_before": before,
+                    "perplexity": None if row["lr"] is None else after,
+                }
+        return [row for row, _ in each]
 
     return over_records(
         model, records, rows, weights="W_out", layers=layers, prepend_bos=prepend_bos, **options
@@ -160,21 +165,3 @@ def _on_these(
     if isinstance(update, GradientFactors):
         return update
     return GradientFactors(torch.linalg.pinv(inputs).mT, inputs @ update)
-
-
-@torch.no_grad()
-def _perplexity(
-    model: Model, texts: Sequence[Int[Tensor, "_"]], edit: WeightEdit | None
-) -> float | None:
-    """Over all tokens but the first of each text; None without texts."""
-    if not texts:
-        return None
-    total, count = 0.0, 0
-    with model.hooks(fwd_hooks=[] if edit is None else edit.fwd_hooks()):
-        for tokens in texts:
-            ids = tokens.to(model.cfg.device)
-            logits = model(ids.unsqueeze(0), return_type="logits")[0, :-1]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
-            count += len(ids) - 1
-    return math.exp(total / count)

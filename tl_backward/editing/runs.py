@@ -122,7 +122,7 @@ class WholeRun:
         self, edits: Sequence[WeightEdit], first: int, with_control: bool
     ) -> Float[Tensor, "copies batch pos d_vocab"]:
         of_copies = torch.arange(-1 if with_control else 0, len(edits))
-        rows = of_copies.repeat_interleave(len(self._tokens))
+        rows = of_copies.repeat_interleave(len(self._tokens)) if len(of_copies) > 1 else None
         with ExitStack() as stack:
             stack.enter_context(attached_hook_points(self._model))
             hooks = edit_hooks(self._model, edits, rows)

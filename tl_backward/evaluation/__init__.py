@@ -1,5 +1,6 @@
 """Edits, measured on CounterFact: records, metrics and a runner for many edits in one batch."""
 
+from tl_backward.editing.perplexity import perplexity
 from tl_backward.evaluation.generation import generate_texts
 from tl_backward.evaluation.methods import Method, fine_tuning, gradient, shift, unedited
 from tl_backward.evaluation.metrics import n_gram_entropy, prompt_metrics
@@ -7,7 +8,7 @@ from tl_backward.evaluation.records import Record, load_records
 from tl_backward.evaluation.runner import evaluate
 from tl_backward.evaluation.scoring import TargetScores, score_targets, tokenised
 from tl_backward.evaluation.summary import summarise, table
-from tl_backward.evaluation.text_perplexity import N_LINES, perplexity, wikitext_lines
+from tl_backward.evaluation.wikitext import N_LINES, wikitext_lines
 
 __all__ = [
     "N_LINES",

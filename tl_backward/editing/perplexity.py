@@ -3,52 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_backward.editing import WeightEdit
 from tl_backward.editing.runs import WholeRun
+from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model
 from tl_backward.tokens import pad_id, padded, prompt_tokens
 
 MAX_TOKENS = 256
-N_LINES = 100
 TOKENS_PER_PASS = 1024
 """Tokens that go through the model at once: all logits are there for each of them."""
-
-
-def wikitext_lines(source: str | Path, n: int = N_LINES, *, min_characters: int = 30) -> list[str]:
-    """The first long enough lines of a text, as the paper takes them from WikiText-2-raw's test.
-
-    Args:
-        source: A text file with one line for each record, or else the name of a data set on the
-            Hugging Face hub, such as ``"Salesforce/wikitext"``, of whose configuration
-            ``wikitext-2-raw-v1`` the test split is loaded by ``datasets``.
-        n: How many lines.
-        min_characters: What they must have, the line break not counted.
-
-    Raises:
-        FileNotFoundError: When ``source`` ends in ``.txt`` and is no file.
-        ValueError: When no line is long enough.
-
-    Example:
-        >>> evaluate(model, records, method, perplexity_texts=wikitext_lines("wiki.test.raw.txt"))
-    """
-    file = Path(source)
-    if file.is_file() or file.suffix == ".txt":
-        lines = file.read_text(encoding="utf-8").split("\n")
-    else:
-        from datasets import load_dataset
-
-        lines = load_dataset(str(source), "wikitext-2-raw-v1", split="test")["text"]
-    cut = (line.rstrip("\r\n") for line in lines)
-    long_enough = [line for line in cut if len(line) >= min_characters][:n]
-    if not long_enough:
-        raise ValueError(f"source: {source} has no line of {min_characters} characters or more")
-    return long_enough
 
 
 def perplexity(
