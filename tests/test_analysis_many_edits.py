@@ -110,6 +110,42 @@ def test_several_facts_are_edited_as_by_hand(model, weight, schedule, n):
             assert row[name] == pytest.approx(value), name
 
 
+def test_the_perplexity_is_that_of_the_edited_weights(model, weight):
+    texts = ["The city of Rome is not in London", "Messi plays in Paris"]
+    frame = analysis.many_edits(
+        model,
+        RECORDS,
+        layer=LAYER,
+        lr=LR,
+        sizes=[0, 2],
+        schedules=["together"],
+        iterations=[1],
+        texts=texts,
+        progress=False,
+    )
+
+    def perplexity():
+        losses = [model(text, return_type="loss", prepend_bos=False) for text in texts]
+        return float(torch.stack(losses).exp().mean().detach())
+
+    assert frame.query("size == 0")["perplexity"].tolist() == pytest.approx([perplexity()] * 3)
+    for update in [term(model, weight, one) for one in RECORDS[:2]]:
+        add(weight, update)
+    assert frame.query("size == 2")["perplexity"].tolist()[:2] == pytest.approx([perplexity()] * 2)
+
+
+def test_the_usual_step_is_the_median_of_those_that_single_facts_need(model):
+    layer = round(0.8 * model.cfg.n_layers)
+    needed = [
+        tlb.forward_pass_shift(
+            model, fact_of(one).prompt, ids(model, one)[0], layer=layer, lr="auto"
+        ).report.lr
+        for one in RECORDS
+    ]
+    frame = analysis.many_edits(model, RECORDS, sizes=[1], iterations=[1], progress=False)
+    assert frame["lr"].unique().tolist() == [sorted(needed)[1]]
+
+
 def test_groups_are_edited_apart_and_the_model_is_left_as_it_is(model, weight, tmp_path):
     from test_patching import state
 
@@ -157,7 +193,14 @@ def test_bad_arguments_are_named(model, arguments, message):
 
 def test_the_figure_shows_the_mean_accuracy(model):
     frame = analysis.many_edits(
-        model, RECORDS, layer=LAYER, lr=LR, sizes=[1, 3], schedules=["together"], progress=False
+        model,
+        RECORDS,
+        layer=LAYER,
+        lr=LR,
+        sizes=[1, 3],
+        schedules=["together"],
+        iterations=[1],
+        progress=False,
     )
     line = next(x for x in analysis.plot_many_edits(frame).data if x.name == "accuracy")
     assert list(line.x) == [1, 3]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import HAS_BRIDGE
@@ -279,6 +281,25 @@ def test_each_translator_has_the_ranks_that_it_gives(model, tmp_path):
         alone = analysis.target_rank(model, RECORDS, lens=lens, progress=False)
         assert rows.equals(alone)
         assert (tmp_path / name).is_dir()
+
+
+def test_without_translators_one_is_fitted_on_the_records_that_are_not_read(model):
+    jacobians = {0: torch.eye(model.cfg.d_model), 1: torch.eye(model.cfg.d_model).flip(0)}
+    frame = analysis.translator_ranks(
+        model, RECORDS, jacobian_lens=SimpleNamespace(jacobians=jacobians), progress=False
+    )
+    expected = analysis.translator_ranks(
+        model,
+        RECORDS[1::2],
+        {
+            "identity": translators.identity,
+            "unit-normalised": translators.unit_normalised,
+            "linear": analysis.fit_linear_translator(model, RECORDS[::2]),
+            "jacobian": translators.through_jacobian_lens(SimpleNamespace(jacobians=jacobians)),
+        },
+        progress=False,
+    )
+    pd.testing.assert_frame_equal(frame, expected)
 
 
 def test_the_fitted_translator_is_a_ridge_regression(model):

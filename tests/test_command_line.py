@@ -6,6 +6,7 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from conftest import PROMPT, TARGET, tiny_config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -232,6 +233,28 @@ def test_reproduce_writes_tables_and_a_report(run, boot, tmp_path):
     assert [page.count(f"<h2>{name}</h2>") for name in names] == [1, 1]
     assert page.count('class="plotly-graph-div"') == 2
     assert "cdn" not in page.split("<h2>")[-1]
+
+
+def test_reproduce_takes_texts_and_a_jacobian_lens(run, boot, tmp_path):
+    lens = pytest.importorskip(
+        "transformer_lens.tools.analysis.jacobian_lens", reason="there is no JacobianLens"
+    )
+    model, data, out = boot("llama"), counterfact(tmp_path), tmp_path / "report"
+    d_model = model.cfg.d_model
+    jacobians = {layer: torch.eye(d_model).roll(layer, 0) for layer in range(2)}
+    fitted = lens.JacobianLens(jacobians, n_prompts=1, d_model=d_model)
+    fitted.save(str(tmp_path / "lens.pt"))
+    text = tmp_path / "text.txt"
+    text.write_text("The Eiffel Tower is located in the city of Paris")
+    options = ["--data", str(data), "--perplexity", str(text), "--out", str(out)]
+    options += ["--jacobian-lens", str(tmp_path / "lens.pt")]
+    shown = run("translator_ranks", "many_edits", *options, command="reproduce")
+    assert shown.exit_code == 0, shown.output
+    ranks = pd.read_parquet(out / "translator_ranks.parquet")
+    assert "jacobian" in set(ranks["translator"])
+    edits = pd.read_parquet(out / "many_edits.parquet")
+    before = evaluation.perplexity(model, [text.read_text()])
+    assert edits.query("size == 0")["perplexity"].tolist() == pytest.approx([float(before)] * 2)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,12 @@ from tl_backward.analysis.imprint_and_shift import (
     step_effect,
 )
 from tl_backward.analysis.layer_similarity import layer_similarity, plot_layer_similarity
+from tl_backward.analysis.many_edits import many_edits, plot_many_edits
 from tl_backward.analysis.optimizers import optimizer_updates, plot_optimizer_updates
 from tl_backward.analysis.output_vjp import output_vjp, plot_output_vjp
 from tl_backward.analysis.smallest_edit import plot_smallest_edit, smallest_edit
 from tl_backward.analysis.target_rank import plot_target_rank, target_rank
+from tl_backward.analysis.translator_ranks import plot_translator_ranks, translator_ranks
 from tl_backward.analysis.vjp_norms import plot_vjp_norms, vjp_norms
 
 if TYPE_CHECKING:
@@ -29,11 +31,19 @@ if TYPE_CHECKING:
 
 
 class Experiment(NamedTuple):
-    """A function of a model and records, the figure of its table, and what it is about."""
+    """A function of a model and records, the figure of its table, and what it is about.
+
+    Attributes:
+        run: The function.
+        plot: Its figure.
+        about: In the paper.
+        options: What else it can make use of: ``"texts"``, ``"jacobian_lens"``.
+    """
 
     run: Callable[..., pd.DataFrame]
     plot: Callable[[pd.DataFrame], Figure]
     about: str
+    options: tuple[str, ...] = ()
 
 
 EXPERIMENTS = {
@@ -45,7 +55,11 @@ EXPERIMENTS = {
     "output_vjp": Experiment(output_vjp, plot_output_vjp, "Lemma 5.1"),
     "shift_energy": Experiment(shift_energy, plot_shift_energy, "Section 6 against the gradient"),
     "step_effect": Experiment(step_effect, plot_step_effect, "Eq 17, 18"),
-    "smallest_edit": Experiment(smallest_edit, plot_smallest_edit, "Fig 26"),
+    "smallest_edit": Experiment(smallest_edit, plot_smallest_edit, "Fig 26", ("texts",)),
+    "many_edits": Experiment(many_edits, plot_many_edits, "Open: many edits", ("texts",)),
+    "translator_ranks": Experiment(
+        translator_ranks, plot_translator_ranks, "Open: early layers", ("jacobian_lens",)
+    ),
     "attention_heads": Experiment(attention_heads, plot_attention_heads, "Open: attention"),
     "fact_similarity": Experiment(fact_similarity, plot_fact_similarity, "Open: other facts"),
     "optimizer_updates": Experiment(optimizer_updates, plot_optimizer_updates, "Open: optimizers"),

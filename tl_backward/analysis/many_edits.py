@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from tl_backward.analysis.over_records import Records, Row, first_tokens
 from tl_backward.analysis.segments import Fact, fact_of
-from tl_backward.editing.forward_shift import forward_pass_shift
+from tl_backward.editing.forward_shift import StepNotFoundError, forward_pass_shift
+from tl_backward.editing.perplexity import perplexity
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model
 from tl_backward.sweep import sweep
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 SCHEDULES = ("together", "in turn")
+N_SINGLE = 20
+"""Facts whose own steps tell the usual one."""
 PROMPTS = {"paraphrase": "paraphrase_prompts", "neighborhood": "neighborhood_prompts"}
 
 
@@ -40,11 +45,12 @@ def many_edits(
     model: Model,
     records: Records,
     *,
-    layer: int,
-    lr: float,
-    sizes: Iterable[int] = (1, 10, 100),
+    layer: int | None = None,
+    lr: float | Literal["auto"] = "auto",
+    sizes: Iterable[int] = (0, 1, 10, 100),
     schedules: Iterable[str] = SCHEDULES,
-    iterations: Iterable[int] = (1,),
+    iterations: Iterable[int] = (1, 3, 10),
+    texts: Sequence[str] | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 16,
     path: str | Path | None = None,
@@ -61,13 +67,15 @@ def many_edits(
         model: A TransformerLens model in eval mode, with a tokenizer. It is left as it is.
         records: Facts in the schema of CounterFact, with ``paraphrase_prompts`` and
             ``neighborhood_prompts``.
-        layer: The layer of W_out.
-        lr: The step of the shift.
+        layer: The layer of W_out. Default: four fifths of the way up.
+        lr: The step of the shift. ``"auto"``: the median of the smallest steps that single facts
+            need, of the first 20.
         sizes: How many facts are edited at once; 0 leaves the model as it is. The last group may
             have fewer.
         schedules: One of these or both; a single fact is edited the same way by both, so only the
             first of them is run.
         iterations: How many updates each fact (or, together, all of them) gets at most.
+        texts: Texts whose perplexity is to be taken with each group's edit. Default: none.
         prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
         batch_size: Prompts that are run at once.
         path: A folder for the rows, from which an interrupted run goes on (:func:`sweep`).
@@ -75,36 +83,47 @@ def many_edits(
 
     Returns:
         One row per plan and record, in the order of the records: ``size, schedule, iterations,
-        group``, ``record``; by the first token of the targets after the last token of the prompts:
-        ``accuracy``, whether the target is predicted, and ``success``, whether it is more probable
-        than what is true; ``paraphrase_accuracy`` and ``paraphrase_success``, the same, mean over
-        the paraphrases; ``neighborhood_accuracy`` and ``neighborhood_success``, mean over the
-        neighbours, for which what is true counts. All between 0 and 1.
+        group``, ``record``, ``lr`` and, with texts, ``perplexity``, both of the group's edit; by
+        the first token of the targets after the last token of the prompts: ``accuracy``, whether
+        the target is predicted, and ``success``, whether it is more probable than what is true;
+        ``paraphrase_accuracy`` and ``paraphrase_success``, the same, mean over the paraphrases;
+        ``neighborhood_accuracy`` and ``neighborhood_success``, mean over the neighbours, for which
+        what is true counts. All between 0 and 1.
 
     Raises:
         ValueError: For another schedule, sizes below 0, no iteration, and as
             :func:`forward_pass_shift`.
 
     Example:
-        >>> table = many_edits(model, records, layer=24, lr=0.1)
+        >>> table = many_edits(model, records, layer=24, lr=0.1, iterations=[1])
         >>> table.groupby(["size", "schedule", "iterations"]).mean(numeric_only=True)
     """
     import pandas as pd
 
     records = list(records)
     plans = _plans(sizes, schedules, iterations)
+    if not records:
+        raise ValueError("records holds no record")
     groups: list[dict[str, Any]] = [
         {"plan": list(plan), "group": g, "first": first, "records": records[first : first + width]}
         for plan in plans
         for width in (plan.size or len(records),)
         for g, first in enumerate(range(0, len(records), width))
     ]
-    if not groups:
-        raise ValueError("records holds no record")
+    at = round(0.8 * model.cfg.n_layers) if layer is None else layer
+    if lr == "auto":
+        lr = _usual_step(model, records[:N_SINGLE], at, prepend_bos)
     rows = sweep(
         model,
         groups,
-        partial(_rows_of_groups, layer=layer, lr=lr, prepend_bos=prepend_bos, batch=batch_size),
+        partial(
+            _rows_of_groups,
+            layer=at,
+            lr=lr,
+            texts=texts,
+            prepend_bos=prepend_bos,
+            batch=batch_size,
+        ),
         batch_size=1,
         path=path,
         length=lambda group: len(group["records"]),
@@ -161,6 +180,7 @@ def _rows_of_groups(
     groups: Sequence[Mapping[str, Any]],
     layer: int,
     lr: float,
+    texts: Sequence[str] | None,
     prepend_bos: bool | None,
     batch: int,
 ) -> list[list[Row]]:
@@ -173,10 +193,10 @@ def _rows_of_groups(
     edit = _edit(model, facts, targets, plan, layer=layer, lr=lr, prepend_bos=prepend_bos)
     kinds = {"": [[fact.prompt] for fact in facts]}
     kinds |= {f"{kind}_": [_prompts(r, field) for r in records] for kind, field in PROMPTS.items()}
-    rows: list[Row] = [
-        {**plan._asdict(), "group": group["group"], "index": group["first"] + i}
-        for i in range(len(facts))
-    ]
+    of_group: Row = {**plan._asdict(), "group": group["group"], "lr": lr}
+    if texts is not None:
+        of_group["perplexity"] = float(perplexity(model, texts, [edit]))
+    rows: list[Row] = [{**of_group, "index": group["first"] + i} for i in range(len(facts))]
     with edit.applied():
         for kind, prompts in kinds.items():
             each = [text for of_fact in prompts for text in of_fact]
@@ -190,6 +210,30 @@ def _rows_of_groups(
                 row[f"{kind}accuracy"] = predicted.double().mean()
                 row[f"{kind}success"] = (part[:, wanted] > part[:, other]).double().mean()
     return [rows]
+
+
+def _usual_step(
+    model: Model, records: Sequence[Any], layer: int, prepend_bos: bool | None
+) -> float:
+    """The median of the smallest steps that single facts need.
+
+    Raises:
+        ValueError: When no step makes any of them the prediction.
+    """
+    facts = [fact_of(record) for record in records]
+    steps = []
+    for fact, target in zip(facts, first_tokens(model, [f.target for f in facts]), strict=True):
+        with suppress(StepNotFoundError):
+            edit = forward_pass_shift(
+                model, fact.prompt, target, layer=layer, lr="auto", prepend_bos=prepend_bos
+            )
+            steps += [edit.report.lr] if edit.factors else []
+    if not steps:
+        raise ValueError(
+            f'lr="auto": no step in layer {layer} makes any of the first {len(facts)} targets the '
+            "prediction; pass lr as a number, or another layer"
+        )
+    return median(steps)
 
 
 def _edit(

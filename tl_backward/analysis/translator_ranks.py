@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,25 @@ from torch import Tensor
 from tl_backward.analysis.over_records import Records, place_of, run_facts
 from tl_backward.analysis.target_rank import target_rank
 from tl_backward.sites import Model
+from tl_backward.translators import (
+    Translator,
+    identity,
+    through_jacobian_lens,
+    unit_normalised,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+    from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
 
 def translator_ranks(
     model: Model,
     records: Records,
-    translators: Mapping[str, Callable[[Tensor, int | None], Tensor]],
+    translators: Mapping[str, Translator] | None = None,
     *,
+    jacobian_lens: JacobianLens | None = None,
     path: str | Path | None = None,
     **options: Any,
 ) -> pd.DataFrame:
@@ -36,7 +44,10 @@ def translator_ranks(
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: Facts in the schema of CounterFact.
         translators: By name, what :class:`BackwardLogitLens` takes as ``lens``: those of
-            ``tl_backward.translators``, or :func:`fit_linear_translator`.
+            ``tl_backward.translators``, or :func:`fit_linear_translator`. Default: the plain and
+            the normalised lens and a linear translator, which is fitted on every second record;
+            only the others are read then.
+        jacobian_lens: Of the same model; :func:`through_jacobian_lens` is read with it, too.
         path: A folder, which gets one of :func:`sweep` for each translator.
         options: As in :func:`target_rank`.
 
@@ -44,11 +55,23 @@ def translator_ranks(
         The table of :func:`target_rank` for each translator, with a column ``translator``.
 
     Example:
-        >>> table = translator_ranks(model, records, {"identity": translators.identity})
+        >>> table = translator_ranks(model, records)
         >>> table.query("segment == 'last'").groupby(["translator", "layer"]).target_rank.median()
     """
     import pandas as pd
 
+    if translators is None:
+        records = list(records)
+        fitted_on, records = records[::2], records[1::2]
+        translators = {
+            "identity": identity,
+            "unit-normalised": unit_normalised,
+            "linear": fit_linear_translator(
+                model, fitted_on, prepend_bos=options.get("prepend_bos")
+            ),
+        }
+    if jacobian_lens is not None:
+        translators = {**translators, "jacobian": through_jacobian_lens(jacobian_lens)}
     frames = []
     for name, translator in translators.items():
         where = None if path is None else Path(path, name)
@@ -65,7 +88,7 @@ def fit_linear_translator(
     ridge: float = 0.1,
     batch_size: int = 8,
     prepend_bos: bool | None = None,
-) -> Callable[[Tensor, int | None], Tensor]:
+) -> Translator:
     """Learn a linear map for each layer, from VJPs at W_out to the one that enters the last layer.
 
     Ridge regression of the direction of the last token's ``delta`` in the last layer on that in

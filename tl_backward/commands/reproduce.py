@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -16,6 +16,8 @@ from tl_backward.commands.shared import (
     exit_code_2_on_bad_input,
     load,
 )
+
+N_LINES = 10
 
 
 def reproduce(
@@ -30,6 +32,21 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Folder for tables, figures and the report.")] = Path(
         "backward_lens"
     ),
+    perplexity: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Text file, or a data set on the hub, of which {N_LINES} lines tell what the "
+            "edits of smallest_edit and many_edits do elsewhere.",
+            metavar="TEXT",
+        ),
+    ] = None,
+    jacobian_lens: Annotated[
+        Path | None,
+        typer.Option(
+            help="Artifact of TransformerLens's JacobianLens, for translator_ranks.",
+            metavar="FILE",
+        ),
+    ] = None,
     prepend_bos: Annotated[
         bool, typer.Option(help="Put a BOS token before the prompts; the paper has none.")
     ] = False,
@@ -43,7 +60,7 @@ def reproduce(
     with exit_code_2_on_bad_input():
         with console.status(f"loading {model or DEFAULT_MODEL}"):
             from tl_backward.analysis import EXPERIMENTS
-            from tl_backward.evaluation import load_records
+            from tl_backward.evaluation import load_records, wikitext_lines
             from tl_backward.plotting import Chapter, report_page
 
             names = experiments or list(EXPERIMENTS)
@@ -52,12 +69,18 @@ def reproduce(
                 raise ValueError(f"no experiment {unknown[0]!r}; there is {', '.join(EXPERIMENTS)}")
             records = load_records(data, n)
             bridge = load(model)
+            options: dict[str, Any] = {}
+            if perplexity is not None:
+                options["texts"] = wikitext_lines(perplexity, N_LINES)
+            if jacobian_lens is not None:
+                options["jacobian_lens"] = _jacobian_lens(jacobian_lens)
         out.mkdir(parents=True, exist_ok=True)
         chapters = []
         for name in names:
             experiment = EXPERIMENTS[name]
             start = time.monotonic()
-            table = experiment.run(bridge, records, prepend_bos=prepend_bos)
+            own = {key: options[key] for key in experiment.options if key in options}
+            table = experiment.run(bridge, records, prepend_bos=prepend_bos, **own)
             seconds = time.monotonic() - start
             table.to_parquet(out / f"{name}.parquet")
             figure = experiment.plot(table)
@@ -67,3 +90,13 @@ def reproduce(
             title = f"{model or DEFAULT_MODEL}, {len(records)} records"
             (out / "report.html").write_text(report_page(title, chapters), encoding="utf-8")
         console.print(f"report: {escape((out / 'report.html').resolve().as_uri())}")
+
+
+def _jacobian_lens(file: Path) -> Any:
+    try:
+        from transformer_lens.tools.analysis import JacobianLens
+    except ImportError as error:
+        raise ImportError(
+            "--jacobian-lens needs TransformerLens 4: pip install 'transformer-lens>=4'"
+        ) from error
+    return JacobianLens.load(str(file))
