@@ -235,6 +235,19 @@ def test_reproduce_writes_tables_and_a_report(run, boot, tmp_path):
     assert "cdn" not in page.split("<h2>")[-1]
 
 
+def test_reproduce_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
+    options = ["gradient_rank", "--data", str(counterfact(tmp_path)), "--out", str(tmp_path / "r")]
+    assert run(*options, command="reproduce").exit_code == 0
+    first = pd.read_parquet(tmp_path / "r" / "gradient_rank.parquet")
+    monkeypatch.setattr("tl_backward.analysis.over_records.run_facts", None)  # not called again
+    assert run(*options, command="reproduce").exit_code == 0
+    again = pd.read_parquet(tmp_path / "r" / "gradient_rank.parquet")
+    pd.testing.assert_frame_equal(first, again, check_dtype=False)
+    shown = run(*options, "--prepend-bos", command="reproduce")
+    assert shown.exit_code == 2
+    assert "has results with --prepend-bos=False" in " ".join(shown.stderr.split())
+
+
 def test_reproduce_takes_texts_and_a_jacobian_lens(run, boot, tmp_path):
     lens = pytest.importorskip(
         "transformer_lens.tools.analysis.jacobian_lens", reason="there is no JacobianLens"

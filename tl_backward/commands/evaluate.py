@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from enum import Enum
 from pathlib import Path
@@ -17,6 +16,7 @@ from tl_backward.commands.shared import (
     console_for_output,
     exit_code_2_on_bad_input,
     load,
+    require_same_options,
 )
 
 
@@ -98,7 +98,7 @@ def evaluate(
             methods[name] = _descent(method, layer, lr)
         if out is not None:
             measured = {"generation": generation, "perplexity": perplexity}
-            _require_same_options(out, {"model": model, **measured, "text-every": text_every})
+            require_same_options(out, {"model": model, **measured, "text-every": text_every})
         results = {
             name: evaluation.evaluate(
                 bridge,
@@ -113,21 +113,6 @@ def evaluate(
             for name, made in methods.items()
         }
         console.print(_shown(evaluation.table(results)))
-
-
-def _require_same_options(folder: Path, options: dict[str, Any]) -> None:
-    """Make sure that what is in the folder was measured as it is to be measured now."""
-    file = folder / "options.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(options), encoding="utf-8")
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    other = [name for name in options if options[name] != stored.get(name)]
-    if other:
-        raise ValueError(
-            f"--out: {folder} has results with --{other[0]}={stored.get(other[0])}; take another "
-            "folder"
-        )
 
 
 def _shift(model: Any, layer: int | None, lr: str, tokens: Tokens, whiten: str | None) -> Any:

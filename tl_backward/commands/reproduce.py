@@ -15,6 +15,7 @@ from tl_backward.commands.shared import (
     console_for_output,
     exit_code_2_on_bad_input,
     load,
+    require_same_options,
 )
 
 N_LINES = 10
@@ -54,7 +55,8 @@ def reproduce(
     """Run the paper's experiments and its open questions on a model, and write one report.
 
     Each gives a table (Parquet) and a figure (plotly's JSON) in the folder, and a chapter of
-    `report.html`, which is written anew after every experiment.
+    `report.html`, which is written anew after every experiment. What an interrupted run has done
+    is kept in `rows`, and not done again.
     """
     console = console_for_output()
     with exit_code_2_on_bad_input():
@@ -74,13 +76,17 @@ def reproduce(
                 options["texts"] = wikitext_lines(perplexity, N_LINES)
             if jacobian_lens is not None:
                 options["jacobian_lens"] = _jacobian_lens(jacobian_lens)
-        out.mkdir(parents=True, exist_ok=True)
+        given = {"model": model, "perplexity": perplexity, "jacobian-lens": jacobian_lens}
+        given = {name: value and str(value) for name, value in given.items()}
+        require_same_options(out, given | {"prepend-bos": prepend_bos})
         chapters = []
         for name in names:
             experiment = EXPERIMENTS[name]
             start = time.monotonic()
             own = {key: options[key] for key in experiment.options if key in options}
-            table = experiment.run(bridge, records, prepend_bos=prepend_bos, **own)
+            table = experiment.run(
+                bridge, records, prepend_bos=prepend_bos, path=out / "rows" / name, **own
+            )
             seconds = time.monotonic() - start
             table.to_parquet(out / f"{name}.parquet")
             figure = experiment.plot(table)
