@@ -20,10 +20,10 @@ from tl_backward.rows import Positions, Rows, kept_positions
 from tl_backward.sites import (
     Model,
     WeightSite,
-    all_modules,
     all_parameters,
     attached_hook_points,
     left_padding_obstacle,
+    require_eval_mode,
     weight_sites,
     weights_processing,
 )
@@ -120,7 +120,8 @@ def run_with_backward_cache(
         >>> cache["W_out", 5].example(1).norm()
     """
     sites = weight_sites(model, weights, layers)
-    _require_ready(model)
+    parameters = list(all_parameters(model))
+    _require_ready(model, parameters)
     if (target is None) == (loss_fn is None):
         raise ValueError("pass either target= or loss_fn=, what to differentiate")
     side = padding_side_of(model, padding_side)
@@ -151,7 +152,7 @@ def run_with_backward_cache(
     rows = Rows(single, tokens.shape[1], starts, kept)
 
     with ExitStack() as stack:
-        stack.enter_context(_frozen(all_parameters(model)))
+        stack.enter_context(_frozen(parameters))
         stack.enter_context(attached_hook_points(model))
         stack.enter_context(model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)))
         stack.enter_context(_guarded(model))
@@ -338,15 +339,10 @@ def _frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _require_ready(model: Model) -> None:
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in all_parameters(model)):
+def _require_ready(model: Model, parameters: Sequence[Tensor]) -> None:
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in parameters):
         raise RuntimeError(
             "there is no backward pass under torch.inference_mode(), nor through weights made "
             "under it; leave that block (torch.no_grad() is fine), or load the model outside it"
         )
-    training = [name for name, module in all_modules(model) if module.training]
-    if training:
-        raise ValueError(
-            f"the model is in training mode (at least its module {training[0] or 'root'!r}), where "
-            "dropout makes gradients random; call model.eval() first"
-        )
+    require_eval_mode(model)

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_backward.editing.files import fingerprints, model_name, read, write
-from tl_backward.editing.runs import require_eval_mode, weight_inputs
-from tl_backward.sites import Model, weight_sites
+from tl_backward.editing.runs import weight_inputs
+from tl_backward.sites import Model, require_eval_mode, weight_sites
 from tl_backward.tokens import pad_id, padded, prompt_tokens
 
 KIND = "KeyStatistics"

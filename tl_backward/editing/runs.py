@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tl_backward.editing.hooks import edit_hooks
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.recording import Recorder
-from tl_backward.sites import Model, WeightSite, all_modules, attached_hook_points
+from tl_backward.sites import Model, WeightSite, attached_hook_points
 
 LEAST_TOLERANCE = 1e-4
 """Of two runs in float64: transformers computes softmax and norms in float32."""
@@ -132,20 +132,6 @@ class WholeRun:
                 stack.enter_context(_returning(block, _repeated(output, len(of_copies))))
             logits = _logits(self._model, self._tokens.repeat(len(of_copies), 1))
         return logits.unflatten(0, (len(of_copies), -1))
-
-
-def require_eval_mode(model: Model) -> None:
-    """Make sure that dropout is off.
-
-    Raises:
-        ValueError: When a module is in training mode.
-    """
-    training = [name for name, module in all_modules(model) if module.training]
-    if training:
-        raise ValueError(
-            f"the model is in training mode (at least its module {training[0] or 'root'!r}), where "
-            "dropout makes activations random; call model.eval() first"
-        )
 
 
 @contextmanager

@@ -46,6 +46,7 @@ __all__ = [
     "final_norm",
     "left_padding_obstacle",
     "remove_hook_points",
+    "require_eval_mode",
     "residual_points",
     "unembed",
     "weight_sites",
@@ -92,7 +93,8 @@ def left_padding_obstacle(model: Model) -> str | None:
 
 def attention_outputs(model: Model) -> list[WeightSite]:
     """The sites of W_O, whose inputs are the results of the attention heads, side by side."""
-    return [site for site in _backend(model).sites(model) if site.kind == "W_O"]
+    found = _backend(model).survey(model)
+    return [one for one in found if isinstance(one, WeightSite) and one.kind == "W_O"]
 
 
 def residual_points(model: Model) -> dict[str, nn.Module]:
@@ -136,12 +138,27 @@ def coverage(model: Model) -> pd.DataFrame:
 
 def all_parameters(model: Model) -> Iterator[Tensor]:
     """Every parameter of the model, once."""
-    return (parameter for _, _, parameter in _backend(model).named_parameters(model))
+    owned = (p for _, module in all_modules(model) for p in module._parameters.values())
+    return iter({id(p): p for p in owned if p is not None}.values())
 
 
 def all_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
     """Every module that takes part in the model's forward pass, with its name."""
     return _backend(model).modules(model)
+
+
+def require_eval_mode(model: Model) -> None:
+    """Make sure that dropout is off.
+
+    Raises:
+        ValueError: When a module is in training mode.
+    """
+    training = [name for name, module in all_modules(model) if module.training]
+    if training:
+        raise ValueError(
+            f"the model is in training mode (at least its module {training[0] or 'root'!r}), where "
+            "dropout makes activations and gradients random; call model.eval() first"
+        )
 
 
 def attached_hook_points(model: Model) -> AbstractContextManager[None]:
