@@ -556,6 +556,16 @@ def test_saved_and_loaded(models, name, tmp_path):
     assert torch.equal(hooked_logits(unbound.bind(model)), hooked_logits(edit))
 
 
+@pytest.mark.parametrize(
+    ("name", "saved"), [("gpt2", "gpt2"), ("org/gpt2", "org/gpt2"), ("/a/folder/gpt2", "gpt2")]
+)
+def test_no_folder_of_this_machine_is_saved(models, tmp_path, monkeypatch, name, saved):
+    model = models(MODELS[0])
+    monkeypatch.setattr(model.cfg, "model_name", name)
+    path = random_edit(model, "blocks.1.mlp.W_out").save(tmp_path / "edit.safetensors")
+    assert WeightEdit.load(path).made_for.model == saved
+
+
 def test_refused_by_another_model(models, tmp_path):
     """Other weights, other shapes, or the same weights with an edit on them."""
     model = models(MODELS[0])

@@ -97,5 +97,6 @@ def fingerprints(model: Model, names: list[str]) -> dict[str, str]:
 
 
 def model_name(model: Model) -> str:
-    """What TransformerLens calls the model."""
-    return str(model.cfg.model_name)
+    """What TransformerLens calls the model; of one from a local folder, the folder's name."""
+    name = str(model.cfg.model_name)
+    return Path(name).name if Path(name).is_absolute() else name

@@ -200,7 +200,8 @@ class WeightEdit:
         Left ones of weights that read the stream, right ones of those that write to it. As numbers
         go to the other side (see :meth:`__mul__`), these are the vectors that the edit was made of:
         a shift's right vectors are target embeddings, to be read at their top, and a gradient
-        step's are VJPs with their raw sign, to be read at their bottom.
+        step's are VJPs with their raw sign, to be read at their bottom. All unembeddings may have a
+        direction in common that hides the target; subtract ``model.W_U.mean(1)`` then.
 
         Raises:
             ValueError: When the edit is empty.

@@ -39,7 +39,8 @@ def evaluate(
     """Edit the model for each record by itself, and measure what the edit did.
 
     The edits of a batch of records are evaluated together: each text has the edit of its own
-    record, by hooks. The model and its weights are not touched.
+    record, by hooks. The model and its weights are not touched. No BOS token is put before any
+    text, and the ready-made methods take their keys without one, too.
 
     Args:
         model: A TransformerLens model in eval mode.
