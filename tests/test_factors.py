@@ -446,6 +446,14 @@ def test_no_dense_matrix_is_formed(operation: Callable[[GradientFactors], Any]):
     assert largest.numel <= 2 * 3 * 500
 
 
+@by_operation
+def test_nothing_is_quadratic_in_many_tokens(operation: Callable[[GradientFactors], Any]):
+    g = gradient(1, 2000, d_in=9, d_out=8, dtype=torch.float32)
+    with LargestOutput() as largest:
+        operation(g)
+    assert largest.numel <= 2 * 2000 * 9
+
+
 def test_dense_is_what_forms_it():
     g = gradient(1, 3, d_in=400, d_out=500, dtype=torch.float32)
     with LargestOutput() as largest:

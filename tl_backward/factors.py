@@ -4,8 +4,8 @@ The gradient of a matrix ``W`` that is used as ``y = x W`` is a sum of one outer
 token, ``dL/dW = sum_i x_i^T delta_i`` (Eq 6 and 8 of *Backward Lens*), so it is known whole from
 the inputs ``x_i`` and the vector-Jacobian products ``delta_i = dL/dy_i``. Everything here costs
 ``O(n^2 (d_in + d_out) + n^3)`` for ``n`` tokens: a thin QR of each factor and the singular value
-decomposition of the small matrix between them. Only :meth:`GradientFactors.dense` forms the
-``d_in x d_out`` matrix.
+decomposition of the small matrix between them. The ``d_in x d_out`` matrix is formed by
+:meth:`GradientFactors.dense`, and where it is smaller than its own factors.
 """
 
 from __future__ import annotations
@@ -112,11 +112,12 @@ class GradientFactors:
 
     def singular_values(self) -> Float[Tensor, "k"]:
         """The ``k = min(n, d_in, d_out)`` largest singular values, in descending order."""
-        X, D = self._rows()
-        return torch.linalg.svdvals(_triangle(X) @ _triangle(D).mT)
+        return torch.linalg.svdvals(self._core())
 
     def svd(self) -> FactoredSVD:
         """Thin singular value decomposition, from two thin QRs and an SVD of the core between."""
+        if self._is_smaller_dense:
+            return FactoredSVD(*torch.linalg.svd(self.dense(), full_matrices=False))
         X, D = self._rows()
         Q_X, R_X = torch.linalg.qr(X.mT)
         Q_D, R_D = torch.linalg.qr(D.mT)
@@ -129,8 +130,7 @@ class GradientFactors:
         Taken from the QR core: it stays accurate to rounding where the outer products cancel,
         where the root of :meth:`inner` with itself is off by the root of the machine epsilon.
         """
-        X, D = self._rows()
-        return torch.linalg.matrix_norm(_triangle(X) @ _triangle(D).mT)
+        return torch.linalg.matrix_norm(self._core())
 
     def inner(self, other: GradientFactors) -> Float[Tensor, ""]:
         """Frobenius inner product with another gradient of the same shape, by Gram matrices."""
@@ -138,6 +138,8 @@ class GradientFactors:
             raise ValueError(
                 f"gradients of shapes {self.shape} and {other.shape} have no inner product"
             )
+        if self._is_smaller_dense and other._is_smaller_dense:
+            return (self.dense() * other.dense()).sum()
         X1, D1 = self._rows()
         X2, D2 = other._rows()
         return ((X1 @ X2.mT) * (D1 @ D2.mT)).sum()
@@ -214,6 +216,18 @@ class GradientFactors:
     @property
     def _batch(self) -> tuple[int, ...]:
         return self.inputs.shape[:-2] if self.lengths is None else (len(self.lengths),)
+
+    @property
+    def _is_smaller_dense(self) -> bool:
+        """Whether there are so many tokens that the gradient is smaller than its factors."""
+        return self.vjps.numel() >= self.shape[1] * min(self.shape)
+
+    def _core(self) -> Float[Tensor, "rows columns"]:
+        """A matrix with the same singular values (but for zeros), as small as can be."""
+        if self._is_smaller_dense:
+            return self.dense()
+        X, D = self._rows()
+        return _triangle(X) @ _triangle(D).mT
 
     def _rows(self) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_out"]]:
         """Both factors with batch and tokens in one axis, in a precision to compute in."""
