@@ -638,3 +638,20 @@ def test_hooks_on_the_model_take_part(model):
         got = forward_pass_shift(model, PROMPT, TARGET, layer=1, lr=0.1)
     plain = forward_pass_shift(model, PROMPT, TARGET, layer=1, lr=0.1)
     torch.testing.assert_close(got.factors[site.name].dense(), 2 * plain.factors[site.name].dense())
+
+
+def test_hooks_on_the_logits_see_all_positions(model):
+    """A search unembeds only what it looks at, but not where a hook looks on."""
+
+    def lift(logits, hook):
+        assert logits.shape[1] == len(PROMPT)
+        logits[:, -1, 9] += 5
+        return logits
+
+    options = {"layer": -1, "lr": "auto"}
+    plain = forward_pass_shift(model, PROMPT, TARGET, **options)
+    with attached_hook_points(model), model.hooks(fwd_hooks=[("unembed.hook_out", lift)]):
+        edit = forward_pass_shift(model, PROMPT, TARGET, **options)
+        of_last = applied_logits(edit, TOKENS)[0, -1]
+    assert gap(of_last, TARGET) == pytest.approx(edit.report.gap, abs=1e-5)
+    assert edit.report.gap >= 0.1 and edit.report.lr > plain.report.lr

@@ -90,7 +90,7 @@ def smallest_edit(
 
             def gaps(sizes: Sequence[float]) -> list[float]:
                 edits = [size * unit for size in sizes]
-                return facts.gaps(whole.edited_logits(edits)).squeeze(1).tolist()
+                return facts.gaps(whole.edited_logits(edits, facts.places)).squeeze(1).tolist()
 
             norm = float(update.norm())
             step = Step(0.0, *gaps([0.0]))

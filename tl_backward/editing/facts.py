@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_backward.editing.runs import Places
 from tl_backward.sites import Model
 from tl_backward.tokens import (
     Prompt,
@@ -81,20 +82,22 @@ class Facts:
             else self.predicting
         )
 
-    def gaps(
-        self, logits: Float[Tensor, "copies batch pos d_vocab"]
-    ) -> Float[Tensor, "copies batch"]:
+    @property
+    def places(self) -> Places:
+        """Where each term is predicted."""
+        return self.example, self.predicting
+
+    def gaps(self, logits: Float[Tensor, "copies term d_vocab"]) -> Float[Tensor, "copies batch"]:
         """The :meth:`term_gaps` by prompt: of a target with several tokens, that of the worst."""
         gaps = self.term_gaps(logits)
         worst = gaps.new_full((len(gaps), self.n_prompts), torch.inf)
         return worst.scatter_reduce(1, self.example.expand(len(gaps), -1), gaps, "amin")
 
     def term_gaps(
-        self, logits: Float[Tensor, "copies batch pos d_vocab"]
+        self, logits: Float[Tensor, "copies term d_vocab"]
     ) -> Float[Tensor, "copies term"]:
         """How far above all others the targets' tokens are: logit minus the largest other."""
-        at = logits[:, self.example, self.predicting].cpu()
-        at = at.to(torch.promote_types(at.dtype, torch.float32))
+        at = logits.cpu().to(torch.promote_types(logits.dtype, torch.float32))
         ids = self.ids.expand(len(at), -1).unsqueeze(-1)
         largest_other = at.scatter(-1, ids, -torch.inf).amax(-1)
         return at.gather(-1, ids).squeeze(-1) - largest_other

@@ -179,7 +179,7 @@ def _with_fixed_step(
     for _ in range(iterations):
         if skip_if_predicted:
             run = WholeRun(model, facts.tokens, sites, edit)
-            inputs, wanted = run.inputs, facts.gaps(run.logits[None])[0] <= 0
+            inputs, wanted = run.inputs, facts.gaps(run.logits[facts.places][None])[0] <= 0
         else:
             inputs = weight_inputs(model, sites, facts.tokens, edit)
             wanted = torch.ones(facts.n_prompts, dtype=torch.bool)

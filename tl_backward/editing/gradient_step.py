@@ -145,7 +145,7 @@ def fine_tune(
                 fwd_hooks=[*edit.fwd_hooks(), see],
             )
             losses.append(loss.reshape(-1))
-            predicted = facts.gaps(seen.pop().detach()[None])[0] > 0
+            predicted = facts.gaps(seen.pop().detach()[facts.places][None])[0] > 0
             if predicted.all() or n_steps == max_steps:
                 break
             edit = edit + gradient_step(cache, lr=lr, model=model)

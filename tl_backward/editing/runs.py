@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,8 @@ from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.recording import Recorder
 from tl_backward.sites import Model, WeightSite, attached_hook_points
 
+Places: TypeAlias = tuple[Int[Tensor, "place"], Int[Tensor, "place"]]
+"""Texts and positions in them."""
 LEAST_TOLERANCE = 1e-4
 """Of two runs in float64: transformers computes softmax and norms in float32."""
 
@@ -95,8 +98,13 @@ class WholeRun:
         self.n_passes, self.n_upper_passes = 1, 0
 
     @torch.no_grad()
-    def edited_logits(self, edits: Sequence[WeightEdit]) -> Float[Tensor, "edit batch pos d_vocab"]:
+    def edited_logits(
+        self, edits: Sequence[WeightEdit], places: Places | None = None
+    ) -> Float[Tensor, "edit *batch_and_pos d_vocab"]:
         """The logits of the same texts with each of several edits, in one batch.
+
+        At some places if they are given, ``[edit, place, d_vocab]``: only those are unembedded,
+        unless there are hooks at the unembedding.
 
         The blocks below the lowest edited layer return what they returned in the whole run. Whether
         that is all the upper ones need is tried once for each layer, by a copy of the texts without
@@ -108,30 +116,50 @@ class WholeRun:
             first = 0
         if first == 0 or self._agrees.get(first) is False:
             self.n_passes += 1
-            return self._run(edits, 0, with_control=False)
+            return self._run(edits, 0, places, with_control=False)
         self.n_upper_passes += 1
         if self._agrees.get(first):
-            return self._run(edits, first, with_control=False)
-        control, logits = self._run(edits, first, with_control=True).split([1, len(edits)])
-        tolerance = max(torch.finfo(self.logits.dtype).eps ** 0.5, LEAST_TOLERANCE)
-        error = (control[0] - self.logits).norm() / self.logits.norm()
+            return self._run(edits, first, places, with_control=False)
+        control, logits = self._run(edits, first, places, with_control=True).split([1, len(edits)])
+        expected = self.logits if places is None else self.logits[places]
+        tolerance = max(torch.finfo(expected.dtype).eps ** 0.5, LEAST_TOLERANCE)
+        error = (control[0] - expected).norm() / expected.norm()
         self._agrees[first] = bool(error <= tolerance)
-        return logits if self._agrees[first] else self.edited_logits(edits)
+        return logits if self._agrees[first] else self.edited_logits(edits, places)
 
     def _run(
-        self, edits: Sequence[WeightEdit], first: int, with_control: bool
-    ) -> Float[Tensor, "copies batch pos d_vocab"]:
+        self,
+        edits: Sequence[WeightEdit],
+        first: int,
+        places: Places | None,
+        with_control: bool,
+    ) -> Float[Tensor, "copies *batch_and_pos d_vocab"]:
         of_copies = torch.arange(-1 if with_control else 0, len(edits))
         rows = of_copies.repeat_interleave(len(self._tokens)) if len(of_copies) > 1 else None
         with ExitStack() as stack:
             stack.enter_context(attached_hook_points(self._model))
             hooks = edit_hooks(self._model, edits, rows)
+            points = [self._model.hook_dict[f"unembed.hook_{side}"] for side in ("in", "out")]
+            gathered = places is not None and not any(point.fwd_hooks for point in points)
+            if places is not None and gathered:
+                hooks.append(("unembed.hook_in", partial(_at_places, places, len(of_copies))))
             stack.enter_context(self._model.hooks(fwd_hooks=hooks))
             below = zip(self._model.blocks[:first], self._block_outputs, strict=False)
             for block, output in below:
                 stack.enter_context(_returning(block, _repeated(output, len(of_copies))))
             logits = _logits(self._model, self._tokens.repeat(len(of_copies), 1))
-        return logits.unflatten(0, (len(of_copies), -1))
+        if gathered:
+            return logits
+        if places is None:
+            return logits.unflatten(0, (len(of_copies), -1))
+        return _at_places(places, len(of_copies), logits)
+
+
+def _at_places(
+    places: Places, copies: int, x: Float[Tensor, "copies_and_batch pos d"], hook: Any = None
+) -> Float[Tensor, "copies place d"]:
+    texts, positions = places
+    return x.unflatten(0, (copies, -1))[:, texts, positions]
 
 
 @contextmanager
@@ -162,7 +190,7 @@ def _first(
     }
 
 
-def _logits(model: Model, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+def _logits(model: Model, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "_ _ d_vocab"]:
     """A causal model does not see the padding on the right of a text."""
     arguments = {} if model.tokenizer is None else {"padding_side": "right"}
     return model(tokens.to(model.cfg.device), return_type="logits", **arguments)

@@ -65,7 +65,7 @@ class ShiftSearch:
         self._statistics, self.margin = statistics, margin
         self._run = WholeRun(model, facts.tokens, sites)
         self._runs = [self._run]
-        predicted = facts.gaps(self._run.logits[None])[0] > 0
+        predicted = facts.gaps(self._run.logits[facts.places][None])[0] > 0
         self.skipped: Bool[Tensor, "batch"] = predicted & skip_if_predicted
 
     @property
@@ -140,7 +140,8 @@ class ShiftSearch:
 
         What is skipped has to stay on top, but without the margin, which it is therefore given.
         """
-        gaps = self._facts.gaps(self._run.edited_logits([size * unit for size in sizes]))
+        edits = [size * unit for size in sizes]
+        gaps = self._facts.gaps(self._run.edited_logits(edits, self._facts.places))
         return (gaps + self.margin * self.skipped).amin(1).tolist()
 
     def _with_own_steps(self, common: Candidate) -> Candidate:
@@ -152,7 +153,8 @@ class ShiftSearch:
                 _scaled(common.unit, [*sizes[:term], size, *sizes[term + 1 :]])
                 for size in candidates
             ]
-            return self._facts.term_gaps(self._run.edited_logits(edits))[:, term].tolist()
+            logits = self._run.edited_logits(edits, self._facts.places)
+            return self._facts.term_gaps(logits)[:, term].tolist()
 
         worst = -math.inf
         for _ in range(N_TURNS):
