@@ -394,6 +394,7 @@ def raises(logits, tokens):
         ({"prompt": [[3], [1] * 40], "target": 5}, ValueError, r"\(example 1\) has 40 tokens"),
         ({"prompt": [[3], 1.5], "target": 5}, TypeError, r"prompt must be .* \(example 1\)"),
         ({"prompt": 1.5, "target": 5}, TypeError, "prompt must be a string, token ids"),
+        ({"prompt": {"input_ids": [3]}, "target": 5}, TypeError, "prompt must be a string, token"),
         ({"target": 5, "positions": 3}, ValueError, "prompt 1 has positions 0 to 1"),
         ({"target": 5, "padding_side": "middle"}, ValueError, "'left' or 'right', got 'middle'"),
         ({}, ValueError, "pass either target= or loss_fn="),

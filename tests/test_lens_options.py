@@ -322,6 +322,15 @@ def test_bad_input_names_the_argument(model, lens, arguments, message):
         lens(PROMPT, TARGET, **arguments)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_cache_in_the_place_of_a_prompt_and_another_kind_of_cache(model, lens):
+    with pytest.raises(TypeError, match="prompt is a BackwardCache; pass it as cache="):
+        lens(captured(model), TARGET)
+    _, activations = model.run_with_cache(torch.tensor([PROMPT]))
+    with pytest.raises(TypeError, match=r"cache must be a BackwardCache, .* got ActivationCache"):
+        lens(cache=activations)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_cache_of_another_model(models, cls):
     cache = captured(models(f"{cls}-llama"))

@@ -147,6 +147,7 @@ class BackwardLogitLens:
             ValueError: When an argument is out of range, when ``vocab`` and ``top_k`` are both
                 given, or both a prompt and a cache, when the cache is of another model, and as
                 :func:`run_with_backward_cache` does.
+            TypeError: When prompt or cache are something else.
             NotImplementedError: For blocks that run several times in one forward pass.
         """
         options = self._options(
@@ -167,6 +168,8 @@ class BackwardLogitLens:
             )
         if not weights and residual is None and not forward:
             raise ValueError("weights is empty and residual None: there is nothing to read")
+        if isinstance(prompt, BackwardCache):
+            raise TypeError("prompt is a BackwardCache; pass it as cache=")
         cut: Positions = positions
         if cache is None:
             if prompt is None:
@@ -374,6 +377,11 @@ class BackwardLogitLens:
         )
 
     def _require_same_model(self, cache: BackwardCache) -> None:
+        if not isinstance(cache, BackwardCache):
+            raise TypeError(
+                "cache must be a BackwardCache, as run_with_backward_cache returns it, got "
+                f"{type(cache).__name__}"
+            )
         sites = {site.name: site for site in weight_sites(self.model)}
         for name, g in cache.items():
             if name not in sites or g.shape != (sites[name].d_in, sites[name].d_out):

@@ -216,7 +216,7 @@ def _is_ids(value: Any) -> bool:
 
 
 def _as_list(value: Any, argument: str) -> list[Any]:
-    if not isinstance(value, Iterable):
+    if not isinstance(value, Iterable) or hasattr(value, "keys"):
         raise TypeError(f"{argument} must be a string, token ids, or a list of them, got {value!r}")
     return list(value)
 
