@@ -215,6 +215,11 @@ def test_descent_reads_vjps_from_the_other_end(lens):
     ranks = up["W_out"].target_ranks[seen] + down["W_out"].target_ranks[seen]
     assert ranks.unique().tolist() == [up.d_vocab - 1]
     assert torch.equal(up["W_in"].top_ids, down["W_in"].top_ids)
+    for bottom_k in (7, 0):
+        part = lens(PROMPT, TARGET, direction="descent", top_k=3, bottom_k=bottom_k)
+        for kind in part:
+            assert torch.equal(part[kind].top_ids, down[kind].top_ids[..., :3])
+            assert torch.equal(part[kind].bottom_ids, down[kind].bottom_ids[..., :bottom_k])
 
 
 def test_a_translator_is_applied_before_the_norm(model, lens):

@@ -445,17 +445,20 @@ class BackwardLogitLens:
         rows = vectors[~zero_mask]
         if options.normalize:
             rows = rows / rows.norm(dim=-1, keepdim=True)
+        turned = options.direction == "descent" and kind not in READ_FORWARD
+        ends = (options.top_k, options.bottom_k)
+        top_k, bottom_k = ends[::-1] if turned else ends
         read = read_vocabulary(
             rows,
             partial(unembed, self.model, apply_ln=options.apply_ln),
             ids[~zero_mask.cpu()],
-            top_k=options.top_k,
-            bottom_k=options.bottom_k,
+            top_k=top_k,
+            bottom_k=bottom_k,
             vocab=options.vocab,
             return_type=options.return_type,
             chunk_size=options.chunk_size,
         )
-        if options.direction == "descent" and kind not in READ_FORWARD:
+        if turned:
             read = read.reversed(int(self.model.cfg.d_vocab))
 
         def scatter(values: Tensor) -> Tensor:
