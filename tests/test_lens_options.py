@@ -201,7 +201,12 @@ def test_targets(model, lens, normalize):
     with pytest.raises(ValueError, match="pass target="):
         several.rank_trajectory(weight="W_in")
     following = torch.tensor([*PROMPT[1:], TARGET])
-    assert torch.equal(read(following)["W_in"].target_ranks, ranks(following))
+    for one_each in (following, following[None]):
+        assert torch.equal(read(one_each)["W_in"].target_ranks, ranks(following))
+        assert read(one_each).target_ids.tolist() == following.tolist()
+    one_each = torch.arange(len(vectors))[:, None]
+    readout = lens.read(vectors, targets=one_each, normalize=normalize)
+    assert torch.equal(readout.target_ranks, ranks(one_each))
     assert "target_rank" not in several.to_dataframe()
 
 
@@ -271,6 +276,37 @@ def test_each_prompt_of_a_batch_gets_what_it_gets_alone(model, lens, options):
             assert same > 0.95  # float32 inside transformers may exchange neighbours
     frame = batch.to_dataframe()
     assert frame.example.unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("targets", "of_prompts"),
+    [
+        (5, [[5] * 5, [5] * 2, [5] * 7]),
+        (None, [[t] * len(prompt) for t, prompt in zip(TARGETS, BATCH, strict=True)]),
+        (torch.tensor([[4], [9], [7]]), [[4] * 5, [9] * 2, [7] * 7]),
+        (torch.arange(7), [range(5), range(2), range(7)]),
+        (torch.arange(21).view(3, 7), [range(5), range(7, 9), range(14, 21)]),
+    ],
+    ids=["for all", "for prompts by default", "for prompts", "for positions", "for rows"],
+)
+def test_one_target_in_each_prompt_of_a_batch(lens, targets, of_prompts):
+    result = lens(BATCH, TARGETS, padding_side="right", weights="W_in", targets=targets)
+    for b, expected in enumerate(of_prompts):
+        one, n = result.example(b), len(BATCH[b])
+        assert one.target_ids.expand(n).tolist() == list(expected)
+        alone = lens(BATCH[b], TARGETS[b], weights="W_in", targets=list(expected))
+        by_target = alone["W_in"].target_ranks
+        assert torch.equal(one["W_in"].target_ranks, by_target[:, range(n), range(n)])
+        assert len(one.plot("ranks").data) == n
+
+
+def test_several_targets_that_are_as_many_as_the_prompts(lens):
+    result = lens(BATCH, TARGETS, padding_side="right", targets=[4, 9, 7])
+    for b, prompt in enumerate(BATCH):
+        one = result.example(b)
+        assert one.target_ids.tolist() == [4, 9, 7]
+        expected = result.rank_trajectory(9)[:, b, : len(prompt)]
+        assert torch.equal(one.rank_trajectory(9), expected)
 
 
 def test_batch_slice(lens):

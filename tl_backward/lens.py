@@ -129,8 +129,8 @@ class BackwardLogitLens:
             normalize: Scale every vector to unit length first (the normalised logit lens, App H).
             vocab: Tokens whose values to keep, in ``vocab_values``, instead of the ends.
             targets: Tokens whose ranks and values to keep: one, several for every row, or in a
-                tensor one for each row, aligned with ``[batch, pos]`` from the right. Default: the
-                (first) token of the target.
+                tensor one for each row, aligned with the ``[batch, pos]`` that are read from the
+                right. Default: the (first) token of the target.
             return_type: What values are: log-probabilities, logits or probabilities.
             top_k: How many of the most probable tokens to keep. Default: 10, or none with
                 ``vocab``.
@@ -194,7 +194,7 @@ class BackwardLogitLens:
         else:
             self._require_same_model(cache)
         texts = _Texts(cache, batch_slice, cut)
-        wanted = self._targets(targets, texts)
+        wanted = self._targets(targets, texts.shape, texts.first_targets)
         done: list[tuple[bool, Tensor, Readout]] = []
 
         def read(kind: str, labels: list[str], vectors: list[Tensor]) -> Readout:
@@ -244,7 +244,7 @@ class BackwardLogitLens:
         vectors: Float[Tensor, "entry *lead d_model"],
         labels: Sequence[str] | None = None,
         *,
-        targets: str | int | Sequence[Any] | None = None,
+        targets: str | int | Sequence[Any] | Int[Tensor, "..."] | None = None,
         lens: Translator | None = None,
         apply_ln: bool = True,
         normalize: bool = False,
@@ -260,7 +260,8 @@ class BackwardLogitLens:
         Args:
             vectors: What to read; the first axis is that of ``labels``.
             labels: What the entries are. Default: their numbers.
-            targets: Tokens whose ranks and values to keep, one or several.
+            targets: Tokens whose ranks and values to keep: one, several for every row, or in a
+                tensor one for each row, aligned with ``[entry, ...]`` from the right.
             lens: A translator, as in :meth:`__call__`; it gets the layer of a label such as
                 ``3_pre``, and None for others.
             apply_ln: As in :meth:`__call__`.
@@ -284,8 +285,8 @@ class BackwardLogitLens:
         labels = [str(i) for i in range(len(vectors))] if labels is None else list(labels)
         if len(labels) != len(vectors):
             raise ValueError(f"{len(labels)} labels are given for {len(vectors)} entries")
-        shared = self._shared_targets([] if targets is None else targets)
-        return self._read("vectors", labels, vectors, shared, options)
+        wanted = self._targets(targets, vectors.shape[:-1])
+        return self._read("vectors", labels, vectors, wanted, options)
 
     def singular_vectors(
         self, cache: BackwardCache, weight: str, layer: int, k: int = 1, **options: Any
@@ -399,15 +400,16 @@ class BackwardLogitLens:
             raise ValueError(f"weights={kind!r} is not in the cache, in layers={layers!r}")
         return names
 
-    def _targets(self, targets: Any, texts: _Texts) -> _Targets:
-        if targets is None and texts.first_targets is not None:
-            first = texts.first_targets
-            return _Targets(first, first.reshape(*first.shape, 1, 1), several=False)
+    def _targets(
+        self, targets: Any, rows: Sequence[int], of_prompts: Int[Tensor, "*batch"] | None = None
+    ) -> _Targets:
+        """Those that are asked for, or else those of the prompts, for rows ``[*batch, pos]``."""
+        if targets is None and of_prompts is not None:
+            return _Targets(of_prompts, of_prompts[..., None, None], several=False)
         if isinstance(targets, Tensor) and targets.ndim:
-            return _Targets(targets.cpu(), targets.cpu().unsqueeze(-1), several=False)
-        return self._shared_targets([] if targets is None else targets)
-
-    def _shared_targets(self, targets: Any) -> _Targets:
+            of_rows = _for_rows(targets.cpu(), rows)
+            return _Targets(of_rows, of_rows.unsqueeze(-1), several=False)
+        targets = [] if targets is None else targets
         if isinstance(targets, str | int | Tensor):
             (one,) = single_token_ids(self.model, "targets", targets, None)
             return _Targets(one, one.reshape(1), several=False)
@@ -435,13 +437,7 @@ class BackwardLogitLens:
             vectors = torch.stack(
                 [options.lens(of, layer) for of, layer in zip(vectors, layers, strict=True)]
             )
-        try:
-            ids = targets.per_row.expand(*vectors.shape[:-1], -1)
-        except RuntimeError as error:
-            raise ValueError(
-                f"targets of shape {list(targets.shown.shape)} do not fit to the rows, "
-                f"{list(vectors.shape[1:-1])}"
-            ) from error
+        ids = targets.per_row.expand(*vectors.shape[:-1], -1)
         rows = vectors[~zero_mask]
         if options.normalize:
             rows = rows / rows.norm(dim=-1, keepdim=True)
@@ -492,7 +488,10 @@ class BackwardLogitLens:
 
 @dataclass(frozen=True)
 class _Targets:
-    """Whose ranks are wanted: as the result shows them, and for every row."""
+    """Whose ranks are wanted: as the result shows them, and for every row.
+
+    Several are for all rows; otherwise there is one for all, for each prompt or for each row.
+    """
 
     shown: Int[Tensor, "..."]
     per_row: Int[Tensor, "... t"]
@@ -515,6 +514,8 @@ class _Texts:
         self.str_tokens = [
             cache.str_tokens[b] if batched else cache.str_tokens for b in self._chosen
         ]
+        n_rows = max(map(len, self._kept))
+        self.shape = [n_rows] if self._single else [len(self._kept), n_rows]
         self.loss = self.whole(cache.loss.reshape(-1)[self._chosen])
         ids = cache.target_ids.reshape(len(every), -1)
         self.first_targets = self.whole(ids[self._chosen, 0]) if ids.shape[1] else None
@@ -536,6 +537,19 @@ class _Texts:
             )
         chosen = [texts[b][kept] for b, kept in zip(self._chosen, self._kept, strict=True)]
         return chosen[0] if self._single else pad_sequence(chosen, batch_first=True)
+
+
+def _for_rows(targets: Int[Tensor, "..."], rows: Sequence[int]) -> Int[Tensor, "..."]:
+    """Targets that are aligned with rows from the right, one for every row."""
+    if targets.ndim == len(rows) + 1 and len(targets) == 1:
+        targets = targets[0]
+    try:
+        return targets.expand(*rows)
+    except RuntimeError as error:
+        raise ValueError(
+            f"targets of shape {list(targets.shape)} do not fit to the rows, {list(rows)}; they "
+            "are aligned from the right, and one for each prompt is [batch, 1]"
+        ) from error
 
 
 def _residual_side(

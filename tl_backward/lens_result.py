@@ -74,6 +74,11 @@ class Readout:
     zero_mask: Bool[Tensor, "entry *batch_and_pos"]
     vocabulary: dict[int, str]
 
+    @property
+    def has_several_targets(self) -> bool:
+        """Whether ``target_ranks`` has an axis of several targets for every row."""
+        return self.target_ranks.ndim > self.entropy.ndim
+
     def top_tokens(self) -> list[Any]:
         """The most probable tokens as strings, ``[layer]([batch])[position][k]``.
 
@@ -110,8 +115,8 @@ class BackwardLensResult(Mapping[str, Readout]):
         readouts: The readouts by kind: ``result["W_out"]`` is ``result.readouts["W_out"]``.
         str_tokens: The tokens of the text, or a list of them for several.
         positions: The positions that were read, or a list of them.
-        target_ids: The tokens that ranks are of: one, or with axes for several prompts, rows and
-            targets.
+        target_ids: The tokens that ranks are of. If ranks have an axis of several targets, these;
+            else one, or one for each prompt, ``[batch]``, or for each row, ``[*batch, pos]``.
         target: The same as strings.
         loss: The loss that was differentiated, of every prompt; a target's is in nats.
         d_vocab: Size of the vocabulary.
@@ -176,14 +181,21 @@ class BackwardLensResult(Mapping[str, Readout]):
         if not isinstance(self.positions, list):
             raise ValueError("this result is of a single prompt")
         positions = self.positions[b]
-        per_prompt = self.target_ids.ndim > 0 and len(self.target_ids) == len(self.positions)
+        n = len(positions)
+        has_several = next(iter(self.values())).has_several_targets
+        axes = 0 if has_several else self.target_ids.ndim
+
+        def targets(each: Any) -> Any:
+            of_prompt = each[b] if axes else each
+            return of_prompt[:n] if axes == 2 else of_prompt
+
         return replace(
             self,
-            readouts={kind: r.example(b, len(positions)) for kind, r in self.items()},
+            readouts={kind: r.example(b, n) for kind, r in self.items()},
             str_tokens=self.str_tokens[b],
             positions=positions,
-            target_ids=self.target_ids[b] if per_prompt else self.target_ids,
-            target=self.target[b] if per_prompt else self.target,
+            target_ids=targets(self.target_ids),
+            target=targets(self.target),
             loss=self.loss[b],
         )
 
@@ -199,8 +211,7 @@ class BackwardLensResult(Mapping[str, Readout]):
         Raises:
             ValueError: When the lens was run with other targets.
         """
-        ranks = self[weight].target_ranks
-        several = ranks.ndim > self[weight].entropy.ndim
+        ranks, several = self[weight].target_ranks, self[weight].has_several_targets
         names = self.target if isinstance(self.target, list) else [self.target]
         ids = self.target_ids.reshape(-1).tolist()
         if target is None:
@@ -289,7 +300,7 @@ class BackwardLensResult(Mapping[str, Readout]):
                 "vjp_norm": float(readout.vjp_norms[i, j]),
                 "entropy": float(readout.entropy[i, j]),
             }
-            if readout.target_ranks.ndim == readout.entropy.ndim:
+            if not readout.has_several_targets:
                 rank = int(readout.target_ranks[i, j])
                 line["target_rank"] = None if rank < 0 else rank
             if readout.zero_mask[i, j]:

@@ -91,8 +91,7 @@ class Table:
         targets = self.result.target
         if not isinstance(targets, list):
             return [targets]
-        several = self.readout.target_ranks.ndim > self.readout.entropy.ndim
-        return targets if several else [targets[j]]
+        return targets if self.readout.has_several_targets else [targets[j]]
 
     def _cell(self, i: int, j: int, top: list[str], bottom: list[str]) -> Cell:
         readout = self.readout
