@@ -179,6 +179,15 @@ def test_ends_and_entropy_are_those_of_the_whole_vocabulary(d_vocab, k):
     assert torch.equal(read.target_ranks, ranks)
 
 
+def test_vocab_takes_strings(model):
+    lens = tlb.BackwardLogitLens(model)
+    one, other = map(model.to_single_token, (" Paris", " Rome"))
+    by_id = lens(PROMPT, TARGET, vocab=[one, other])["W_in"].vocab_values
+    assert torch.equal(lens(PROMPT, TARGET, vocab=[" Paris", other])["W_in"].vocab_values, by_id)
+    single = lens(PROMPT, TARGET, vocab=" Rome")["W_in"].vocab_values
+    assert torch.equal(single, by_id[..., 1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models(boot, kind, dtype):
     result = tlb.BackwardLogitLens(boot(kind, dtype))(PROMPT, TARGET, top_k=3)
@@ -189,9 +198,9 @@ def test_half_precision_models(boot, kind, dtype):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"top_k": 0}, r"top_k must be in \[1, "),
-        ({"top_k": 10**6}, r"top_k must be in \[1, "),
-        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"top_k": 0}, r"top_k must be an integer in \[1, "),
+        ({"top_k": 10**6}, r"top_k must be an integer in \[1, "),
+        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1"),
         ({"weights": ("W_in", "W_nope")}, "this model has W_E"),
         ({"weights": "W_U"}, "the lens reads W_Q, W_K, W_V, W_in, W_gate, W_O, W_out"),
         ({"vjps": "both"}, "vjps must be 'residual' or 'output'"),

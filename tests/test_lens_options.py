@@ -5,6 +5,7 @@ The reference is the model's own final norm and unembedding, sorted whole.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, MODELS
@@ -341,16 +342,23 @@ def test_a_loss_instead_of_a_target(lens, model):
     ("arguments", "message"),
     [
         ({"vocab": [1, 2], "top_k": 3}, "pass vocab, or top_k and bottom_k, not both"),
-        ({"vocab": [10**6]}, "vocab must hold token ids in"),
-        ({"vocab": []}, "vocab must hold token ids in"),
-        ({"bottom_k": 10**6}, "bottom_k must be in"),
+        ({"vocab": [10**6]}, "vocab holds token ids outside the vocabulary"),
+        ({"vocab": []}, "vocab must be one or several tokens"),
+        ({"vocab": torch.ones(1, 2, dtype=torch.long)}, "vocab must be one or several tokens"),
+        ({"bottom_k": 10**6}, r"bottom_k must be an integer in \[0, "),
+        ({"top_k": 1.5}, r"top_k must be an integer in \[1, .* got 1.5"),
+        ({"top_k": True}, "top_k must be an integer"),
+        ({"chunk_size": 1.5}, "chunk_size must be an integer"),
         ({"return_type": "odds"}, "return_type must be 'logits', 'log_probs' or 'probs'"),
         ({"direction": "ascent"}, "direction must be 'gradient' or 'descent'"),
         ({"residual": "stream"}, "residual must be 'accumulated', 'decomposed' or 'heads'"),
         ({"weights": ()}, "there is nothing to read"),
         ({"positions": 9}, "positions=9"),
         ({"layers": 7}, "layers=7"),
-        ({"targets": 10**6}, "targets"),
+        ({"layers": 1.5}, "layers=1.5: this model has layers 0 to"),
+        ({"targets": 10**6}, "targets holds token ids outside the vocabulary"),
+        ({"targets": torch.full((5,), 10**6)}, "targets holds token ids outside the vocabulary"),
+        ({"targets": torch.full((5,), -1)}, "targets holds token ids outside the vocabulary"),
         ({"targets": torch.zeros(4, dtype=torch.long)}, r"targets of shape \[4\]"),
         ({"batch_slice": 0}, "there is only one"),
         ({"cache": "itself"}, "pass either a prompt"),
@@ -361,6 +369,26 @@ def test_bad_input_names_the_argument(model, lens, arguments, message):
         arguments = {"cache": captured(model)}
     with pytest.raises(ValueError, match=message):
         lens(PROMPT, TARGET, **arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(5), torch.zeros(5, dtype=torch.bool), 1.5, [1.5], [True]]
+)
+@pytest.mark.parametrize("argument", ["targets", "vocab"])
+def test_tokens_that_are_no_ids(lens, argument, ids):
+    with pytest.raises(TypeError, match=f"{argument} must"):
+        lens(PROMPT, TARGET, **{argument: ids})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_integers_of_numpy(lens):
+    ids, one = np.array([4, 9]), np.int64(1)
+    plain = lens(PROMPT, 11, layers=1, targets=[4, 9], top_k=1)
+    numpy = lens(np.array(PROMPT), np.int64(11), layers=one, targets=ids, top_k=one)
+    assert torch.equal(numpy["W_out"].target_ranks, plain["W_out"].target_ranks)
+    assert torch.equal(numpy["W_out"].top_ids, plain["W_out"].top_ids)
+    assert lens(PROMPT, 11, layers=[one], targets=ids[0])["W_out"].layers == [1]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import Hooks, run_with_backward_cache
+from tl_backward.integers import is_integer
 from tl_backward.lens_result import (
     READ_BY_INPUT,
     READ_BY_VJP,
@@ -28,7 +29,7 @@ from tl_backward.readout import ReturnType, read_vocabulary
 from tl_backward.residual import SliceInput
 from tl_backward.rows import Positions, kept_positions, selected
 from tl_backward.sites import Model, unembed, weight_sites
-from tl_backward.tokens import Prompt, Target, decode_each, single_token_ids
+from tl_backward.tokens import Prompt, Target, decode_each, each_token_id
 from tl_backward.translators import Translator
 
 TOP_K = 10
@@ -86,7 +87,7 @@ class BackwardLogitLens:
         lens: Translator | None = None,
         apply_ln: bool = True,
         normalize: bool = False,
-        vocab: Sequence[int] | Int[Tensor, "v"] | None = None,
+        vocab: str | int | Sequence[str | int] | Int[Tensor, "v"] | None = None,
         targets: str | int | Sequence[Any] | Int[Tensor, "..."] | None = None,
         return_type: ReturnType = "log_probs",
         top_k: int | None = None,
@@ -127,7 +128,8 @@ class BackwardLogitLens:
                 and None for others.
             apply_ln: Whether to apply the model's final norm.
             normalize: Scale every vector to unit length first (the normalised logit lens, App H).
-            vocab: Tokens whose values to keep, in ``vocab_values``, instead of the ends.
+            vocab: Tokens whose values to keep, in ``vocab_values``, instead of the ends: strings or
+                ids.
             targets: Tokens whose ranks and values to keep: one, several for every row, or in a
                 tensor one for each row, aligned with the ``[batch, pos]`` that are read from the
                 right. Default: the (first) token of the target.
@@ -248,7 +250,7 @@ class BackwardLogitLens:
         lens: Translator | None = None,
         apply_ln: bool = True,
         normalize: bool = False,
-        vocab: Sequence[int] | Int[Tensor, "v"] | None = None,
+        vocab: str | int | Sequence[str | int] | Int[Tensor, "v"] | None = None,
         return_type: ReturnType = "log_probs",
         top_k: int | None = None,
         bottom_k: int | None = None,
@@ -345,7 +347,7 @@ class BackwardLogitLens:
         apply_ln: bool,
         normalize: bool,
         lens: Translator | None,
-        vocab: Sequence[int] | Int[Tensor, "v"] | None,
+        vocab: str | int | Sequence[str | int] | Int[Tensor, "v"] | None,
         return_type: ReturnType,
         top_k: int | None,
         bottom_k: int | None,
@@ -355,18 +357,19 @@ class BackwardLogitLens:
         d_vocab = int(self.model.cfg.d_vocab)
         if vocab is not None and (top_k is not None or bottom_k is not None):
             raise ValueError("pass vocab, or top_k and bottom_k, not both")
-        ids = torch.as_tensor([] if vocab is None else vocab, dtype=torch.long)
-        if vocab is not None and (
-            not len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab
-        ):
-            raise ValueError(f"vocab must hold token ids in [0, {d_vocab - 1}], got {vocab!r}")
+        ids = each_token_id(self.model, "vocab", [] if vocab is None else vocab)
+        if ids.ndim > 1 or (vocab is not None and not ids.numel()):
+            raise ValueError(f"vocab must be one or several tokens in one axis, got {vocab!r}")
+        ids = ids.reshape(-1)
         top = (TOP_K if vocab is None else 0) if top_k is None else top_k
         bottom = top if bottom_k is None else bottom_k
-        for name, k, least in (("top_k", top, top_k is not None), ("bottom_k", bottom, False)):
-            if not int(least) <= k <= d_vocab:
-                raise ValueError(f"{name} must be in [1, {d_vocab}], the vocabulary, got {k}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        for name, k, least in (("top_k", top, int(top_k is not None)), ("bottom_k", bottom, 0)):
+            if not is_integer(k) or not least <= k <= d_vocab:
+                raise ValueError(
+                    f"{name} must be an integer in [{least}, {d_vocab}], the vocabulary, got {k!r}"
+                )
+        if not is_integer(chunk_size) or chunk_size < 1:
+            raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
         if return_type not in VALUE_COLUMNS:
             raise ValueError(
                 f"return_type must be 'logits', 'log_probs' or 'probs', got {return_type!r}"
@@ -406,16 +409,11 @@ class BackwardLogitLens:
         """Those that are asked for, or else those of the prompts, for rows ``[*batch, pos]``."""
         if targets is None and of_prompts is not None:
             return _Targets(of_prompts, of_prompts[..., None, None], several=False)
+        ids = each_token_id(self.model, "targets", [] if targets is None else targets)
         if isinstance(targets, Tensor) and targets.ndim:
-            of_rows = _for_rows(targets.cpu(), rows)
+            of_rows = _for_rows(ids, rows)
             return _Targets(of_rows, of_rows.unsqueeze(-1), several=False)
-        targets = [] if targets is None else targets
-        if isinstance(targets, str | int | Tensor):
-            (one,) = single_token_ids(self.model, "targets", targets, None)
-            return _Targets(one, one.reshape(1), several=False)
-        ids = [single_token_ids(self.model, "targets", one, None) for one in targets]
-        every = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.long)
-        return _Targets(every, every, several=True)
+        return _Targets(ids, ids.reshape(-1), several=ids.ndim == 1)
 
     def _strings(self, ids: Any) -> Any:
         if isinstance(ids, int):

@@ -6,9 +6,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from tl_backward.integers import is_integer
 
 Prompt: TypeAlias = str | Tensor | Sequence[Any]
 Target: TypeAlias = str | int | Tensor | Sequence[Any]
@@ -70,7 +73,8 @@ def target_tokens(
     Warns:
         UserWarning: When a string of several tokens would be one token with a leading space.
     """
-    one_for_all = isinstance(target, str | int) or (isinstance(target, Tensor) and not target.ndim)
+    one_for_all = isinstance(target, str) or is_integer(target)
+    one_for_all = one_for_all or (isinstance(target, Tensor) and not target.ndim)
     if one_for_all or (n_prompts is None and _is_ids(target)):
         each = [target] * (n_prompts or 1)
     else:
@@ -106,6 +110,28 @@ def single_token_ids(
         if len(ids) != 1:
             raise ValueError(_not_one_token(model, argument, target, ids))
     return torch.tensor(every).squeeze(1)
+
+
+def each_token_id(model: Any, argument: str, tokens: Any) -> Int[Tensor, "..."]:
+    """The ids of tokens: a scalar for a string or an id, a vector for several, a tensor as it is.
+
+    Raises:
+        TypeError, ValueError: As :func:`single_token_ids`.
+    """
+    if isinstance(tokens, str) or is_integer(tokens):
+        return single_token_ids(model, argument, tokens, None)[0]
+    if isinstance(tokens, Tensor):
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"{argument} must hold integer token ids, got {tokens.dtype}")
+        ids = tokens.long().cpu()
+    elif _is_ids(tokens):
+        ids = torch.tensor([int(i) for i in tokens], dtype=torch.long)
+    else:
+        each = _as_list(tokens, argument)
+        return torch.cat([single_token_ids(model, argument, one, None) for one in each])
+    if ids.numel():
+        _require_in_vocabulary(model, ids.aminmax(), argument, "")
+    return ids
 
 
 def padded(
@@ -186,10 +212,10 @@ def _ids(model: Any, value: Any, argument: str, which: str) -> list[int]:
         ids = _encode(model, value)
     elif isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool:
         ids = value.flatten().tolist() if value.ndim < 2 or len(value) == 1 else None
-    elif isinstance(value, int) and not isinstance(value, bool):
-        ids = [value]
+    elif is_integer(value):
+        ids = [int(value)]
     else:
-        ids = list(value) if _is_ids(value) else None
+        ids = [int(i) for i in value] if _is_ids(value) else None
     if ids is None:
         raise TypeError(f"{argument} must be a string or token ids{which}, got {value!r}")
     if not ids:
@@ -198,7 +224,7 @@ def _ids(model: Any, value: Any, argument: str, which: str) -> list[int]:
     return ids
 
 
-def _require_in_vocabulary(model: Any, ids: list[int], argument: str, which: str) -> None:
+def _require_in_vocabulary(model: Any, ids: Sequence[Any], argument: str, which: str) -> None:
     if min(ids) < 0 or max(ids) >= model.cfg.d_vocab:
         raise ValueError(
             f"{argument} holds token ids outside the vocabulary{which}: "
@@ -210,9 +236,7 @@ def _is_ids(value: Any) -> bool:
     """Whether this is a vector or a plain sequence of integers."""
     if isinstance(value, Tensor):
         return value.ndim < 2 and not value.is_floating_point()
-    return isinstance(value, Sequence) and all(
-        isinstance(i, int) and not isinstance(i, bool) for i in value
-    )
+    return isinstance(value, Sequence | np.ndarray) and all(map(is_integer, value))
 
 
 def _as_list(value: Any, argument: str) -> list[Any]:

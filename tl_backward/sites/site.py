@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_backward.integers import is_integer
+
 Model: TypeAlias = Any
 """A TransformerLens model, of any of the classes that this package has a file for."""
 
@@ -157,7 +159,8 @@ def _kinds(
     sites: Sequence[WeightSite], obstacles: Sequence[Obstacle], weights: str | Iterable[str] | None
 ) -> list[str]:
     available = list(dict.fromkeys(site.kind for site in sites))
-    kinds = available if weights is None else _as_list(weights, str)
+    asked_for = [weights] if isinstance(weights, str) else weights
+    kinds = available if asked_for is None else list(asked_for)
     known = {*available, *(obstacle.kind for obstacle in obstacles)}
     if not kinds or not known.issuperset(kinds):
         raise ValueError(f"weights={weights!r}: this model has {', '.join(available)}")
@@ -167,18 +170,10 @@ def _kinds(
 def _layers(n_layers: int, layers: int | Iterable[int] | None) -> set[int] | None:
     if layers is None:
         return None
-    indices = _as_list(layers, int)
-    valid = [
-        isinstance(i, int) and not isinstance(i, bool) and -n_layers <= i < n_layers
-        for i in indices
-    ]
-    if not indices or not all(valid):
+    indices = list(layers) if isinstance(layers, Iterable) else [layers]
+    if not indices or not all(is_integer(i) and -n_layers <= i < n_layers for i in indices):
         raise ValueError(
             f"layers={layers!r}: this model has layers 0 to {n_layers - 1} "
             f"(or -{n_layers} to -1, counted from the last)"
         )
-    return {i % n_layers for i in indices}
-
-
-def _as_list(value: Any, single: type) -> list[Any]:
-    return [value] if isinstance(value, single) else list(value)
+    return {int(i) % n_layers for i in indices}
