@@ -1,11 +1,18 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROMPT, TARGET
+from conftest import PROMPT, TARGET, TEXTS
 from families import make
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 import tl_backward as tlb
 from tl_backward.readout import read_vocabulary
@@ -104,6 +111,43 @@ def test_rank_trajectory(result):
         result.rank_trajectory(" Rome")
     with pytest.raises(KeyError, match="'W_gate' was not read; there is W_in, W_out"):
         result.rank_trajectory(weight="W_gate")
+    with pytest.raises(ValueError, match="without a target; pass it targets="):
+        replace(result, target_ids=result.target_ids[None][:0]).rank_trajectory()
+
+
+def test_rank_trajectory_takes_the_first_weight_where_w_out_was_not_read(model):
+    result = tlb.BackwardLogitLens(model)(PROMPT, TARGET, weights=("W_Q", "W_in"))
+    assert torch.equal(result.rank_trajectory(), result["W_Q"].target_ranks)
+
+
+def test_rank_trajectory_takes_the_strings_that_the_lens_was_given(model):
+    lens, prompts = tlb.BackwardLogitLens(model), [PROMPT, "The Eiffel Tower"]
+    for target in (TARGET, [TARGET, " Paris Rome"]):  # of several tokens, the first one is ranked
+        result = lens(prompts, target)
+        assert torch.equal(result.rank_trajectory(TARGET), result["W_out"].target_ranks)
+    several = lens(PROMPT, TARGET, targets=[" Rome", model.to_single_token(TARGET)])
+    for i, name in enumerate((" Rome", TARGET)):
+        expected = several["W_out"].target_ranks[..., i]
+        assert torch.equal(several.rank_trajectory(name), expected)
+    whole = lens(PROMPT, " Paris Rome")
+    assert torch.equal(whole.rank_trajectory(" Paris Rome"), whole["W_out"].target_ranks)
+    two = lens(prompts, [TARGET, " Rome"])
+    with pytest.raises(ValueError, match=r"run with \[' Paris', ' Rome'\]"):
+        two.rank_trajectory(TARGET)
+    assert torch.equal(two.example(1).rank_trajectory(" Rome"), two["W_out"].target_ranks[:, 1, :4])
+
+
+def test_rank_trajectory_where_the_tokenizer_strips_spaces(tmp_path):
+    words = Tokenizer(BPE())
+    words.pre_tokenizer, words.decoder = Metaspace(), MetaspaceDecoder()
+    words.train_from_iterator(TEXTS, BpeTrainer(special_tokens=["<s>"], show_progress=False))
+    special = {f"{role}_token": "<s>" for role in ("bos", "eos", "pad")}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+    model = make("llama", PreTrainedTokenizerFast.from_pretrained(tmp_path))
+    result = tlb.BackwardLogitLens(model)(PROMPT, TARGET)
+    assert result.target == "Paris"
+    for name in (TARGET, "Paris"):
+        assert torch.equal(result.rank_trajectory(name), result["W_out"].target_ranks)
 
 
 def test_dataframe_is_tidy(result):

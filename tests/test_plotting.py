@@ -59,6 +59,7 @@ def result_of(*readouts: Readout) -> BackwardLensResult:
         positions=torch.tensor(POSITIONS),
         target_ids=torch.tensor(3),
         target=" <b>",
+        target_names={" <b>": 3},
         loss=torch.tensor(4.0),
         d_vocab=D_VOCAB,
         normalize=False,

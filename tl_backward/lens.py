@@ -232,7 +232,12 @@ class BackwardLogitLens:
             str_tokens=texts.whole(texts.str_tokens),
             positions=texts.whole(texts.positions),
             target_ids=wanted.shown,
-            target=self._strings(wanted.shown.tolist()),
+            target=self._strings(wanted.shown),
+            target_names=(
+                self._target_names(texts.target_ids[:, :1], target)
+                if targets is None
+                else self._target_names(wanted.shown, targets)
+            ),
             loss=texts.loss.cpu(),
             d_vocab=int(self.model.cfg.d_vocab),
             normalize=normalize,
@@ -415,10 +420,23 @@ class BackwardLogitLens:
             return _Targets(of_rows, of_rows.unsqueeze(-1), several=False)
         return _Targets(ids, ids.reshape(-1), several=ids.ndim == 1)
 
-    def _strings(self, ids: Any) -> Any:
-        if isinstance(ids, int):
-            return decode_each(self.model, [ids])[0]
-        return [self._strings(inner) for inner in ids]
+    def _target_names(self, ids: Int[Tensor, "..."], given: Any) -> dict[str, int]:
+        """Token ids by the strings that they were given as, if they were, and by their own."""
+        flat = ids.flatten().tolist()
+        unique = sorted(set(flat))
+        given = [given] * len(flat) if isinstance(given, str) else given
+        pairs = zip(given, flat, strict=False) if isinstance(given, Sequence) else ()
+        own = dict(zip(decode_each(self.model, unique), unique, strict=True))
+        return own | {name: token for name, token in pairs if isinstance(name, str)}
+
+    def _strings(self, ids: Int[Tensor, "..."]) -> Any:
+        unique = ids.unique().tolist()
+        decoded = dict(zip(unique, decode_each(self.model, unique), strict=True))
+
+        def named(ids: Any) -> Any:
+            return decoded[ids] if isinstance(ids, int) else [named(inner) for inner in ids]
+
+        return named(ids.tolist())
 
     def _read(
         self,
@@ -515,8 +533,9 @@ class _Texts:
         n_rows = max(map(len, self._kept))
         self.shape = [n_rows] if self._single else [len(self._kept), n_rows]
         self.loss = self.whole(cache.loss.reshape(-1)[self._chosen])
-        ids = cache.target_ids.reshape(len(every), -1)
-        self.first_targets = self.whole(ids[self._chosen, 0]) if ids.shape[1] else None
+        self.target_ids = cache.target_ids.reshape(len(every), -1)
+        has_targets = self.target_ids.shape[1] > 0
+        self.first_targets = self.whole(self.target_ids[self._chosen, 0]) if has_targets else None
 
     def whole(self, each: Any) -> Any:
         """What there is for each prompt, or that of the only one."""

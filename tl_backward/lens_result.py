@@ -104,6 +104,11 @@ class Readout:
         return [self._strings(inner) for inner in ids]
 
 
+def default_kind(result: Mapping[str, Readout]) -> str:
+    """What is shown of a result when nothing else is asked for: W_out, or else the first."""
+    return "W_out" if "W_out" in result else next(iter(result))
+
+
 @dataclass(frozen=True, eq=False)
 class BackwardLensResult(Mapping[str, Readout]):
     """What the lens saw: a :class:`Readout` for each kind of weight.
@@ -118,6 +123,7 @@ class BackwardLensResult(Mapping[str, Readout]):
         target_ids: The tokens that ranks are of. If ranks have an axis of several targets, these;
             else one, or one for each prompt, ``[batch]``, or for each row, ``[*batch, pos]``.
         target: The same as strings.
+        target_names: Their ids by the strings that ask for them: as they were given, and decoded.
         loss: The loss that was differentiated, of every prompt; a target's is in nats.
         d_vocab: Size of the vocabulary.
         normalize: Whether vectors were scaled to unit length before they were read.
@@ -131,6 +137,7 @@ class BackwardLensResult(Mapping[str, Readout]):
     positions: Int[Tensor, "pos"] | list[Int[Tensor, "_"]]
     target_ids: Int[Tensor, "..."]
     target: Any
+    target_names: dict[str, int]
     loss: Float[Tensor, "*batch"]
     d_vocab: int
     normalize: bool
@@ -200,31 +207,32 @@ class BackwardLensResult(Mapping[str, Readout]):
         )
 
     def rank_trajectory(
-        self, target: str | int | None = None, weight: str = "W_out"
+        self, target: str | int | None = None, weight: str | None = None
     ) -> Int[Tensor, "entry *batch_and_pos"]:
         """Rank of a target in one weight's readout, layer by layer.
 
         Args:
-            target: Which one, as a string or an id, if the lens was run with several.
-            weight: The kind of weight, or of what else was read.
+            target: Which one, as a string or an id, if the lens was run with several. The string is
+                that which the lens was given (of a target of several tokens, for its first one),
+                or the token's own.
+            weight: The kind of weight, or of what else was read. Default: W_out, or else the first.
 
         Raises:
-            ValueError: When the lens was run with other targets.
+            KeyError: When the weight was not read.
+            ValueError: When the lens was run with other targets, or without any.
         """
-        ranks, several = self[weight].target_ranks, self[weight].has_several_targets
-        names = self.target if isinstance(self.target, list) else [self.target]
+        readout = self[weight or default_kind(self)]
         ids = self.target_ids.reshape(-1).tolist()
-        if target is None:
-            if several and ranks.shape[-1] > 1:
-                raise ValueError(f"pass target=, one of {names}")
-            return ranks[..., 0] if several else ranks
-        if several:
-            found = names.index(target) if target in names else None
-            found = ids.index(target) if found is None and target in ids else found
-            if found is not None:
-                return ranks[..., found]
-        elif target in (self.target, ids[0] if len(set(ids)) == 1 else None):
-            return ranks
+        token = self.target_names.get(target) if isinstance(target, str) else target
+        if not ids:
+            raise ValueError("the lens was run without a target; pass it targets=")
+        if readout.has_several_targets:
+            if target is None and len(ids) > 1:
+                raise ValueError(f"pass target=, one of {self.target}")
+            if target is None or token in ids:
+                return readout.target_ranks[..., 0 if target is None else ids.index(token)]
+        elif target is None or set(ids) == {token}:
+            return readout.target_ranks
         raise ValueError(f"target={target!r}: the lens was run with {self.target!r}")
 
     def to_dataframe(self) -> pd.DataFrame:

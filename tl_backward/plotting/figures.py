@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_backward.lens_result import VALUE_COLUMNS, BackwardLensResult, FigureKind
+from tl_backward.lens_result import VALUE_COLUMNS, BackwardLensResult, FigureKind, default_kind
 from tl_backward.plotting.table import Cell, Table
 from tl_backward.plotting.tokens import visible
 
@@ -28,8 +28,7 @@ def lens_figure(result: BackwardLensResult, kind: FigureKind, weight: str | None
         import plotly.graph_objects  # noqa: F401
     except ImportError as error:
         raise ImportError("figures need plotly: pip install 'tl-backward[plot]'") from error
-    if weight is None:
-        weight = "W_out" if "W_out" in result else next(iter(result))
+    weight = weight or default_kind(result)
     if kind == "table":
         return _tables([Table(result, weight)])
     if kind == "ranks":
