@@ -256,6 +256,40 @@ def test_positions_and_layers_of_a_cache(lens, model):
     assert part.to_dataframe().position.unique().tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("residual", ["accumulated", "decomposed", "heads"])
+def test_layers_of_the_residual_stream(lens, model, residual):
+    """The same entries as without layers, of a run and of a cache."""
+    labels = {
+        "accumulated": ["1_pre", "1_mid", "final_post"],
+        "decomposed": ["unembed", "1_attn_out", "1_mlp_out"],
+        "heads": [f"L1H{h}" for h in range(model.cfg.n_heads)],
+        "forward": ["1_pre", "final_post"],
+    }
+    options = {"residual": residual, "incl_mid": residual == "accumulated", "forward": True}
+    cache = captured(model, per_head=True)
+    whole = lens(cache=cache, **options)
+    for part in (lens(PROMPT, TARGET, layers=1, **options), lens(cache=cache, layers=1, **options)):
+        for kind in (residual, "forward"):
+            assert part[kind].labels == labels[kind]
+            entries = [whole[kind].labels.index(label) for label in labels[kind]]
+            assert torch.equal(part[kind].top_ids, whole[kind].top_ids[entries])
+        assert part["W_out"].layers == [1]
+
+
+def test_layers_that_a_cache_lacks(lens, model):
+    last = model.cfg.n_layers - 1
+    cache = captured(model, layers=[last - 1, last])
+    assert lens(cache=cache)["W_out"].layers == [last - 1, last]
+    accumulated = lens(cache=cache, layers=last, residual="accumulated")["accumulated"]
+    assert accumulated.labels == [f"{last}_pre", "final_post"]
+    cache = captured(model, layers=last)
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.W_in is not in the cache"):
+        lens(cache=cache, layers=[0, last])
+    for options in ({"forward": True}, {"residual": "accumulated"}, {"residual": "decomposed"}):
+        with pytest.raises(ValueError, match=f"blocks.{last}.hook_resid_pre was not captured"):
+            lens(cache=cache, layers=last, weights=(), **options)
+
+
 # ----- several prompts -----
 
 

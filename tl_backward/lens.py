@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from tl_backward.objectives import Loss
 from tl_backward.readout import ReturnType, read_vocabulary
 from tl_backward.residual import SliceInput
 from tl_backward.rows import Positions, kept_positions, selected
-from tl_backward.sites import Model, unembed, weight_sites
+from tl_backward.sites import Model, layer_numbers, unembed, weight_sites
 from tl_backward.tokens import Prompt, Target, decode_each, each_token_id
 from tl_backward.translators import Translator
 
@@ -115,7 +115,10 @@ class BackwardLogitLens:
             incl_mid: Whether the accumulated ones include the middle of blocks.
             forward: Read the residual stream of the forward pass of the same run, too: the logit
                 lens beside its mirror image, in ``result["forward"]``.
-            layers: Layers to read; negative ones count from the last. Default: all.
+            layers: Layers to read; negative ones count from the last. Of the residual stream these
+                are the entries such as ``3_pre``, ``3_attn_out`` or ``L3H0``, and those of no layer
+                (``final_post``, ``unembed``) stay; the whole backward pass is run for it. Default:
+                all, of a cache all that it has.
             positions: Positions to read: an index, a slice or a list (a tuple is a slice). Of a
                 cache, of the positions that it has. Default: all.
             batch_slice: Prompts of a batch to read, in the same way; an index drops the axis.
@@ -172,17 +175,19 @@ class BackwardLogitLens:
             raise ValueError("weights is empty and residual None: there is nothing to read")
         if isinstance(prompt, BackwardCache):
             raise TypeError("prompt is a BackwardCache; pass it as cache=")
+        numbers = layer_numbers(self.model.cfg.n_layers, layers)
         cut: Positions = positions
         if cache is None:
             if prompt is None:
                 raise ValueError("pass a prompt and a target, or a cache")
+            below = residual is not None or forward  # the stream before the first layer
             _, cache = run_with_backward_cache(
                 self.model,
                 prompt,
                 target,
                 loss_fn=loss_fn,
                 weights=weights or "W_out",
-                layers=layers,
+                layers=None if below else layers,
                 positions=positions,
                 per_head=residual == "heads",
                 prepend_bos=prepend_bos,
@@ -222,10 +227,10 @@ class BackwardLogitLens:
             norms = [texts.rows(cache[name].vjps).norm(dim=-1).cpu() for name in names]
             readouts[kind] = replace(readout, vjp_norms=torch.stack(norms))
         if residual is not None:
-            parts = _parts_of_residual(cache, residual, incl_mid)
+            parts = _parts_of_residual(cache, residual, incl_mid, numbers)
             readouts[residual] = read(residual, [*parts], [*parts.values()])
         if forward:
-            parts = cache.residual.forward_stream()
+            parts = cache.residual.forward_stream(numbers)
             readouts["forward"] = read("forward", [*parts], [*parts.values()])
         return BackwardLensResult(
             readouts=readouts,
@@ -401,11 +406,12 @@ class BackwardLogitLens:
     def _names(
         self, cache: BackwardCache, kind: str, layers: int | Iterable[int] | None
     ) -> list[str]:
-        """The captured sites of one kind; of a cache, in the layers that are asked for."""
+        """The sites of one kind in the layers that are asked for; by default those in the cache."""
         wanted = [site.name for site in weight_sites(self.model, kind, layers)]
         names = [name for name in wanted if name in cache]
-        if not names:
-            raise ValueError(f"weights={kind!r} is not in the cache, in layers={layers!r}")
+        if not names or (layers is not None and names != wanted):
+            missing = next(name for name in wanted if name not in cache)
+            raise ValueError(f"weights={kind!r}, layers={layers!r}: {missing} is not in the cache")
         return names
 
     def _targets(
@@ -578,12 +584,17 @@ def _residual_side(
     return cache.residual_vjps(name) if vjps == "residual" else cache[name].vjps
 
 
-def _parts_of_residual(cache: BackwardCache, which: str, incl_mid: bool) -> dict[str, Tensor]:
+def _parts_of_residual(
+    cache: BackwardCache, which: str, incl_mid: bool, layers: Collection[int] | None
+) -> dict[str, Tensor]:
+    residual = cache.residual
     if which == "accumulated":
-        return cache.residual.accumulated(None, incl_mid, mlp_input=False)
+        return residual.accumulated(None, incl_mid, mlp_input=False, layers=layers)
     if which == "decomposed":
-        return cache.residual.decomposed(None, mlp_input=False, mode="all", incl_embeds=True)
-    return cache.residual.by_head(None, incl_remainder=False)
+        return residual.decomposed(
+            None, mlp_input=False, mode="all", incl_embeds=True, layers=layers
+        )
+    return residual.by_head(None, incl_remainder=False, layers=layers)
 
 
 def _layer_of(label: str) -> int | None:

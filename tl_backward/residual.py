@@ -7,6 +7,7 @@ functions mirror ``ActivationCache``, with its labels.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -60,33 +61,48 @@ class Residual:
         seen = (of(self.vjps), of(self.activations), of(self.attention), of(self.heads))
         return Residual(self.n_layers, self.n_heads, None, *seen)
 
-    def accumulated(self, layer: int | None, incl_mid: bool, mlp_input: bool) -> dict[str, Tensor]:
-        """The VJPs at the points of ``accumulated_resid``, by label."""
+    def accumulated(
+        self,
+        layer: int | None,
+        incl_mid: bool,
+        mlp_input: bool,
+        layers: Collection[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """The VJPs at the points of ``accumulated_resid``, by label; if wanted, in some layers."""
         layer = self._layer(layer, default=self.n_layers)
         points = {}
-        for block in range(layer + 1):
+        for block in self._wanted(range(layer + 1), layers):
             points[f"{block}_pre" if block < self.n_layers else "final_post"] = self._before(block)
             if (incl_mid and block < layer) or (mlp_input and block == layer):
                 points[f"{block}_mid"] = self._at(f"blocks.{block}.hook_resid_mid")
         return points
 
-    def forward_stream(self) -> dict[str, Tensor]:
-        """The activations at the points of ``accumulated_resid`` that were captured, by label."""
+    def forward_stream(self, layers: Collection[int] | None = None) -> dict[str, Tensor]:
+        """The activations at the points of ``accumulated_resid`` in some layers, by label.
+
+        Default: those that were captured.
+        """
         points = {}
-        for block in range(self.n_layers + 1):
+        for block in self._wanted(range(self.n_layers + 1), layers):
             name = self._name_before(block)
-            if name in self.activations:
+            if layers is not None or name in self.activations:
+                self._require(name)
                 label = f"{block}_pre" if block < self.n_layers else "final_post"
                 points[label] = self.activations[name]
         return points
 
     def decomposed(
-        self, layer: int | None, mlp_input: bool, mode: str, incl_embeds: bool
+        self,
+        layer: int | None,
+        mlp_input: bool,
+        mode: str,
+        incl_embeds: bool,
+        layers: Collection[int] | None = None,
     ) -> dict[str, Tensor]:
         """What the unembedding, attention and MLPs add to the VJP before ``layer``, by label."""
         layer = self._layer(layer, default=0)
         parts = {"unembed": self._before(self.n_layers)} if incl_embeds else {}
-        for block in range(layer, self.n_layers):
+        for block in self._wanted(range(layer, self.n_layers), layers):
             attention, mlp = self._of_block(block)
             if mode != "mlp" and not (mlp_input and block == layer):
                 parts[f"{block}_attn_out"] = attention
@@ -94,19 +110,20 @@ class Residual:
                 parts[f"{block}_mlp_out"] = mlp
         return parts
 
-    def by_head(self, layer: int | None, incl_remainder: bool) -> dict[str, Tensor]:
+    def by_head(
+        self, layer: int | None, incl_remainder: bool, layers: Collection[int] | None = None
+    ) -> dict[str, Tensor]:
         """What each attention head from ``layer`` on adds to the VJP before it, by label."""
         layer = self._layer(layer, default=0)
-        missing = [block for block in range(layer, self.n_layers) if block not in self.heads]
+        blocks = self._wanted(range(layer, self.n_layers), layers)
+        missing = [block for block in blocks if block not in self.heads]
         if missing:
             raise ValueError(
                 f"the heads of layer {missing[0]} were not captured; run with per_head=True, and "
                 "with all layers (a layer without attention, or without a site of W_O, has none)"
             )
         parts = {
-            f"L{block}H{h}": head
-            for block in range(layer, self.n_layers)
-            for h, head in enumerate(self.heads[block])
+            f"L{block}H{h}": head for block in blocks for h, head in enumerate(self.heads[block])
         }
         if incl_remainder:
             whole = self._before(layer)
@@ -136,13 +153,20 @@ class Residual:
         return last if block == self.n_layers else f"blocks.{block}.hook_resid_pre"
 
     def _at(self, name: str) -> Tensor:
+        self._require(name)
+        return self.vjps[name]
+
+    def _require(self, name: str) -> None:
         if name not in self.vjps:
             raise ValueError(
                 f"the VJP at {name} was not captured; run with all layers (the capture stops at "
                 "the first that is asked for; parallel blocks have no middle, and of blocks that "
                 "run several times nothing is kept)"
             )
-        return self.vjps[name]
+
+    def _wanted(self, blocks: range, layers: Collection[int] | None) -> list[int]:
+        """The blocks in the layers that are asked for, and the end of the stream."""
+        return [b for b in blocks if layers is None or b in layers or b == self.n_layers]
 
     def _layer(self, layer: int | None, default: int) -> int:
         if layer is None or layer == -1:

@@ -24,6 +24,7 @@ from tl_backward.sites.site import (
     Tap,
     WeightSite,
     final_norm,
+    layer_numbers,
     select_sites,
     with_ties,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "attention_outputs",
     "coverage",
     "final_norm",
+    "layer_numbers",
     "left_padding_obstacle",
     "remove_hook_points",
     "require_eval_mode",

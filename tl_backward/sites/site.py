@@ -143,7 +143,7 @@ def select_sites(
 ) -> list[WeightSite]:
     """The sites of the given kinds and layers, in the order of the model."""
     kinds = _kinds(sites, obstacles, weights)
-    wanted = _layers(n_layers, layers)
+    wanted = layer_numbers(n_layers, layers)
     selected = [s for s in sites if s.kind in kinds and (wanted is None or s.layer in wanted)]
     in_the_way = [o for o in obstacles if o.kind in kinds and (wanted is None or o.layer in wanted)]
     asked_for = weights is not None and (wanted is not None or not selected)
@@ -167,7 +167,12 @@ def _kinds(
     return kinds
 
 
-def _layers(n_layers: int, layers: int | Iterable[int] | None) -> set[int] | None:
+def layer_numbers(n_layers: int, layers: int | Iterable[int] | None) -> set[int] | None:
+    """The layers that are asked for, counted from the first; None for all.
+
+    Raises:
+        ValueError: When there is no such layer.
+    """
     if layers is None:
         return None
     indices = list(layers) if isinstance(layers, Iterable) else [layers]
