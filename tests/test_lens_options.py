@@ -5,6 +5,8 @@ The reference is the model's own final norm and unembedding, sorted whole.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -436,9 +438,34 @@ def test_a_cache_in_the_place_of_a_prompt_and_another_kind_of_cache(model, lens)
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_cache_of_another_model(models, cls):
-    cache = captured(models(f"{cls}-llama"))
-    with pytest.raises(ValueError, match="cache is of another model"):
-        tlb.BackwardLogitLens(models(f"{cls}-gpt2"))(cache=cache)
+    cache, lens = captured(models(f"{cls}-llama")), tlb.BackwardLogitLens(models(f"{cls}-gpt2"))
+    require_refused(lens, cache, r"cache is of another model: its blocks\.0")
+
+
+def test_a_cache_of_a_model_whose_weights_have_the_same_shapes(lens, model):
+    cache = captured(model)
+    deeper = replace(cache, residual=replace(cache.residual, n_layers=9))
+    require_refused(lens, deeper, "cache is of another model: it has 9 layers")
+    for name in ("tokens", "target_ids"):
+        wider = replace(cache, **{name: torch.full_like(getattr(cache, name), 10**6)})
+        require_refused(lens, wider, "cache is of another model: it holds the token id 1000000")
+
+
+@pytest.mark.skipif("bridge" not in CLASSES, reason="only a bridge changes the weights it has")
+def test_a_cache_of_weights_before_their_processing(models):
+    cache = captured(models("bridge-gpt2"))
+    lens = tlb.BackwardLogitLens(models("bridge-gpt2-compatibility"))
+    require_refused(lens, cache, r"they were raw, and those .* are fold_ln")
+
+
+def require_refused(lens, cache, message):
+    for read in (
+        lambda: lens(cache=cache),
+        lambda: lens.singular_vectors(cache, "W_out", 0),
+        lambda: lens.neurons(cache, "W_out", 0, [1]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read()
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -28,7 +28,7 @@ from tl_backward.objectives import Loss
 from tl_backward.readout import ReturnType, read_vocabulary
 from tl_backward.residual import SliceInput
 from tl_backward.rows import Positions, kept_positions, selected
-from tl_backward.sites import Model, layer_numbers, unembed, weight_sites
+from tl_backward.sites import Model, layer_numbers, unembed, weight_sites, weights_processing
 from tl_backward.tokens import Prompt, Target, decode_each, each_token_id
 from tl_backward.translators import Translator
 
@@ -315,7 +315,12 @@ class BackwardLogitLens:
             layer: Its layer.
             k: How many.
             options: As in :meth:`read`.
+
+        Raises:
+            ValueError: When there are fewer, and as :meth:`__call__`.
+            KeyError: When the weight was not captured.
         """
+        self._require_same_model(cache)
         (site,) = weight_sites(self.model, weight, layer)
         U, S, Vh = cache[site.name].svd()
         if not 1 <= k <= len(S):
@@ -339,8 +344,10 @@ class BackwardLogitLens:
             options: As in :meth:`read`.
 
         Raises:
-            ValueError: When a neuron does not exist, and as :meth:`read`.
+            ValueError: When a neuron does not exist, and as :meth:`__call__`.
+            KeyError: When the weight was not captured.
         """
+        self._require_same_model(cache)
         (site,) = weight_sites(self.model, weight, layer)
         g = cache[site.name]
         g = g if weight in READ_BY_INPUT else g.T
@@ -396,12 +403,25 @@ class BackwardLogitLens:
                 "cache must be a BackwardCache, as run_with_backward_cache returns it, got "
                 f"{type(cache).__name__}"
             )
+        cfg, layers = self.model.cfg, cache.residual.n_layers
+        tokens = cache.tokens if isinstance(cache.tokens, list) else [cache.tokens]
+        last = int(torch.cat([*tokens, cache.target_ids.flatten()]).max())
         sites = {site.name: site for site in weight_sites(self.model)}
-        for name, g in cache.items():
-            if name not in sites or g.shape != (sites[name].d_in, sites[name].d_out):
-                raise ValueError(
-                    f"cache is of another model: its {name} is {g.shape}, which this one has not"
-                )
+        differences = [
+            f"its {name} is {g.shape}"
+            for name, g in cache.items()
+            if name not in sites or g.shape != (sites[name].d_in, sites[name].d_out)
+        ]
+        differences += [f"it has {layers} layers"] * (layers != cfg.n_layers)
+        differences += [f"it holds the token id {last}"] * (last >= cfg.d_vocab)
+        if differences:
+            raise ValueError(f"cache is of another model: {differences[0]}, which this one has not")
+        processing = weights_processing(self.model)
+        if cache.weights_processing != processing:
+            raise ValueError(
+                f"cache is of other weights: they were {cache.weights_processing}, and those of "
+                f"the model are {processing}; capture it again"
+            )
 
     def _names(
         self, cache: BackwardCache, kind: str, layers: int | Iterable[int] | None
