@@ -397,14 +397,30 @@ def test_a_loss_instead_of_a_target(lens, model):
         ({"targets": torch.full((5,), -1)}, "targets holds token ids outside the vocabulary"),
         ({"targets": torch.zeros(4, dtype=torch.long)}, r"targets of shape \[4\]"),
         ({"batch_slice": 0}, "there is only one"),
-        ({"cache": "itself"}, "pass either a prompt"),
+        ({"incl_mid": True}, "incl_mid=True is for residual='accumulated'"),
+        ({"incl_mid": True, "forward": True}, "incl_mid=True is for residual='accumulated'"),
     ],
 )
-def test_bad_input_names_the_argument(model, lens, arguments, message):
-    if "cache" in arguments:
-        arguments = {"cache": captured(model)}
+def test_bad_input_names_the_argument(lens, arguments, message):
     with pytest.raises(ValueError, match=message):
         lens(PROMPT, TARGET, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("prompt", PROMPT),
+        ("target", TARGET),
+        ("loss_fn", tlb.logit_diff(4, 9)),
+        ("prepend_bos", False),
+        ("padding_side", "left"),
+        ("fwd_hooks", [("hook_embed", lambda x, hook: x)]),
+        ("bwd_hooks", [("hook_embed", lambda x, hook: x)]),
+    ],
+)
+def test_what_a_run_needs_is_refused_beside_a_cache(lens, model, argument, value):
+    with pytest.raises(ValueError, match=rf"pass either a prompt or a cache; .* {argument}$"):
+        lens(cache=captured(model), **{argument: value})
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -112,7 +112,8 @@ class BackwardLogitLens:
             weights: Kinds of weights to read.
             residual: Read VJPs of the residual stream, too: ``"accumulated"``, ``"decomposed"`` or
                 what every head adds, ``"heads"``; ``result["accumulated"]`` and so on.
-            incl_mid: Whether the accumulated ones include the middle of blocks.
+            incl_mid: Whether the accumulated ones include the middle of blocks. The forward stream
+                is kept without it.
             forward: Read the residual stream of the forward pass of the same run, too: the logit
                 lens beside its mirror image, in ``result["forward"]``.
             layers: Layers to read; negative ones count from the last. Of the residual stream these
@@ -150,8 +151,8 @@ class BackwardLogitLens:
 
         Raises:
             ValueError: When an argument is out of range, when ``vocab`` and ``top_k`` are both
-                given, or both a prompt and a cache, when the cache is of another model, and as
-                :func:`run_with_backward_cache` does.
+                given, or both a cache and what a run needs, when the cache is of another model or
+                lacks what is asked for, and as :func:`run_with_backward_cache` does.
             TypeError: When prompt or cache are something else.
             NotImplementedError: For blocks that run several times in one forward pass.
         """
@@ -170,6 +171,11 @@ class BackwardLogitLens:
         if residual not in (None, "accumulated", "decomposed", "heads"):
             raise ValueError(
                 f"residual must be 'accumulated', 'decomposed' or 'heads', got {residual!r}"
+            )
+        if incl_mid and residual != "accumulated":
+            raise ValueError(
+                "incl_mid=True is for residual='accumulated'; the middle of the forward stream is "
+                "not kept"
             )
         if not weights and residual is None and not forward:
             raise ValueError("weights is empty and residual None: there is nothing to read")
@@ -196,9 +202,22 @@ class BackwardLogitLens:
                 bwd_hooks=bwd_hooks,
             )
             cut = None
-        elif prompt is not None or target is not None or loss_fn is not None:
-            raise ValueError("pass either a prompt with a target or a loss_fn, or a cache")
         else:
+            of_a_run = {
+                "prompt": prompt,
+                "target": target,
+                "loss_fn": loss_fn,
+                "prepend_bos": prepend_bos,
+                "padding_side": padding_side,
+                "fwd_hooks": fwd_hooks or None,
+                "bwd_hooks": bwd_hooks or None,
+            }
+            useless = [name for name, value in of_a_run.items() if value is not None]
+            if useless:
+                raise ValueError(
+                    "pass either a prompt or a cache; the run of a cache is over, so leave out "
+                    f"{', '.join(useless)}"
+                )
             self._require_same_model(cache)
         texts = _Texts(cache, batch_slice, cut)
         wanted = self._targets(targets, texts.shape, texts.first_targets)
