@@ -172,6 +172,18 @@ def test_vocab_keeps_the_values_of_chosen_tokens(model, lens):
     assert readout.top_ids.shape[-1] == readout.bottom_ids.shape[-1] == 0
 
 
+def test_vocab_in_the_data_frame(lens):
+    result = lens(PROMPT, TARGET, vocab=[9, 2, 30])
+    frame = result.to_dataframe()
+    cell = frame.query("weight == 'W_out' and layer == 0 and position == 3")
+    assert cell.end.tolist() == ["vocab"] * 3 and cell.k.tolist() == [0, 1, 2]
+    assert cell.token_id.tolist() == [9, 2, 30] and cell.token.notna().all()
+    assert cell.log_prob.tolist() == result["W_out"].vocab_values[0, 3].tolist()
+    assert cell.target_rank.unique().tolist() == [result["W_out"].target_ranks[0, 3]]
+    zero = frame[frame.norm == 0]
+    assert len(zero) == len(PROMPT) - 1 and zero.log_prob.isna().all()
+
+
 def test_bottom_k_apart_from_top_k(lens):
     readout = lens(PROMPT, TARGET, top_k=4, bottom_k=2)["W_out"]
     assert readout.top_ids.shape[-1] == 4 and readout.bottom_ids.shape[-1] == 2
@@ -210,7 +222,19 @@ def test_targets(model, lens, normalize):
     one_each = torch.arange(len(vectors))[:, None]
     readout = lens.read(vectors, targets=one_each, normalize=normalize)
     assert torch.equal(readout.target_ranks, ranks(one_each))
-    assert "target_rank" not in several.to_dataframe()
+
+
+def test_several_targets_in_the_data_frame(lens):
+    result = lens(PROMPT, TARGET, targets=[7, 30], top_k=2)
+    readout, frame = result["W_out"], result.to_dataframe()
+    cell = frame.query("weight == 'W_out' and layer == 0 and position == 3")
+    assert cell.end.tolist() == ["top"] * 2 + ["bottom"] * 2 + ["target"] * 2
+    assert cell.target_rank[:4].isna().all()
+    targets = cell[cell.end == "target"]
+    assert targets.token_id.tolist() == [7, 30] and targets.k.tolist() == [0, 1]
+    assert targets.token.tolist() == result.target
+    assert targets.target_rank.tolist() == readout.target_ranks[0, 3].tolist()
+    assert targets.log_prob.tolist() == readout.target_values[0, 3].tolist()
 
 
 def test_descent_reads_vjps_from_the_other_end(lens):

@@ -43,6 +43,7 @@ def readout(kind: str, layers: list[int], n_positions: int, top_k: int = 2) -> R
         bottom_values=-0.5 - ids[1],
         target_ranks=torch.arange(n_layers * n_positions).view(n_layers, n_positions) + 500,
         target_values=torch.full((n_layers, n_positions), -9.0),
+        vocab_ids=torch.zeros(n_layers, n_positions, 0, dtype=torch.long),
         vocab_values=torch.zeros(n_layers, n_positions, 0),
         entropy=torch.full((n_layers, n_positions), 3.0),
         norms=torch.full((n_layers, n_positions), 7.0),

@@ -42,7 +42,7 @@ class _Options:
     apply_ln: bool
     normalize: bool
     lens: Translator | None
-    vocab: Int[Tensor, "v"] | None
+    vocab: Int[Tensor, "v"]
     return_type: ReturnType
     top_k: int
     bottom_k: int
@@ -527,7 +527,8 @@ class BackwardLogitLens:
         def of_targets(values: Tensor) -> Tensor:
             return scatter(values) if targets.several else scatter(values.squeeze(-1))
 
-        kept = torch.cat([x.flatten() for x in (read.top_ids, read.bottom_ids)]).unique().tolist()
+        every = (read.top_ids.cpu(), read.bottom_ids.cpu(), options.vocab, targets.per_row)
+        kept = torch.cat([x.flatten() for x in every]).unique().tolist()
         return Readout(
             kind=kind,
             labels=labels,
@@ -538,6 +539,7 @@ class BackwardLogitLens:
             bottom_values=scatter(read.bottom_values),
             target_ranks=of_targets(read.target_ranks),
             target_values=of_targets(read.target_values),
+            vocab_ids=scatter(options.vocab.expand(len(rows), -1)),
             vocab_values=scatter(read.vocab_values),
             entropy=scatter(read.entropy),
             norms=norms.cpu(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -50,12 +51,13 @@ class Readout:
         target_ranks: Rank of the target: 0 is the most probable token, ``d_vocab - 1`` the least.
             Of several targets for every row, there is an axis of them at the end.
         target_values: Their values.
-        vocab_values: The values of the tokens in ``vocab``, if some were asked for.
+        vocab_ids: The tokens in ``vocab``, if some were asked for.
+        vocab_values: Their values.
         entropy: Entropy of the distribution over the vocabulary, in nats.
         norms: Norm of each vector that was read, before any normalisation.
         vjp_norms: Norm of ``delta_i`` at the weight's own output; of another vector, its own.
         zero_mask: Where the vector that was to be read is zero, or where there is none.
-        vocabulary: The strings of all token ids above.
+        vocabulary: The strings of all token ids above, and of the targets.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class Readout:
     bottom_values: Float[Tensor, "entry *batch_and_pos bottom_k"]
     target_ranks: Int[Tensor, "entry *batch_pos_and_target"]
     target_values: Float[Tensor, "entry *batch_pos_and_target"]
+    vocab_ids: Int[Tensor, "entry *batch_and_pos v"]
     vocab_values: Float[Tensor, "entry *batch_and_pos v"]
     entropy: Float[Tensor, "entry *batch_and_pos"]
     norms: Float[Tensor, "entry *batch_and_pos"]
@@ -236,12 +239,15 @@ class BackwardLensResult(Mapping[str, Readout]):
         raise ValueError(f"target={target!r}: the lens was run with {self.target!r}")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per weight, layer, (prompt,) position, end of the readout and token.
+        """One row per weight, layer, (prompt,) position and token that was kept.
 
         Columns: ``weight, label, layer``, ``example`` for several prompts, ``position, str_token,
-        norm, vjp_norm, entropy, target_rank`` (not for several targets), ``end`` (``top`` or
-        ``bottom``), ``k`` (0 is the outermost), ``token_id, token``, and the value: ``log_prob``,
-        ``logit`` or ``probability``. A zero row gives one line without token.
+        norm, vjp_norm, entropy, target_rank``, ``end``, ``k``, ``token_id, token``, and the token's
+        value: ``log_prob``, ``logit`` or ``probability``. ``end`` is ``top`` or ``bottom``, where
+        ``k`` is 0 for the outermost token, or ``vocab`` for the tokens of ``vocab`` in their order.
+        Of one target (for all, or for each prompt or row), all rows have the rank. Each of several
+        has a row of its own, ``end`` ``target``, with its rank and value, and other rows have no
+        rank. A zero row gives one line without token.
         """
         import pandas as pd
 
@@ -300,27 +306,31 @@ class BackwardLensResult(Mapping[str, Readout]):
 
     def _lines(self, readout: Readout, i: int) -> Iterator[dict[str, Any]]:
         value = VALUE_COLUMNS[self.return_type]
+        several = readout.has_several_targets
         for j, position in enumerate(torch.as_tensor(self.positions).tolist()):
+            is_zero = bool(readout.zero_mask[i, j])
             line = {
                 "position": position,
                 "str_token": self.str_tokens[position],
                 "norm": float(readout.norms[i, j]),
                 "vjp_norm": float(readout.vjp_norms[i, j]),
                 "entropy": float(readout.entropy[i, j]),
+                "target_rank": None if several or is_zero else int(readout.target_ranks[i, j]),
             }
-            if not readout.has_several_targets:
-                rank = int(readout.target_ranks[i, j])
-                line["target_rank"] = None if rank < 0 else rank
-            if readout.zero_mask[i, j]:
-                yield line | {"end": None, "k": None, "token_id": None, "token": None}
+            if is_zero:
+                yield line | dict.fromkeys(("end", "k", "token_id", "token")) | {value: math.nan}
                 continue
-            for end, ids, values in (
-                ("top", readout.top_ids, readout.top_values),
-                ("bottom", readout.bottom_ids, readout.bottom_values),
-            ):
-                for k, (token, v) in enumerate(
-                    zip(ids[i, j].tolist(), values[i, j].tolist(), strict=True)
-                ):
+            ends = [
+                ("top", readout.top_ids[i, j], readout.top_values[i, j]),
+                ("bottom", readout.bottom_ids[i, j], readout.bottom_values[i, j]),
+                ("vocab", readout.vocab_ids[i, j], readout.vocab_values[i, j]),
+            ]
+            if several:
+                ends.append(("target", self.target_ids, readout.target_values[i, j]))
+            for end, ids, values in ends:
+                for k, (token, v) in enumerate(zip(ids.tolist(), values.tolist(), strict=True)):
+                    if end == "target":
+                        line["target_rank"] = int(readout.target_ranks[i, j, k])
                     yield line | {
                         "end": end,
                         "k": k,
