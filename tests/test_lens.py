@@ -167,6 +167,14 @@ def test_dataframe_is_tidy(result):
     assert unread["norm"] == 0 and frame["token_id"].isna().sum() == zero_rows
 
 
+def test_reprs_are_one_line(model, result):
+    short = "Readout(W_out [3, 8]: blocks.0.mlp.W_out, blocks.1.mlp.W_out, blocks.2.mlp.W_out; "
+    assert repr(result["W_out"]) == short + "4 top, 4 bottom tokens)"
+    vectors = torch.ones(30, model.cfg.d_model, dtype=model.cfg.dtype)
+    read = tlb.BackwardLogitLens(model).read(vectors, vocab=[1, 2])
+    assert repr(read) == "Readout(vectors [30]: 0, ..., 29; 2 vocab tokens)"
+
+
 def test_layers_and_positions_select(model, result):
     part = tlb.BackwardLogitLens(model)(
         PROMPT, TARGET, weights="W_out", layers=[-1, 0], positions=[-1, 1], top_k=4

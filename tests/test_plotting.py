@@ -496,3 +496,35 @@ def test_notebooks_show_the_outermost_tokens_of_the_last_position():
     shown = result_of(hostile, small("W_out"))._repr_html_()
     assert "<script>" not in shown and "&lt;script&gt;" in shown
     assert "W_out 2.3 bottom0" in shown and "W_out 2.2 bottom0" not in shown
+
+
+def texts(table: list[list[Cell]]) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in table]
+
+
+def test_notebooks_show_weights_layer_by_layer():
+    forward = replace(small("forward"), labels=["1_pre", "4_pre", "final_post"])
+    result = result_of(with_zero_row(small("W_in")), small("W_out"), forward)
+    weights, stream = map(texts, Page(result._repr_html_()).tables)
+    assert weights[:2] == [["", "W_in", "W_out"], ["", *["top", "bottom"] * 2]]
+    for i, (layer, row) in enumerate(zip(LAYERS, weights[2:], strict=True)):
+        tokens = [f"{kind} {i}.3 {end}0" for kind in ("W_in", "W_out") for end in ("top", "bottom")]
+        assert row == [str(layer), *map(repr, tokens)]
+    assert [row[0] for row in stream[2:]] == forward.labels
+    assert stream[4][1:] == ["'forward 2.3 top0'", "'forward 2.3 bottom0'"]
+
+
+def test_notebooks_show_the_values_of_vocab():
+    none = torch.zeros(3, 4, 0)
+    vocab = replace(
+        small(),
+        top_ids=none.long(),
+        top_values=none,
+        bottom_ids=none.long(),
+        bottom_values=none,
+        vocab_ids=torch.tensor([1, 0]).expand(3, 4, 2),
+        vocab_values=torch.arange(24.0).view(3, 4, 2),
+    )
+    (table,) = map(texts, Page(result_of(vocab)._repr_html_()).tables)
+    assert table[1] == ["", "'W_out 0.0 top1'", "'W_out 0.0 top0'"]
+    assert table[3] == ["4", "14", "15"]

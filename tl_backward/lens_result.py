@@ -77,6 +77,13 @@ class Readout:
     zero_mask: Bool[Tensor, "entry *batch_and_pos"]
     vocabulary: dict[int, str]
 
+    def __repr__(self) -> str:
+        shape = [*self.norms.shape]
+        entries = self.labels if len(self.labels) < 4 else [self.labels[0], "...", self.labels[-1]]
+        ends = {"top": self.top_ids, "bottom": self.bottom_ids, "vocab": self.vocab_ids}
+        kept = ", ".join(f"{ids.shape[-1]} {end}" for end, ids in ends.items() if ids.shape[-1])
+        return f"Readout({self.kind} {shape}: {', '.join(entries)}; {kept} tokens)"
+
     @property
     def has_several_targets(self) -> bool:
         """Whether ``target_ranks`` has an axis of several targets for every row."""
@@ -169,17 +176,28 @@ class BackwardLensResult(Mapping[str, Readout]):
         return f"BackwardLensResult({', '.join(self)}; {n_layers} layers, {of})"
 
     def _repr_html_(self) -> str:
-        """The outermost tokens at the last position, layer by layer, as a table for a notebook."""
-        if isinstance(self.positions, list):
-            return f"<pre>{html.escape(repr(self))}</pre>"
+        """What was kept at the last position as tables for a notebook: weights by layer, the rest.
+
+        Of the ends the outermost token is shown, and of ``vocab`` the value of every token.
+        """
+        shown = f"<pre>{html.escape(repr(self))}</pre>"
+        if isinstance(self.positions, list) or not len(self.positions):
+            return shown
         frame = self.to_dataframe()
-        if "token" not in frame or not len(self.positions):
-            return f"<pre>{html.escape(repr(self))}</pre>"
-        last = frame[(frame.position == int(self.positions[-1])) & (frame.k == 0)]
-        cells = last.assign(token=last.token.map(repr)).pivot_table(
-            index="label", columns=["weight", "end"], values="token", aggfunc="first", sort=False
+        last = frame[frame.position.eq(int(self.positions[-1])) & frame.end.ne("target")]
+        last = last[last.k.eq(0) | last.end.eq("vocab")]
+        is_weight, is_vocab = last.weight.isin(READ_BY_INPUT + READ_BY_VJP), last.end.eq("vocab")
+        tokens, values = last.token.map(repr), last[VALUE_COLUMNS[self.return_type]]
+        cells = last.assign(
+            entry=last.label.where(~is_weight, last.layer.astype(str)),
+            column=last.end.where(~is_vocab, tokens),
+            cell=tokens.where(~is_vocab, values.map("{:.4g}".format)),
         )
-        return f"<pre>{html.escape(repr(self))}</pre>" + cells.to_html(na_rep="")
+        for _, part in cells.groupby(last.weight.where(~is_weight, ""), sort=False):
+            table = part.pivot_table("cell", "entry", ["weight", "column"], "first", sort=False)
+            table = table.rename_axis(index=None, columns=[None, None])
+            shown += table.to_html(na_rep="")
+        return shown
 
     def example(self, b: int) -> BackwardLensResult:
         """What the lens saw of one prompt of several.
