@@ -125,6 +125,8 @@ def test_any_vectors(model, lens):
     log_probs = logits_of(model, vectors).log_softmax(-1)
     torch.testing.assert_close(readout.target_values, log_probs[..., [4, 1]], **CLOSE)
     assert readout.layers == [None, 3]
+    trained = lens.read(vectors.clone().requires_grad_())
+    assert not trained.norms.requires_grad and torch.equal(trained.norms, readout.norms)
 
 
 def test_vectors_that_several_weights_share_are_read_once(model, monkeypatch):
@@ -458,6 +460,21 @@ def test_tokens_that_are_no_ids(lens, argument, ids):
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("translator", "error", "message"),
+    [
+        (lambda vectors, layer: vectors[..., :3], ValueError, r"returned the shape \[5, 3\] for"),
+        (lambda vectors, layer: None, ValueError, "lens returned None for vectors of shape"),
+        (lambda vectors, layer: vectors / 0, ValueError, "that lens returned are not finite"),
+        (object(), TypeError, r"lens must be a function .*through_jacobian_lens"),
+    ],
+)
+def test_translators_that_return_no_vectors(lens, translator, error, message):
+    with pytest.raises(error, match=message):
+        lens(PROMPT, TARGET, lens=translator)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_integers_of_numpy(lens):
     ids, one = np.array([4, 9]), np.int64(1)
     plain = lens(PROMPT, 11, layers=1, targets=[4, 9], top_k=1)
@@ -514,6 +531,14 @@ def test_bad_vectors_neurons_and_singular_vectors(lens, model):
     d_mlp = cache["W_in", 0].shape[1]
     with pytest.raises(ValueError, match=rf"vectors must be \[entry, ..., {model.cfg.d_model}\]"):
         lens.read(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="with at least one entry"):
+        lens.read(torch.zeros(0, model.cfg.d_model))
+    for no_vectors in (np.ones((2, model.cfg.d_model)), torch.ones(2, 5, dtype=torch.long)):
+        with pytest.raises(TypeError, match="vectors must be a floating-point tensor"):
+            lens.read(no_vectors)
+    for number in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="vectors: the vectors are not finite"):
+            lens.read(torch.full((2, model.cfg.d_model), number))
     with pytest.raises(ValueError, match="1 labels are given for 2 entries"):
         lens.read(torch.ones(2, model.cfg.d_model), ["one"])
     with pytest.raises(ValueError, match=rf"neurons=\[99\]: W_in has neurons 0 to {d_mlp - 1}"):

@@ -153,7 +153,7 @@ class BackwardLogitLens:
             ValueError: When an argument is out of range, when ``vocab`` and ``top_k`` are both
                 given, or both a cache and what a run needs, when the cache is of another model or
                 lacks what is asked for, and as :func:`run_with_backward_cache` does.
-            TypeError: When prompt or cache are something else.
+            TypeError: When prompt, cache, lens or tokens are something else.
             NotImplementedError: For blocks that run several times in one forward pass.
         """
         options = self._options(
@@ -305,19 +305,27 @@ class BackwardLogitLens:
             chunk_size: The same.
 
         Raises:
-            ValueError: When the vectors have another width, and as :meth:`__call__`.
+            TypeError: When the vectors are no floating-point tensor.
+            ValueError: When the vectors have another width, are none or not finite, and as
+                :meth:`__call__`.
         """
         options = self._options(
             apply_ln, normalize, lens, vocab, return_type, top_k, bottom_k, direction, chunk_size
         )
         d_model = self.model.cfg.d_model
-        if vectors.ndim < 2 or vectors.shape[-1] != d_model:
-            raise ValueError(f"vectors must be [entry, ..., {d_model}], got {list(vectors.shape)}")
+        if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+            got = vectors.dtype if isinstance(vectors, Tensor) else type(vectors).__name__
+            raise TypeError(f"vectors must be a floating-point tensor, got {got}")
+        if vectors.ndim < 2 or vectors.shape[-1] != d_model or not vectors.numel():
+            raise ValueError(
+                f"vectors must be [entry, ..., {d_model}] with at least one entry, got "
+                f"{list(vectors.shape)}"
+            )
         labels = [str(i) for i in range(len(vectors))] if labels is None else list(labels)
         if len(labels) != len(vectors):
             raise ValueError(f"{len(labels)} labels are given for {len(vectors)} entries")
         wanted = self._targets(targets, vectors.shape[:-1])
-        return self._read("vectors", labels, vectors, wanted, options)
+        return self._read("vectors", labels, vectors.detach(), wanted, options)
 
     def singular_vectors(
         self, cache: BackwardCache, weight: str, layer: int, k: int = 1, **options: Any
@@ -406,6 +414,11 @@ class BackwardLogitLens:
                 )
         if not is_integer(chunk_size) or chunk_size < 1:
             raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
+        if lens is not None and not callable(lens):
+            raise TypeError(
+                f"lens must be a function f(vectors, layer) -> vectors, got {lens!r}; for a "
+                "JacobianLens pass tl_backward.translators.through_jacobian_lens(it)"
+            )
         if return_type not in VALUE_COLUMNS:
             raise ValueError(
                 f"return_type must be 'logits', 'log_probs' or 'probs', got {return_type!r}"
@@ -495,13 +508,15 @@ class BackwardLogitLens:
         norms = vectors.norm(dim=-1)
         zero_mask = norms == 0
         if options.lens is not None:
-            vectors = torch.stack(
-                [options.lens(of, layer) for of, layer in zip(vectors, layers, strict=True)]
-            )
+            each = zip(vectors, layers, strict=True)
+            vectors = torch.stack([_translated(options.lens, of, layer) for of, layer in each])
         ids = targets.per_row.expand(*vectors.shape[:-1], -1)
         rows = vectors[~zero_mask]
         if options.normalize:
             rows = rows / rows.norm(dim=-1, keepdim=True)
+        if not rows.isfinite().all():
+            by_lens = "" if options.lens is None else " that lens returned"
+            raise ValueError(f"{kind}: the vectors{by_lens} are not finite")
         turned = options.direction == "descent" and kind not in READ_FORWARD
         ends = (options.top_k, options.bottom_k)
         top_k, bottom_k = ends[::-1] if turned else ends
@@ -636,6 +651,20 @@ def _parts_of_residual(
             None, mlp_input=False, mode="all", incl_embeds=True, layers=layers
         )
     return residual.by_head(None, incl_remainder=False, layers=layers)
+
+
+def _translated(
+    lens: Translator, vectors: Float[Tensor, "*rows d_model"], layer: int | None
+) -> Float[Tensor, "*rows d_model"]:
+    translated = lens(vectors, layer)
+    shape = getattr(translated, "shape", None)
+    if shape != vectors.shape:
+        got = translated if shape is None else f"the shape {list(shape)}"
+        raise ValueError(
+            f"lens returned {got} for vectors of shape {list(vectors.shape)}; it must return "
+            "vectors of the same shape"
+        )
+    return translated
 
 
 def _layer_of(label: str) -> int | None:
