@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, MODELS
+from transformer_lens.ActivationCache import Slice
 
 import tl_backward as tlb
 from tl_backward import lens as lens_module
@@ -382,6 +383,20 @@ def test_batch_slice(lens):
     assert torch.equal(one["W_in"].top_ids, whole["W_in"].top_ids[:, 1, :2])
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("index", [1, -1, (1, 3), [2, 0], None])
+def test_slices_of_transformer_lens_and_scalars_select(lens, index):
+    plain = lens(BATCH, TARGETS, padding_side="right", batch_slice=index)
+    alike = [Slice(index)]
+    alike += [np.int64(index), torch.tensor(index)] if isinstance(index, int) else []
+    for one in alike:
+        read = lens(BATCH, TARGETS, padding_side="right", batch_slice=one)
+        assert repr(read) == repr(plain) and read.target == plain.target
+        assert torch.equal(read["W_in"].top_ids, plain["W_in"].top_ids)
+        positions = lens(PROMPT, TARGET, positions=one).positions
+        assert torch.equal(positions, lens(PROMPT, TARGET, positions=index).positions)
+
+
 def test_a_target_of_several_tokens(lens, model):
     result = lens(PROMPT, [11, 4, 7])
     assert len(result.str_tokens) == len(PROMPT) + 2
@@ -415,7 +430,7 @@ def test_a_loss_instead_of_a_target(lens, model):
         ({"direction": "ascent"}, "direction must be 'gradient' or 'descent'"),
         ({"residual": "stream"}, "residual must be 'accumulated', 'decomposed' or 'heads'"),
         ({"weights": ()}, "there is nothing to read"),
-        ({"positions": 9}, "positions=9"),
+        ({"positions": 9}, "positions=9: this prompt has positions 0 to 4"),
         ({"layers": 7}, "layers=7"),
         ({"layers": 1.5}, "layers=1.5: this model has layers 0 to"),
         ({"targets": 10**6}, "targets holds token ids outside the vocabulary"),
@@ -491,6 +506,18 @@ def test_a_cache_in_the_place_of_a_prompt_and_another_kind_of_cache(model, lens)
     _, activations = model.run_with_cache(torch.tensor([PROMPT]))
     with pytest.raises(TypeError, match=r"cache must be a BackwardCache, .* got ActivationCache"):
         lens(cache=activations)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_positions_and_prompts_that_a_cache_lacks(lens, model):
+    with pytest.raises(ValueError, match="positions=9: this prompt has positions 0 to 4"):
+        lens(cache=captured(model), positions=9)
+    batch = captured(model, BATCH, TARGETS, padding_side="right")
+    for index in (5, Slice(5), np.int64(5)):
+        with pytest.raises(ValueError, match=r"batch_slice=.*5.*: this batch has prompts 0 to 2"):
+            lens(cache=batch, batch_slice=index)
+    with pytest.raises(ValueError, match=r"\(3, 3\) selects none: this batch has prompts 0 to 2"):
+        lens(cache=batch, batch_slice=(3, 3))
 
 
 @pytest.mark.parametrize("cls", CLASSES)

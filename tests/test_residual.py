@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import HAS_BRIDGE, TL_VERSION
+from transformer_lens.ActivationCache import Slice
 
 import tl_backward as tlb
 
@@ -118,13 +119,15 @@ def test_a_part_is_what_comes_through_its_block(model, cache):
                 assert lost[labels.index(f"{layer}_mlp_out")].abs().max() < 1e-12 < got.norm()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_modes_and_embeds_select(cache):
     every, labels = cache.decompose_vjps(return_labels=True)
     for mode in ("attn", "mlp"):
         some, names = cache.decompose_vjps(mode=mode, incl_embeds=False, return_labels=True)
         assert names == [label for label in labels if mode in label]
         assert torch.equal(some, torch.stack([every[labels.index(name)] for name in names]))
-    assert torch.equal(cache.decompose_vjps(pos_slice=(2, 4)), every[:, 2:4])
+    for pos_slice in ((2, 4), Slice((2, 4))):
+        assert torch.equal(cache.decompose_vjps(pos_slice=pos_slice), every[:, 2:4])
 
 
 def tolerance_of_heads(model):

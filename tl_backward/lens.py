@@ -27,7 +27,7 @@ from tl_backward.lens_result import (
 from tl_backward.objectives import Loss
 from tl_backward.readout import ReturnType, read_vocabulary
 from tl_backward.residual import SliceInput
-from tl_backward.rows import Positions, kept_positions, selected
+from tl_backward.rows import Positions, kept_positions, plain_index, selected
 from tl_backward.sites import Model, layer_numbers, unembed, weight_sites, weights_processing
 from tl_backward.tokens import Prompt, Target, decode_each, each_token_id
 from tl_backward.translators import Translator
@@ -120,8 +120,8 @@ class BackwardLogitLens:
                 are the entries such as ``3_pre``, ``3_attn_out`` or ``L3H0``, and those of no layer
                 (``final_post``, ``unembed``) stay; the whole backward pass is run for it. Default:
                 all, of a cache all that it has.
-            positions: Positions to read: an index, a slice or a list (a tuple is a slice). Of a
-                cache, of the positions that it has. Default: all.
+            positions: Positions to read: an index, a slice or a list (a tuple is a slice), or
+                TransformerLens's ``Slice``. Of a cache, of the positions that it has. Default: all.
             batch_slice: Prompts of a batch to read, in the same way; an index drops the axis.
             vjps: Which VJPs to read where a post-norm follows the weight (Gemma 2 and 3, OLMo 2,
                 GLM-4 ...): those behind the norm, at the residual stream, or those at the
@@ -585,9 +585,13 @@ class _Texts:
             raise ValueError("batch_slice selects from several prompts, but there is only one")
         every = cache.positions if isinstance(cache.positions, list) else [cache.positions]
         self._lengths = [len(of_text) for of_text in every]
-        self._chosen = selected(batch_slice, len(every), "batch_slice", "this batch").tolist()
-        self._kept = [kept_positions(positions, self._lengths[b], b) for b in self._chosen]
-        self._single = not batched or isinstance(batch_slice, int)
+        has = "this batch has prompts"
+        self._chosen = selected(batch_slice, len(every), "batch_slice", has).tolist()
+        self._kept = [
+            kept_positions(positions, self._lengths[b], b if batched else None)
+            for b in self._chosen
+        ]
+        self._single = not batched or isinstance(plain_index(batch_slice), int)
         self.positions = [every[b][kept] for b, kept in zip(self._chosen, self._kept, strict=True)]
         self.str_tokens = [
             cache.str_tokens[b] if batched else cache.str_tokens for b in self._chosen

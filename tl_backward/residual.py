@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_backward.recording import Recorder, vjp_between
-from tl_backward.rows import Rows, of_example
+from tl_backward.rows import Rows, of_example, plain_index
 from tl_backward.sites import Model, Tap, attention_outputs, residual_points
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def stacked(
         raise ValueError(
             "pos_slice: the prompts of this batch differ in length; take cache.example(b) first"
         )
-    index = slice(*pos_slice) if isinstance(pos_slice, tuple) else pos_slice
+    index = plain_index(pos_slice)
     tensors = [part if index is None else part[..., index, :] for part in parts.values()]
     stack = torch.stack(tensors)
     return (stack, list(parts)) if return_labels else stack

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_backward.integers import is_integer
+
 Positions: TypeAlias = int | slice | tuple[int, ...] | Sequence[int] | Tensor | None
 
 
@@ -63,30 +65,33 @@ def of_example(
 
 def kept_positions(positions: Positions, n: int, example: int | None) -> Int[Tensor, "n"]:
     """The indices that an index, slice or list of positions selects from ``n`` tokens."""
-    return selected(
-        positions, n, "positions", "this prompt" if example is None else f"prompt {example}"
-    )
+    text = "this prompt" if example is None else f"prompt {example}"
+    return selected(positions, n, "positions", f"{text} has positions")
 
 
-def selected(index: Positions, n: int, argument: str, of: str) -> Int[Tensor, "n"]:
+def selected(index: Positions, n: int, argument: str, has: str) -> Int[Tensor, "n"]:
     """The indices that an argument of TransformerLens's ``Slice`` selects from ``n`` of something.
 
     Raises:
-        ValueError: When it selects something that is not there, or nothing.
+        ValueError: When it selects something that is not there, or nothing; ``has`` says what is.
     """
     if index is None:
         return torch.arange(n)
+    plain = plain_index(index)
     try:
-        kept = torch.arange(n)[_indexing(index)]
+        kept = torch.arange(n)[[plain] if isinstance(plain, int) else plain]
     except (IndexError, TypeError) as error:
-        raise ValueError(f"{argument}={index!r}: {of} has positions 0 to {n - 1}") from error
+        raise ValueError(f"{argument}={index!r}: {has} 0 to {n - 1}") from error
     if not len(kept):
-        raise ValueError(f"{argument}={index!r} selects none of the {n} positions of {of}")
+        raise ValueError(f"{argument}={index!r} selects none: {has} 0 to {n - 1}")
     return kept
 
 
-def _indexing(index: Any) -> Any:
-    """An index that keeps its axis; a tuple is a slice."""
+def plain_index(index: Any) -> Any:
+    """What a tensor can be indexed with: a tuple is a slice, and a ``Slice`` what it stands for."""
+    index = getattr(index, "slice", index)
     if isinstance(index, tuple):
         return slice(*index)
-    return [index] if isinstance(index, int) else index
+    if isinstance(index, Tensor) and not index.ndim:
+        index = index.item()
+    return int(index) if is_integer(index) else index
