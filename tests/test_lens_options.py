@@ -570,5 +570,25 @@ def test_bad_vectors_neurons_and_singular_vectors(lens, model):
         lens.read(torch.ones(2, model.cfg.d_model), ["one"])
     with pytest.raises(ValueError, match=rf"neurons=\[99\]: W_in has neurons 0 to {d_mlp - 1}"):
         lens.neurons(cache, "W_in", 0, [3, 99])
-    with pytest.raises(ValueError, match=r"k must be in \[1, 5\]"):
-        lens.singular_vectors(cache, "W_out", 0, k=6)
+    for k in (0, 6, 1.5):
+        with pytest.raises(ValueError, match=r"k must be an integer in \[1, 5\]"):
+            lens.singular_vectors(cache, "W_out", 0, k=k)
+    n_layers = model.cfg.n_layers
+    with pytest.raises(ValueError, match=f"layer=None: W_out is in {n_layers} layers; pass one"):
+        lens.singular_vectors(cache, "W_out", None)
+    with pytest.raises(ValueError, match="weight='W_U' neither reads the residual stream"):
+        lens.neurons(cache, "W_U", None, 3)
+
+
+def test_the_embedding_writes_to_the_residual_stream(lens, model):
+    cache = captured(model, weights="W_E")
+    readout = lens.neurons(cache, "W_E", None, PROMPT[1])
+    require_read(readout, logits_of(model, cache["W_E", None].dense()[PROMPT[1:2]]))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_model_and_no_weight(lens):
+    with pytest.raises(TypeError, match="model must be a TransformerLens HookedTransformer"):
+        tlb.BackwardLogitLens(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="weights must be kinds such as"):
+        lens(PROMPT, TARGET, weights=None)

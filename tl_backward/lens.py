@@ -28,7 +28,14 @@ from tl_backward.objectives import Loss
 from tl_backward.readout import ReturnType, read_vocabulary
 from tl_backward.residual import SliceInput
 from tl_backward.rows import Positions, kept_positions, plain_index, selected
-from tl_backward.sites import Model, layer_numbers, unembed, weight_sites, weights_processing
+from tl_backward.sites import (
+    Model,
+    layer_numbers,
+    require_model,
+    unembed,
+    weight_sites,
+    weights_processing,
+)
 from tl_backward.tokens import Prompt, Target, decode_each, each_token_id
 from tl_backward.translators import Translator
 
@@ -59,6 +66,9 @@ class BackwardLogitLens:
     Args:
         model: A TransformerLens model in eval mode.
 
+    Raises:
+        TypeError: When it is no TransformerLens model.
+
     Example:
         >>> lens = BackwardLogitLens(model)
         >>> result = lens("Lionel Messi plays for", " Paris")
@@ -67,6 +77,7 @@ class BackwardLogitLens:
     """
 
     def __init__(self, model: Model) -> None:
+        require_model(model)
         self.model = model
 
     def __call__(
@@ -153,12 +164,14 @@ class BackwardLogitLens:
             ValueError: When an argument is out of range, when ``vocab`` and ``top_k`` are both
                 given, or both a cache and what a run needs, when the cache is of another model or
                 lacks what is asked for, and as :func:`run_with_backward_cache` does.
-            TypeError: When prompt, cache, lens or tokens are something else.
+            TypeError: When prompt, cache, weights, lens or tokens are something else.
             NotImplementedError: For blocks that run several times in one forward pass.
         """
         options = self._options(
             apply_ln, normalize, lens, vocab, return_type, top_k, bottom_k, direction, chunk_size
         )
+        if weights is None:
+            raise TypeError("weights must be kinds such as ('W_in', 'W_out'), or () for none")
         weights = [weights] if isinstance(weights, str) else list(weights)
         for kind in ("W_E", "W_pos", "W_U"):
             if kind in weights:
@@ -328,7 +341,7 @@ class BackwardLogitLens:
         return self._read("vectors", labels, vectors.detach(), wanted, options)
 
     def singular_vectors(
-        self, cache: BackwardCache, weight: str, layer: int, k: int = 1, **options: Any
+        self, cache: BackwardCache, weight: str, layer: int | None, k: int = 1, **options: Any
     ) -> Readout:
         """The singular vectors on the residual side of a weight's gradient.
 
@@ -339,7 +352,7 @@ class BackwardLogitLens:
         Args:
             cache: From :func:`run_with_backward_cache`.
             weight: The kind of weight.
-            layer: Its layer.
+            layer: Its layer; None for an embedding.
             k: How many.
             options: As in :meth:`read`.
 
@@ -347,16 +360,20 @@ class BackwardLogitLens:
             ValueError: When there are fewer, and as :meth:`__call__`.
             KeyError: When the weight was not captured.
         """
-        self._require_same_model(cache)
-        (site,) = weight_sites(self.model, weight, layer)
-        U, S, Vh = cache[site.name].svd()
-        if not 1 <= k <= len(S):
-            raise ValueError(f"k must be in [1, {len(S)}], got {k}")
+        name = self._site_name(cache, weight, layer)
+        U, S, Vh = cache[name].svd()
+        if not is_integer(k) or not 1 <= k <= len(S):
+            raise ValueError(f"k must be an integer in [1, {len(S)}], got {k!r}")
         vectors = U.mT[:k] if weight in READ_BY_INPUT else Vh[:k]
-        return self.read(vectors, [f"{site.name} singular {i}" for i in range(k)], **options)
+        return self.read(vectors, [f"{name} singular {i}" for i in range(k)], **options)
 
     def neurons(
-        self, cache: BackwardCache, weight: str, layer: int, neurons: Sequence[int], **options: Any
+        self,
+        cache: BackwardCache,
+        weight: str,
+        layer: int | None,
+        neurons: int | Sequence[int],
+        **options: Any,
     ) -> Readout:
         """Single neurons of a weight's gradient, each a vector of the residual side (Eq 9, 10).
 
@@ -366,25 +383,35 @@ class BackwardLogitLens:
         Args:
             cache: From :func:`run_with_backward_cache`.
             weight: The kind of weight.
-            layer: Its layer.
-            neurons: The indices ``j``.
+            layer: Its layer; None for an embedding.
+            neurons: The index or indices ``j``.
             options: As in :meth:`read`.
 
         Raises:
             ValueError: When a neuron does not exist, and as :meth:`__call__`.
             KeyError: When the weight was not captured.
         """
-        self._require_same_model(cache)
-        (site,) = weight_sites(self.model, weight, layer)
-        g = cache[site.name]
+        name = self._site_name(cache, weight, layer)
+        neurons = list(neurons) if isinstance(neurons, Iterable) else [neurons]
+        g = cache[name]
         g = g if weight in READ_BY_INPUT else g.T
         wrong = [j for j in neurons if not 0 <= j < g.shape[1]]
         if wrong:
             raise ValueError(f"neurons={wrong}: {weight} has neurons 0 to {g.shape[1] - 1}")
         one_hot = torch.zeros(g.shape[1], len(neurons), device=g.vjps.device)
-        one_hot[list(neurons), range(len(neurons))] = 1
-        labels = [f"{site.name} neuron {j}" for j in neurons]
+        one_hot[neurons, range(len(neurons))] = 1
+        labels = [f"{name} neuron {j}" for j in neurons]
         return self.read((g @ one_hot).mT, labels, **options)
+
+    def _site_name(self, cache: BackwardCache, weight: str, layer: int | None) -> str:
+        """The one weight whose gradient has vectors of the residual stream on one side."""
+        self._require_same_model(cache)
+        if weight == "W_U":
+            raise ValueError("weight='W_U' neither reads the residual stream nor writes to it")
+        sites = weight_sites(self.model, weight, layer)
+        if len(sites) > 1:
+            raise ValueError(f"layer={layer!r}: {weight} is in {len(sites)} layers; pass one")
+        return sites[0].name
 
     def _options(
         self,

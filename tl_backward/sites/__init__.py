@@ -49,6 +49,7 @@ __all__ = [
     "left_padding_obstacle",
     "remove_hook_points",
     "require_eval_mode",
+    "require_model",
     "residual_points",
     "unembed",
     "weight_sites",
@@ -86,6 +87,15 @@ def weight_sites(
         weights,
         layers,
     )
+
+
+def require_model(model: Model) -> None:
+    """Refuse what has no sites.
+
+    Raises:
+        TypeError: When ``model`` is no TransformerLens model of a decoder-only language model.
+    """
+    _backend(model)
 
 
 def left_padding_obstacle(model: Model) -> str | None:
