@@ -456,12 +456,14 @@ def test_bad_figures(kind, message):
         result_of(small()).plot(kind)
 
 
-def test_figures_and_pages_need_tokens():
+def test_tables_and_pages_need_tokens():
     empty = torch.zeros(3, 4, 0)
     without = replace(small(), top_ids=empty.long(), top_values=empty)
     for show in (lambda result: result.plot(), lens_page):
         with pytest.raises(ValueError, match="top_k and bottom_k of at least 1"):
             show(result_of(without))
+    for kind in ("ranks", "norms"):
+        assert result_of(without).plot(kind) == result_of(small()).plot(kind)
 
 
 def test_without_plotly_the_extra_is_named(monkeypatch):

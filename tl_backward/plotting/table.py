@@ -60,8 +60,6 @@ class Table:
                 "tables are of one prompt: take result.example(b), or the lens with batch_slice=b"
             )
         self.result, self.readout, self.kind = result, result[kind], kind
-        if not self.readout.top_ids.shape[-1] or not self.readout.bottom_ids.shape[-1]:
-            raise ValueError("a table needs top_k and bottom_k of at least 1, in the lens")
         self.is_weight = kind in READ_BY_INPUT + READ_BY_VJP
         self.by_input = kind in READ_BY_INPUT
         self.top_counts = kind in READ_FORWARD or result.direction == "descent"
@@ -74,7 +72,13 @@ class Table:
         self.scale = self.readout.vjp_norms.max().item()
 
     def rows(self) -> Iterator[tuple[str, list[Cell | None]]]:
-        """Each header and its cells, the last layer first; None where the update is zero."""
+        """Each header and its cells, the last layer first; None where the update is zero.
+
+        Raises:
+            ValueError: When no tokens were kept.
+        """
+        if not self.readout.top_ids.shape[-1] or not self.readout.bottom_ids.shape[-1]:
+            raise ValueError("a table needs top_k and bottom_k of at least 1, in the lens")
         top, bottom = self.readout.top_tokens(), self.readout.bottom_tokens()
         empty = self.readout.zero_mask | (self.readout.vjp_norms == 0)
         for i, header in reversed(list(enumerate(self.headers))):
