@@ -104,6 +104,16 @@ def test_tokens_are_the_ids_decoded(model, result):
             assert tokens[0][2] == [model.tokenizer.decode([i]) for i in ids[0, 2].tolist()]
 
 
+def test_the_target_of_the_loss(model):
+    lens, two = tlb.BackwardLogitLens(model), [PROMPT, "The Eiffel Tower"]
+    assert lens(PROMPT, TARGET, targets=" Rome").loss_target == TARGET
+    assert lens(two, [TARGET, " Paris Rome"]).loss_target == [TARGET, " Paris Rome"]
+    assert lens(two, [TARGET, " Rome"]).example(1).loss_target == " Rome"
+    assert lens(two, [TARGET, " Rome"], batch_slice=1).loss_target == " Rome"
+    logit_diff = lens(two, loss_fn=tlb.logit_diff(TARGET, " Rome"), targets=TARGET)
+    assert logit_diff.loss_target is None and logit_diff.example(0).loss_target is None
+
+
 def test_rank_trajectory(result):
     assert torch.equal(result.rank_trajectory(TARGET), result["W_out"].target_ranks)
     assert torch.equal(result.rank_trajectory(weight="W_in"), result["W_in"].target_ranks)

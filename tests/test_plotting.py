@@ -62,6 +62,7 @@ def result_of(*readouts: Readout) -> BackwardLensResult:
         target=" <b>",
         target_names={" <b>": 3},
         loss=torch.tensor(4.0),
+        loss_target=" <b>",
         d_vocab=D_VOCAB,
         normalize=False,
         return_type="log_probs",
@@ -214,6 +215,41 @@ def test_the_head_of_the_page():
     assert "normalised" in Page(normalised).body
 
 
+def test_a_loss_without_a_target_is_no_likelihood():
+    w_out = small()
+    loss_fn = replace(result_of(w_out), loss_target=None)  # ranks of a target all the same
+    page = Page(lens_page(loss_fn))
+    assert "→" not in page.title + page.prompt
+    assert "4.0000" in page.body and "nats" not in page.body and "exp" not in page.body
+    assert "the target is the least probable token" in page.body
+    none = torch.zeros(3, 4, 0)
+    without = replace(w_out, target_ranks=none.long(), target_values=none)
+    loss_fn = replace(loss_fn, readouts={"W_out": without}, target_ids=none[0, 0].long(), target=[])
+    assert "target" not in Page(lens_page(loss_fn)).body
+    assert "→" not in loss_fn.plot().layout.title.text
+
+
+def test_descent_names_the_ends_of_a_vjp_the_other_way_round():
+    marked = [small("W_in"), small("W_out")]
+    for one in marked:
+        one.target_ranks[0, 2] = 0
+    result = replace(result_of(*marked), direction="descent")
+    page = Page(lens_page(result))
+    legends = re.findall(r"the target is the \w+ probable token", page.body)
+    assert legends == [f"the target is the {end} probable token" for end in ("most", "least")]
+    assert "that of a VJP the least \\ most probable one" in words(page.body)
+    assert "0 is the most probable, of a VJP the least probable" in words(page.body)
+    for kind, table, ends in zip(
+        ("W_in", "W_out"), page.tables, (("most", "least"), ("least", "most")), strict=True
+    ):
+        assert table[3][3].is_hit
+        assert re.findall(r"(\w+) probable", table[1][1].card) == list(ends)
+        (heatmap,) = result.plot("table", kind).data
+        assert re.findall(r"<b>(\w+) probable", heatmap.customdata[0][0]) == list(ends)
+        axis = result.plot("ranks", kind).layout.yaxis.title.text
+        assert axis == f"rank: 0 {ends[0]}, 999 {ends[1]} probable"
+
+
 def test_a_zero_row_is_an_empty_cell():
     table = page_of(with_zero_row(small())).tables[0]
     cells = {(row[0].text, j): cell for row in table[1:] for j, cell in enumerate(row[1:])}
@@ -315,7 +351,7 @@ def test_tokens_are_text_and_never_markup():
     attack = '<script>alert("x")</script>'
     hostile = small("W_out")
     hostile.vocabulary.update(dict.fromkeys(hostile.vocabulary, attack))
-    result = replace(result_of(hostile), str_tokens=[attack] * 6, target=attack)
+    result = replace(result_of(hostile), str_tokens=[attack] * 6, target=attack, loss_target=attack)
     html = lens_page(result)
     page = Page(html)
     assert "<script" not in html
@@ -441,7 +477,7 @@ def test_hostile_tokens_are_no_markup_in_figures():
     attack = "<b onclick='x'>"
     hostile = small()
     hostile.vocabulary.update(dict.fromkeys(hostile.vocabulary, attack))
-    result = replace(result_of(hostile), str_tokens=[attack] * 6, target=attack)
+    result = replace(result_of(hostile), str_tokens=[attack] * 6, target=attack, loss_target=attack)
     for kind in ("table", "ranks", "norms"):
         assert "<b onclick" not in result.plot(kind).to_json()
 
@@ -484,6 +520,7 @@ def test_several_prompts_are_shown_one_by_one():
         str_tokens=[PROMPT, PROMPT],
         positions=[torch.tensor(POSITIONS)] * 2,
         loss=torch.tensor([4.0, 2.0]),
+        loss_target=[" <b>", " Rome"],
     )
     for show in (lambda result: result.plot(), lens_page):
         with pytest.raises(ValueError, match=r"take result.example\(b\)"):

@@ -276,6 +276,7 @@ class BackwardLogitLens:
                 else self._target_names(wanted.shown, targets)
             ),
             loss=texts.loss.cpu(),
+            loss_target=self._loss_target(texts),
             d_vocab=int(self.model.cfg.d_vocab),
             normalize=normalize,
             return_type=return_type,
@@ -514,6 +515,12 @@ class BackwardLogitLens:
         own = dict(zip(decode_each(self.model, unique), unique, strict=True))
         return own | {name: token for name, token in pairs if isinstance(name, str)}
 
+    def _loss_target(self, texts: _Texts) -> Any:
+        if texts.first_targets is None:
+            return None
+        targets = [ids[ids >= 0].tolist() for ids in texts.target_ids[texts.chosen]]
+        return texts.whole(["".join(decode_each(self.model, ids)) for ids in targets])
+
     def _strings(self, ids: Int[Tensor, "..."]) -> Any:
         unique = ids.unique().tolist()
         decoded = dict(zip(unique, decode_each(self.model, unique), strict=True))
@@ -613,22 +620,21 @@ class _Texts:
         every = cache.positions if isinstance(cache.positions, list) else [cache.positions]
         self._lengths = [len(of_text) for of_text in every]
         has = "this batch has prompts"
-        self._chosen = selected(batch_slice, len(every), "batch_slice", has).tolist()
+        self.chosen = selected(batch_slice, len(every), "batch_slice", has).tolist()
         self._kept = [
-            kept_positions(positions, self._lengths[b], b if batched else None)
-            for b in self._chosen
+            kept_positions(positions, self._lengths[b], b if batched else None) for b in self.chosen
         ]
         self._single = not batched or isinstance(plain_index(batch_slice), int)
-        self.positions = [every[b][kept] for b, kept in zip(self._chosen, self._kept, strict=True)]
+        self.positions = [every[b][kept] for b, kept in zip(self.chosen, self._kept, strict=True)]
         self.str_tokens = [
-            cache.str_tokens[b] if batched else cache.str_tokens for b in self._chosen
+            cache.str_tokens[b] if batched else cache.str_tokens for b in self.chosen
         ]
         n_rows = max(map(len, self._kept))
         self.shape = [n_rows] if self._single else [len(self._kept), n_rows]
-        self.loss = self.whole(cache.loss.reshape(-1)[self._chosen])
+        self.loss = self.whole(cache.loss.reshape(-1)[self.chosen])
         self.target_ids = cache.target_ids.reshape(len(every), -1)
         has_targets = self.target_ids.shape[1] > 0
-        self.first_targets = self.whole(self.target_ids[self._chosen, 0]) if has_targets else None
+        self.first_targets = self.whole(self.target_ids[self.chosen, 0]) if has_targets else None
 
     def whole(self, each: Any) -> Any:
         """What there is for each prompt, or that of the only one."""
@@ -645,7 +651,7 @@ class _Texts:
                 "the lens reads weights that are used once in a forward pass, and the blocks of "
                 "this model run several times"
             )
-        chosen = [texts[b][kept] for b, kept in zip(self._chosen, self._kept, strict=True)]
+        chosen = [texts[b][kept] for b, kept in zip(self.chosen, self._kept, strict=True)]
         return chosen[0] if self._single else pad_sequence(chosen, batch_first=True)
 
 

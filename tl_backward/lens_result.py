@@ -135,6 +135,8 @@ class BackwardLensResult(Mapping[str, Readout]):
         target: The same as strings.
         target_names: Their ids by the strings that ask for them: as they were given, and decoded.
         loss: The loss that was differentiated, of every prompt; a target's is in nats.
+        loss_target: The target whose negative log-likelihood the loss is, as a string, or a list of
+            them for several prompts; None for a ``loss_fn``.
         d_vocab: Size of the vocabulary.
         normalize: Whether vectors were scaled to unit length before they were read.
         return_type: What values are: ``"logits"``, ``"log_probs"`` or ``"probs"``.
@@ -149,6 +151,7 @@ class BackwardLensResult(Mapping[str, Readout]):
     target: Any
     target_names: dict[str, int]
     loss: Float[Tensor, "*batch"]
+    loss_target: str | list[str] | None
     d_vocab: int
     normalize: bool
     return_type: ReturnType
@@ -225,6 +228,7 @@ class BackwardLensResult(Mapping[str, Readout]):
             target_ids=targets(self.target_ids),
             target=targets(self.target),
             loss=self.loss[b],
+            loss_target=None if self.loss_target is None else self.loss_target[b],
         )
 
     def rank_trajectory(
@@ -288,9 +292,10 @@ class BackwardLensResult(Mapping[str, Readout]):
         """A plotly figure of what the lens saw of one prompt.
 
         Args:
-            kind: ``"table"``: layer x token, the most and the least probable token, coloured by the
-                norm of the VJP, with more when pointed at. ``"ranks"``: the target's rank through
-                the layers, a line for each position. ``"norms"``: the norms of all that was read.
+            kind: ``"table"``: layer x token, the token at the top and at the bottom, coloured by
+                the norm of the VJP, with more when pointed at. ``"ranks"``: the target's rank
+                through the layers, a line for each position. ``"norms"``: the norms of all that was
+                read.
                 ``"forward_and_backward"``: the forward lens and the table side by side, of a lens
                 that was run with ``forward=True``.
             weight: Which weight, or what else was read. Default: W_out, or else the first.
@@ -307,7 +312,7 @@ class BackwardLensResult(Mapping[str, Readout]):
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page with a layer x token table for each weight.
 
-        Cells show the most and the least probable token; their colour is the norm of the VJP.
+        Cells show the token at the top and at the bottom; their colour is the norm of the VJP.
 
         Returns:
             The path of the page.

@@ -120,7 +120,8 @@ def _ranks(table: Table) -> Figure:
             )
     last = table.result.d_vocab - 1
     figure.update_yaxes(
-        title=f"rank: 0 most, {last} least probable", range=[1.03 * last, -0.03 * last]
+        title=f"rank: 0 {table.ends[0]}, {last} {table.ends[1]} probable",
+        range=[1.03 * last, -0.03 * last],
     )
     figure.update_xaxes(title="layer" if table.is_weight else None, type="category")
     return figure.update_layout(
@@ -139,7 +140,8 @@ def _laid_out(figure: Figure, tables: list[Table], column_width: int) -> Figure:
     figure.update_xaxes(side="bottom", type="category", ticks="", showgrid=False)
     figure.update_yaxes(autorange="reversed", type="category", ticks="", showgrid=False)
     result = tables[0].result
-    aim = f" → {_escaped(result.target)}" if isinstance(result.target, str) else ""
+    target = result.loss_target
+    aim = f" → {_escaped(target)}" if isinstance(target, str) else ""
     return figure.update_layout(
         template="plotly_white",
         title=f"Backward lens{aim}, loss {result.loss:.4f}",
@@ -178,7 +180,7 @@ def _details(table: Table, header: str, j: int, cell: Cell) -> str:
         f"target {_escaped(target)}: rank {rank} of {table.result.d_vocab}"
         for target, rank in cell.ranks
     ]
-    for end, tokens in (("most", cell.top), ("least", cell.bottom)):
+    for end, tokens in zip(table.ends, (cell.top, cell.bottom), strict=True):
         lines.append(f"<b>{end} probable</b> ({value})")
         lines += [f"{number:.3g} {_escaped(token)}" for token, number in tokens]
     return "<br>".join(lines)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def lens_page(result: BackwardLensResult) -> str:
     """One self-contained HTML page with a layer x token table for each weight.
 
-    The last layer is on top. A cell shows the most and the least probable token and is coloured by
+    The last layer is on top. A cell shows the token at the top and at the bottom and is coloured by
     the norm of the VJP, on a cube-root scale from 0 to the largest norm in its table; pointing at
     it, or focusing it, shows its ``top_k`` tokens. Where the update is exactly zero it is empty.
 
@@ -29,6 +29,7 @@ def lens_page(result: BackwardLensResult) -> str:
         .render(
             result=result,
             tables=[Table(result, kind) for kind in result],
+            has_targets=result.target_ids.numel() > 0,
             value=VALUE_COLUMNS[result.return_type].replace("_", " "),
         )
     )

@@ -26,8 +26,8 @@ class Cell:
         ranks: The targets and their ranks.
         norm: Norm of the vector.
         vjp_norm: Norm of the VJP at the weight's own output.
-        top: The most probable tokens and their values, the outermost first.
-        bottom: The least probable ones.
+        top: The tokens at the top and their values, the outermost first.
+        bottom: Those at the bottom.
     """
 
     level: float
@@ -46,8 +46,10 @@ class Table:
         kind: ``"W_out"``, say.
         is_weight: Whether it is a weight.
         by_input: Whether it is a weight that is read by its input.
-        top_counts: Whether it is the most probable tokens that a step moves towards: those of what
+        top_counts: Whether it is the tokens at the top that a step moves towards: those of what
             comes in, and of all in the descent direction.
+        ends: How probable the tokens at the top and at the bottom are: most and least, and the
+            other way round of VJPs in the descent direction.
         positions: The positions that were read.
         tokens: Their tokens.
         headers: What stands beside each row: the layer of a weight, else the label.
@@ -63,6 +65,8 @@ class Table:
         self.is_weight = kind in READ_BY_INPUT + READ_BY_VJP
         self.by_input = kind in READ_BY_INPUT
         self.top_counts = kind in READ_FORWARD or result.direction == "descent"
+        turned = result.direction == "descent" and kind not in READ_FORWARD
+        self.ends = ("least", "most") if turned else ("most", "least")
         self.positions: list[int] = torch.as_tensor(result.positions).tolist()
         self.tokens: list[str] = [result.str_tokens[position] for position in self.positions]
         self.headers = [
