@@ -78,6 +78,45 @@ def test_a_cell_shows_its_card_inside_the_window_when_pointed_at(page):
     assert not card.is_visible()
 
 
+@pytest.mark.parametrize("y", [400, 550, 700])
+@pytest.mark.parametrize("column", [0, 3])
+def test_a_card_leaves_its_cell_in_view(page, y, column):
+    """Wherever in the window the cell is, the card is above, below or beside it."""
+    cell = page.locator("table").nth(0).locator("td").nth(4 * 20 + column)
+    cell.evaluate(
+        """(cell, y) => {
+            const scroll = cell.closest(".scroll");
+            scroll.scrollIntoView();
+            scroll.scrollTop += cell.getBoundingClientRect().top - y;
+            cell.focus({preventScroll: true});
+        }""",
+        y,
+    )
+    box, card = cell.bounding_box(), card_of(page, cell).bounding_box()
+    assert box["y"] == pytest.approx(y, abs=1)
+    assert card["y"] >= 0 and card["y"] + card["height"] <= page.viewport_size["height"]
+    assert any(
+        one[at] + one[size] <= other[at]
+        for one, other in ((card, box), (box, card))
+        for at, size in (("x", "width"), ("y", "height"))
+    )
+
+
+def test_the_headings_of_a_card_are_whole(page):
+    cell = page.locator("table").nth(1).locator("td").first
+    cell.focus()
+    for column in card_of(page, cell).locator("pre").all():
+        heading, width = column.evaluate(
+            """pre => {
+                const range = document.createRange(), text = pre.firstChild;
+                range.setStart(text, 0);
+                range.setEnd(text, text.data.indexOf("\\n"));
+                return [range.getBoundingClientRect().width, pre.clientWidth];
+            }"""
+        )
+        assert 0 < heading <= width
+
+
 def test_the_keyboard_opens_a_card_too(page):
     cell = page.locator("table").nth(1).locator("td").nth(5)
     cell.focus()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tl_backward.lens_result import VALUE_COLUMNS, BackwardLensResult
+from tl_backward.lens_result import BackwardLensResult
 from tl_backward.plotting.table import Table
 from tl_backward.plotting.tokens import visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+VALUE_NAMES = {"logits": "logit", "log_probs": "log prob", "probs": "prob"}
+"""No longer than the numbers below them, so that a card fits on a narrow screen."""
 
 
 def lens_page(result: BackwardLensResult) -> str:
@@ -30,7 +33,7 @@ def lens_page(result: BackwardLensResult) -> str:
             result=result,
             tables=[Table(result, kind) for kind in result],
             has_targets=result.target_ids.numel() > 0,
-            value=VALUE_COLUMNS[result.return_type].replace("_", " "),
+            value=VALUE_NAMES[result.return_type],
         )
     )
 
