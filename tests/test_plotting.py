@@ -473,6 +473,23 @@ def test_forward_and_backward_side_by_side():
         figure_of("forward_and_backward", small())
 
 
+@pytest.mark.parametrize("kind", ["table", "norms", "forward_and_backward"])
+def test_columns_are_named_on_top_and_panels_where_they_begin(kind):
+    token = " a token of many characters"
+    result = replace(result_of(small("forward"), small()), str_tokens=[token] * 6)
+    figure = result.plot(kind)
+    assert [axis.side for axis in figure.select_xaxes()] == ["top"] * len(figure.data)
+    assert list(figure.data[0].x) == [f"·a·token·… {position}" for position in POSITIONS]
+    if kind == "table":
+        expected = [("<b>W_out</b>", "x domain")]
+    else:
+        expected = [("<b>forward</b>", "x domain"), ("<b>W_out</b>", "x2 domain")]
+    assert [(title.text, title.xref) for title in figure.layout.annotations] == expected
+    for title in figure.layout.annotations:
+        assert (title.x, title.xanchor, title.y, title.yanchor) == (0, "left", 1, "bottom")
+    assert figure.layout.title.x == 0 and figure.layout.title.xref == "paper"
+
+
 def test_hostile_tokens_are_no_markup_in_figures():
     attack = "<b onclick='x'>"
     hostile = small()

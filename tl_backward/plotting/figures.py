@@ -19,6 +19,11 @@ LIGHT_TO_BLUE = [[0, "#f3f6f9"], [1, "#74aee6"]]
 TEXT = "#16202b"
 SCALE = {"title": "norm, cube root,<br>largest = 1"}
 ROW_HEIGHT, COLUMN_WIDTH, MARGIN = 34, 104, 120
+TITLES, BOTTOM = 90, 40
+"""Room for the titles of a figure and its panels, and below them."""
+LEVEL, UPRIGHT = 0, -90
+NAME_HEIGHT = {LEVEL: 24, UPRIGHT: 100}
+"""Room for the names of columns, by their angle."""
 SHOWN_CHARACTERS = 10
 
 
@@ -76,7 +81,7 @@ def _tables(tables: list[Table]) -> Figure:
             col=column,
         )
     hover = {"align": "left", "bgcolor": "#ffffff", "font": {"family": "monospace", "color": TEXT}}
-    return _laid_out(figure, tables, COLUMN_WIDTH).update_layout(hoverlabel=hover)
+    return _laid_out(figure, tables, COLUMN_WIDTH, LEVEL).update_layout(hoverlabel=hover)
 
 
 def _norms(tables: list[Table]) -> Figure:
@@ -97,7 +102,7 @@ def _norms(tables: list[Table]) -> Figure:
             row=1,
             col=column,
         )
-    return _laid_out(figure, tables, COLUMN_WIDTH // 2)
+    return _laid_out(figure, tables, COLUMN_WIDTH // 2, UPRIGHT)
 
 
 def _ranks(table: Table) -> Figure:
@@ -132,28 +137,52 @@ def _ranks(table: Table) -> Figure:
 def _panels(tables: list[Table]) -> Figure:
     from plotly.subplots import make_subplots
 
-    return make_subplots(1, len(tables), subplot_titles=[table.kind for table in tables])
+    return make_subplots(1, len(tables))
 
 
-def _laid_out(figure: Figure, tables: list[Table], column_width: int) -> Figure:
+def _laid_out(figure: Figure, tables: list[Table], column_width: int, angle: int) -> Figure:
+    """Columns are named on top, and panels at their left, where a wide figure begins."""
     n_columns = sum(len(table.positions) for table in tables)
-    figure.update_xaxes(side="bottom", type="category", ticks="", showgrid=False)
+    figure.update_xaxes(side="top", tickangle=angle, type="category", ticks="", showgrid=False)
     figure.update_yaxes(autorange="reversed", type="category", ticks="", showgrid=False)
+    for column, table in enumerate(tables, start=1):
+        figure.add_annotation(
+            text=f"<b>{table.kind}</b>",
+            x=0,
+            xref="x domain",
+            xanchor="left",
+            y=1,
+            yref="y domain",
+            yanchor="bottom",
+            yshift=NAME_HEIGHT[angle],
+            showarrow=False,
+            row=1,
+            col=column,
+        )
+    top = TITLES + NAME_HEIGHT[angle]
     result = tables[0].result
     target = result.loss_target
     aim = f" → {_escaped(target)}" if isinstance(target, str) else ""
     return figure.update_layout(
         template="plotly_white",
-        title=f"Backward lens{aim}, loss {result.loss:.4f}",
+        title={
+            "text": f"Backward lens{aim}, loss {result.loss:.4f}",
+            "x": 0,
+            "xref": "paper",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 20},
+        },
+        margin={"t": top, "b": BOTTOM},
         width=max(480, n_columns * column_width + 2 * MARGIN + 60 * (len(tables) - 1)),
-        height=max(len(table.headers) for table in tables) * ROW_HEIGHT + 2 * MARGIN,
+        height=max(len(table.headers) for table in tables) * ROW_HEIGHT + top + BOTTOM,
     )
 
 
 def _columns(table: Table) -> list[str]:
     """Unique names of the positions: two equal tokens are two columns."""
     return [
-        f"{_escaped(token)} {position}"
+        f"{_clipped(token)} {position}"
         for token, position in zip(table.tokens, table.positions, strict=True)
     ]
 
