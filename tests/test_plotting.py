@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -419,6 +420,12 @@ def test_visible(token, shown):
 # ----- figures -----
 
 
+def plain(text: str) -> str:
+    """A label without the characters that isolate its tokens."""
+    assert text.count("\u2068") == text.count("\u2069")
+    return text.replace("\u2068", "").replace("\u2069", "")
+
+
 def figure_of(kind: str, *readouts: Readout, weight: str | None = None):
     return lens_figure(result_of(*readouts), kind, weight)
 
@@ -426,10 +433,10 @@ def figure_of(kind: str, *readouts: Readout, weight: str | None = None):
 def test_the_table_figure_has_the_page_s_cells():
     (heatmap,) = figure_of("table", with_zero_row(small())).data
     assert list(heatmap.y) == ["6", "4", "1"]
-    assert list(heatmap.x) == ["&lt;bos&gt; 0", "·Rome 2", "⏎ 3", "·in 5"]
+    assert list(map(plain, heatmap.x)) == ["&lt;bos&gt; 0", "·Rome 2", "⏎ 3", "·in 5"]
     assert heatmap.z[0][1] is None and heatmap.text[0][1] == ""
-    assert heatmap.text[2][3] == "W_out·0.3… \\<br>W_out·0.3…"
-    hover = heatmap.customdata[2][3]
+    assert plain(heatmap.text[2][3]) == "W_out·0.3… \\<br>W_out·0.3…"
+    hover = plain(heatmap.customdata[2][3])
     assert hover.startswith("<b>layer 1, ·in at 5</b><br>norm 7, of the VJP 0.273<br>")
     assert "target ·&lt;b&gt;: rank 503 of 1000" in hover
     assert "<b>most probable</b> (log prob)<br>-6.25 W_out·0.3·top0<br>" in hover
@@ -449,7 +456,7 @@ def test_the_target_is_bold_where_it_counts():
 
 def test_rank_figure_has_a_line_for_every_position():
     lines = figure_of("ranks", with_zero_row(small())).data
-    assert [line.name for line in lines][1:3] == ["·Rome 2 → ·&lt;b&gt;", "⏎ 3 → ·&lt;b&gt;"]
+    assert [plain(line.name) for line in lines][1:3] == ["·Rome 2 → ·&lt;b&gt;", "⏎ 3 → ·&lt;b&gt;"]
     assert list(lines[1].y) == [501, 505, None]
     assert [line.visible for line in lines] == ["legendonly"] * 3 + [True]
     assert list(lines[3].x) == ["1", "4", "6"]
@@ -479,7 +486,7 @@ def test_columns_are_named_on_top_and_panels_where_they_begin(kind):
     result = replace(result_of(small("forward"), small()), str_tokens=[token] * 6)
     figure = result.plot(kind)
     assert [axis.side for axis in figure.select_xaxes()] == ["top"] * len(figure.data)
-    assert list(figure.data[0].x) == [f"·a·token·… {position}" for position in POSITIONS]
+    assert [plain(name) for name in figure.data[0].x] == [f"·a·token·… {j}" for j in POSITIONS]
     if kind == "table":
         expected = [("<b>W_out</b>", "x domain")]
     else:
@@ -488,6 +495,20 @@ def test_columns_are_named_on_top_and_panels_where_they_begin(kind):
     for title in figure.layout.annotations:
         assert (title.x, title.xanchor, title.y, title.yanchor) == (0, "left", 1, "bottom")
     assert figure.layout.title.x == 0 and figure.layout.title.xref == "paper"
+
+
+def test_tokens_that_are_read_from_right_to_left_leave_a_label_in_its_order():
+    token = "שלום"
+    rtl = small()
+    rtl.vocabulary.update(dict.fromkeys(rtl.vocabulary, token))
+    result = replace(result_of(rtl), str_tokens=[token] * 6, target=token, loss_target=token)
+    isolated = f"\u2068{token}\u2069"
+    for kind in ("table", "ranks", "norms"):
+        labels = json.dumps(json.loads(result.plot(kind).to_json()), ensure_ascii=False)
+        assert token in labels and token not in labels.replace(isolated, "")
+    (heatmap,) = result.plot().data
+    assert heatmap.x[1] == f"{isolated} 2"
+    assert heatmap.text[0][1] == f"{isolated} \\<br>{isolated}"
 
 
 def test_hostile_tokens_are_no_markup_in_figures():

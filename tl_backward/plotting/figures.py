@@ -218,9 +218,16 @@ def _details(table: Table, header: str, j: int, cell: Cell) -> str:
 def _clipped(token: str) -> str:
     shown = visible(token)
     whole = len(shown) <= SHOWN_CHARACTERS
-    return html.escape(shown if whole else shown[: SHOWN_CHARACTERS - 1] + "…", quote=False)
+    return _text(shown if whole else shown[: SHOWN_CHARACTERS - 1] + "…")
 
 
 def _escaped(token: str) -> str:
-    """A token as plotly shows it: it would take ``<b>`` for markup."""
-    return html.escape(visible(token), quote=False)
+    return _text(visible(token))
+
+
+def _text(shown: str) -> str:
+    """A visible token in a label of plotly's, which would take ``<b>`` for markup.
+
+    It is isolated, so that one that is read from right to left leaves the rest in its order.
+    """
+    return f"\u2068{html.escape(shown, quote=False)}\u2069"
