@@ -30,9 +30,8 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def frame(model):
-    return analysis.smallest_edit(
-        model, RECORDS, margin=MARGIN, texts=TEXTS, layers=(0, 2), progress=False
-    )
+    """In the layers that are taken by default, which are the first and the last of three."""
+    return analysis.smallest_edit(model, RECORDS, margin=MARGIN, texts=TEXTS, progress=False)
 
 
 def gap(model, record):

@@ -51,7 +51,7 @@ def smallest_edit(
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: Facts in the schema of CounterFact.
         methods: Some of these three.
-        layers: Layers; negative ones count from the last. Default: all.
+        layers: Layers; negative ones count from the last. Default: every fifth, and the last.
         margin: How far above all others the target's logit has to come, in nats.
         texts: Texts whose perplexity is to be taken before and after each edit. Default: none,
             which is much faster.
@@ -74,6 +74,8 @@ def smallest_edit(
     methods = list(methods)
     if not methods or not set(methods) <= set(METHODS):
         raise ValueError(f"methods={methods!r}: there are {', '.join(METHODS)}")
+    n_layers = model.cfg.n_layers
+    layers = {*range(0, n_layers, 5), n_layers - 1} if layers is None else layers
     sites = weight_sites(model, "W_out", layers)
     norms = {site.name: float(site.parameter.detach().norm()) for site in sites}
     W_U = model.W_U.detach()

@@ -18,7 +18,7 @@ from tl_backward.commands.shared import (
     require_same_options,
 )
 
-N_LINES = 10
+N_LINES, N_WORDS = 5, 25
 
 
 def reproduce(
@@ -36,8 +36,8 @@ def reproduce(
     perplexity: Annotated[
         str | None,
         typer.Option(
-            help=f"Text file, or a data set on the hub, of which {N_LINES} lines tell what the "
-            "edits of smallest_edit and many_edits do elsewhere.",
+            help=f"Text file, or a data set on the hub: the perplexity of {N_WORDS} words of "
+            f"{N_LINES} lines tells what smallest_edit and many_edits do elsewhere.",
             metavar="TEXT",
         ),
     ] = None,
@@ -73,7 +73,8 @@ def reproduce(
             bridge = load(model)
             options: dict[str, Any] = {}
             if perplexity is not None:
-                options["texts"] = wikitext_lines(perplexity, N_LINES)
+                lines = wikitext_lines(perplexity, N_LINES)
+                options["texts"] = [" ".join(line.split()[:N_WORDS]) for line in lines]
             if jacobian_lens is not None:
                 options["jacobian_lens"] = _jacobian_lens(jacobian_lens)
         given = {"model": model, "perplexity": perplexity, "jacobian-lens": jacobian_lens}
