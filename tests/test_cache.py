@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tl_backward import storage
+from tl_backward import tensor_files
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.factors import GradientFactors
@@ -235,8 +235,8 @@ def interrupted(*args: object) -> None:
 @pytest.mark.parametrize(
     ("module", "function", "fails", "error"),
     [
-        (storage, "save_file", full_disk, OSError),
-        (storage, "save_file", interrupted, KeyboardInterrupt),
+        (tensor_files, "save_file", full_disk, OSError),
+        (tensor_files, "save_file", interrupted, KeyboardInterrupt),
         (os, "replace", interrupted, KeyboardInterrupt),
     ],
     ids=["full disk", "interrupted while writing", "interrupted after it"],
@@ -258,7 +258,7 @@ def test_a_failed_save_leaves_what_was_there(
 
 
 def test_a_full_disk_names_the_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "save_file", full_disk)
+    monkeypatch.setattr(tensor_files, "save_file", full_disk)
     with pytest.raises(OSError, match=r"the_cache could not be written: no space left"):
         make_cache().save(tmp_path / "the_cache")
 
@@ -293,7 +293,7 @@ def test_truncated_anywhere(path):
     for length in (0, 1, 7, 8, 9, 100, *range(200, len(data), 97), len(data) - 1):
         path.write_bytes(data[:length])
         assert "truncated" in refused(path)
-        assert "save the cache again" in refused(path)
+        assert "save the BackwardCache again" in refused(path)
     path.write_bytes(data + b"\0")
     assert "damaged" in refused(path)
     path.write_bytes(data)
@@ -342,4 +342,4 @@ NO_MAPPING = json.dumps(
 def test_damaged_contents(path, contents):
     rewrite(path, contents=contents)
     assert "damaged BackwardCache" in refused(path)
-    assert "save the cache again" in refused(path)
+    assert "save the BackwardCache again" in refused(path)

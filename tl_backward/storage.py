@@ -1,25 +1,20 @@
-"""A ``BackwardCache`` as one safetensors file: tensors by name, and all the rest as JSON."""
+"""A ``BackwardCache`` as one safetensors file."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_backward import tensor_files
 from tl_backward.cache import BackwardCache
 from tl_backward.factors import GradientFactors
 from tl_backward.residual import Residual
 
-FORMAT = "tl_backward.BackwardCache"
-VERSION = "1"
+KIND = "BackwardCache"
 BY_NAME, BY_LAYER = ("vjps", "activations"), ("attention", "heads")
 """The tensors of a ``Residual``, by the name of a HookPoint and by layer."""
 ON_CPU = ("tokens", "positions", "target_ids", "target_positions")
@@ -35,9 +30,7 @@ def save_cache(cache: BackwardCache, path: Path) -> Path:
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if place not in names:
             names[place] = name
-            stored[name] = tensor.detach().to(
-                "cpu", copy=True, memory_format=torch.contiguous_format
-            )
+            stored[name] = tensor
         return names[place]
 
     residual = cache.residual
@@ -67,20 +60,12 @@ def save_cache(cache: BackwardCache, path: Path) -> Path:
         "str_tokens": _each(cache.str_tokens, lambda token, name: _escape(token), "str_tokens"),
         "weights_processing": cache.weights_processing,
     }
-    metadata = {"format": FORMAT, "version": VERSION, "contents": json.dumps(contents)}
-    with TemporaryDirectory(prefix=".tl_backward-", dir=path.parent) as folder:
-        whole = Path(folder, path.name)
-        try:
-            save_file(stored, whole, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
-        os.replace(whole, path)
-    return path
+    return tensor_files.write(path, KIND, stored, contents)
 
 
 def load_cache(path: Path, device: str | torch.device) -> BackwardCache:
     """See :meth:`BackwardCache.load`."""
-    text, stored = _read(path)
+    contents, stored = tensor_files.read(path, KIND)
     used: dict[tuple[str, bool], Tensor] = {}
 
     def fetch(name: str, on_cpu: bool = False) -> Tensor:
@@ -92,7 +77,6 @@ def load_cache(path: Path, device: str | torch.device) -> BackwardCache:
         return used[name, on_cpu]
 
     try:
-        contents = json.loads(text)
         residual = contents["residual"]
         cache = BackwardCache(
             factors={
@@ -123,9 +107,7 @@ def load_cache(path: Path, device: str | torch.device) -> BackwardCache:
             raise ValueError(f"unknown tensors: {unknown}")
         return cache
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is a damaged BackwardCache ({error!r}); save the cache again"
-        ) from error
+        raise tensor_files.damaged(path, KIND, error) from error
 
 
 def _tensors(residual: Residual) -> dict[str, dict[Any, Tensor]]:
@@ -141,33 +123,6 @@ def _each(value: Any, convert: Callable[[Any, str], Any], name: str) -> Any:
 
 def _tuple(lengths: list[int] | None) -> tuple[int, ...] | None:
     return None if lengths is None else tuple(lengths)
-
-
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The contents as JSON and the tensors, in memory of their own, of a saved cache."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, file.keys()
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is a safetensors file, but holds no BackwardCache; pass a file that "
-                    "BackwardCache.save has written"
-                )
-            if metadata.get("version") != VERSION:
-                raise ValueError(
-                    f"{path} is in version {metadata.get('version')} of its format, and this "
-                    f"tl_backward reads version {VERSION}; upgrade tl_backward, or save the cache "
-                    "again with this one"
-                )
-            stored = {name: file.get_tensor(name).clone() for name in names}
-            return metadata.get("contents", ""), stored
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated, damaged, or no safetensors file ({error}); save the cache "
-            "again, or pass a file that BackwardCache.save has written"
-        ) from error
 
 
 def _escape(text: str) -> str:

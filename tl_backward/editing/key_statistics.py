@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_backward.editing.files import fingerprints, model_name, read, write
+from tl_backward import tensor_files
+from tl_backward.editing.files import fingerprints, model_name
 from tl_backward.editing.runs import weight_inputs
 from tl_backward.sites import Model, require_eval_mode, weight_sites
 from tl_backward.tokens import pad_id, padded, prompt_tokens
@@ -96,7 +97,7 @@ class KeyStatistics:
             "model": model_name(model),
             "weights": fingerprints(model, list(self.second_moments)),
         }
-        return write(Path(path), KIND, self.second_moments, contents)
+        return tensor_files.write(Path(path), KIND, self.second_moments, contents)
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> KeyStatistics:
@@ -107,13 +108,13 @@ class KeyStatistics:
             ValueError: When it is damaged or holds something else, or the weights that the
                 statistics are of are not those of this model.
         """
-        contents, moments = read(Path(path), KIND)
+        contents, moments = tensor_files.read(Path(path), KIND)
         try:
             n_tokens, ridge = contents["n_tokens"], contents["ridge"]
             expected: Mapping[str, str] = contents["weights"]
             made_for = contents["model"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is a damaged {KIND} ({error!r}); make it again") from error
+            raise tensor_files.damaged(Path(path), KIND, error) from error
         names = [site.name for site in weight_sites(model) if site.name in expected]
         if fingerprints(model, names) != expected:
             raise ValueError(
