@@ -223,6 +223,41 @@ def test_a_loss_sees_equal_texts_together_and_others_alone(model):
     assert seen == [((2, 2), [[3, 1], [6, 2]])]
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_loss_may_run_the_model(model, grad):
+    """What it gives is a constant, as if it had been computed before, and without this run's hooks.
+
+    The captured run is patched, forward and backward.
+    """
+    hooks = {
+        "fwd_hooks": [("blocks.0.hook_mlp_out", lambda tensor, hook: 2 * tensor)],
+        "bwd_hooks": [("blocks.1.hook_mlp_out", lambda vjp, hook: 3 * vjp)],
+    }
+
+    def loss_with(reference):
+        return lambda logits, tokens: (logits[:, -1] - reference()[:, -1]).square().sum(-1)
+
+    def run_again():
+        with torch.set_grad_enabled(grad):
+            return model(torch.tensor([OTHERS[0]]))
+
+    before = run_again().detach()
+    for prompts in (PROMPTS[0], PROMPTS):
+        arguments = {"padding_side": "right", **hooks}
+        want_loss, want = tlb.run_with_backward_cache(
+            model, prompts, loss_fn=loss_with(lambda: before), **arguments
+        )
+        loss, cache = tlb.run_with_backward_cache(
+            model, prompts, loss_fn=loss_with(run_again), **arguments
+        )
+        assert torch.equal(loss, want_loss)
+        for name, g in want.items():
+            assert torch.equal(cache[name].inputs, g.inputs), name
+            assert torch.equal(cache[name].vjps, g.vjps), name
+        assert cache.residual.vjps.keys() == want.residual.vjps.keys()
+        assert torch.equal(cache.accumulated_vjps(), want.accumulated_vjps())
+
+
 def test_the_kl_divergence_takes_logits_in_all_their_forms(model):
     same = [[3, 17, 3], [6, 2, 1]]
     with torch.no_grad():

@@ -151,22 +151,21 @@ def run_with_backward_cache(
     ]
     rows = Rows(single, tokens.shape[1], starts, kept)
 
-    with ExitStack() as stack:
-        stack.enter_context(_frozen(parameters))
-        stack.enter_context(attached_hook_points(model))
-        stack.enter_context(model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)))
-        stack.enter_context(_guarded(model))
-        recorder = stack.enter_context(
-            Recorder(len(texts), None if device is None else torch.device(device))
-        )
-        _watch_weights(recorder, sites)
-        after = None if layers is None else min(site.layer or 0 for site in sites)
-        if all(site.kind == "W_U" for site in sites):
-            after = model.cfg.n_layers
-        watched = watch_residual(recorder, model, after, per_head)
-        stack.enter_context(torch.enable_grad())
-        tokens = tokens.to(model.cfg.device)
-        logits = model(tokens, return_type="logits", **_padding(model, mask, side))
+    with _frozen(parameters), torch.enable_grad():
+        with ExitStack() as of_this_run:
+            of_this_run.enter_context(attached_hook_points(model))
+            hooks = model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks))
+            of_this_run.enter_context(hooks)
+            of_this_run.enter_context(_guarded(model))
+            recorder = Recorder(len(texts), None if device is None else torch.device(device))
+            of_this_run.enter_context(recorder)
+            _watch_weights(recorder, sites)
+            after = None if layers is None else min(site.layer or 0 for site in sites)
+            if all(site.kind == "W_U" for site in sites):
+                after = model.cfg.n_layers
+            watched = watch_residual(recorder, model, after, per_head)
+            tokens = tokens.to(model.cfg.device)
+            logits = model(tokens, return_type="logits", **_padding(model, mask, side))
         losses = losses_of_examples(
             target_nll(targets) if loss_fn is None else loss_fn,
             logits,

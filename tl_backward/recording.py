@@ -33,7 +33,8 @@ class _Value(NamedTuple):
 class Recorder:
     """Keeps tensors that pass, and their places in the autograd graph, each time they pass.
 
-    Below the first place nothing requires a gradient: the graph is begun there.
+    It looks on until its context ends, and has what it saw afterwards, too. Below the first place
+    nothing requires a gradient: the graph is begun there.
 
     Args:
         batch_size: Number of texts. What passes once for all of them, such as the embeddings of
