@@ -10,6 +10,7 @@ from conftest import HAS_BRIDGE, MODELS, PROMPT, TARGET, TL_VERSION, gradient_of
 
 import tl_backward as tlb
 from tl_backward.objectives import Objective
+from tl_backward.sites import attached_hook_points
 from tl_backward.tokens import padded
 
 PROMPTS = [[3, 17, 3, 9, 8], [6, 2], [12, 1, 20, 6, 9, 4, 13]]
@@ -299,6 +300,59 @@ def test_hooks_see_the_padded_batch(padded_model, side):
     for b, prompt in enumerate(PROMPTS):
         alone, _ = tlb.run_with_backward_cache(model, prompt, 5, fwd_hooks=hooks)
         assert abs(loss[b] - alone) <= tolerance(model) * alone
+
+
+def replaced(vjp, hook):
+    """The same at every token of every text; in attention patterns, for every distance back."""
+    if hook.name.endswith(("hook_attn_scores", "hook_pattern")):
+        position = torch.arange(vjp.shape[-1], dtype=vjp.dtype)
+        return (position - position[:, None] - 1).tril().expand(vjp.shape).clone()
+    return torch.linspace(-1, 2, vjp.shape[-1], dtype=vjp.dtype).expand(vjp.shape).clone()
+
+
+def assert_vjps_stay_within_their_texts(model, prompts, point, side, tolerance):
+    hooks = [(f"blocks.1.{point}", replaced)]
+    with attached_hook_points(model), model.hooks(bwd_hooks=hooks):
+        _, cache = tlb.run_with_backward_cache(model, prompts, 5, padding_side=side)
+    for b, prompt in enumerate(prompts):
+        _, alone = tlb.run_with_backward_cache(model, prompt, 5, bwd_hooks=hooks)
+        assert alone["W_V", 0].norm() > 0
+        for name, g in alone.items():
+            assert_close(cache.example(b)[name].vjps, g.vjps, tolerance, name)
+
+
+WIDE, AS_WIDE_AS_HEADS = PROMPTS, [[3, 17, 3, 9], [6, 2]]
+
+
+@SIDES
+@pytest.mark.parametrize("prompts", [WIDE, AS_WIDE_AS_HEADS], ids=["wide", "as wide as heads"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        *("mlp.out.hook_out", "hook_resid_pre", "attn.q.hook_out", "attn.hook_z"),
+        *("attn.hook_attn_scores", "attn.hook_pattern"),
+    ],
+)
+def test_a_replaced_vjp_stays_within_its_text(padded_model, prompts, point, side):
+    """Also where a hook writes to padding, which has no VJP."""
+    assert_vjps_stay_within_their_texts(padded_model, prompts, point, side, tolerance(padded_model))
+
+
+@pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
+@pytest.mark.parametrize("prompts", [WIDE, AS_WIDE_AS_HEADS], ids=["wide", "as wide as heads"])
+@pytest.mark.parametrize(
+    ("family", "point"),
+    [
+        ("opt", "mlp.out.hook_out"),  # [batch * pos, d_model]
+        ("llama", "attn.hook_rot_k"),  # kept as [batch, head, pos, d_head]
+        ("qwen2_moe", "mlp.gate.hook_in"),  # [batch * pos, d_model]
+    ],
+)
+def test_a_replaced_vjp_of_another_layout_stays_within_its_text(tokenizer, family, point, prompts):
+    from families import make
+
+    model = make(family, tokenizer, torch.float32)
+    assert_vjps_stay_within_their_texts(model, prompts, point, "right", 1e-4)
 
 
 # ----- as text -----

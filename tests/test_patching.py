@@ -279,12 +279,16 @@ def test_an_edit_in_place_stays_on_its_branch(models, name, edited):
         ("mlp.out.hook_out", lambda vjp: torch.cat([vjp, vjp]), r"the shape \[2, 6, ", True),
         ("mlp.out.hook_out", lambda vjp: vjp[0], r"the shape \[6, ", False),
         ("mlp.out.hook_out", lambda vjp: vjp.sum(), r"the shape \[\]", True),
-        ("mlp.out.hook_out", lambda vjp: 0.5, "0.5", False),
+        ("mlp.out.hook_out", lambda vjp: 0.5, "a float", False),
+        ("mlp.out.hook_out", lambda vjp: [vjp], "a list", True),
+        ("mlp.out.hook_out", lambda vjp: (vjp, vjp), "a tuple", True),
+        ("mlp.out.hook_out", lambda vjp: vjp.numpy(), "a ndarray", True),
+        ("mlp.out.hook_out", lambda vjp: vjp.bfloat16(), r"a tensor of torch\.bfloat16", True),
         ("attn.q.hook_out", lambda vjp: vjp[..., :-1], r"the shape \[1, 6, 4, ", True),
         ("attn.o.hook_in", lambda vjp: vjp[:, 1:], r"the shape \[1, 5, ", False),
     ],
 )
-def test_a_vjp_of_the_wrong_shape_is_named(model, point, wrong, got, passed_in):
+def test_what_is_no_such_vjp_is_named(model, point, wrong, got, passed_in):
     hooks = {"bwd_hooks": [(f"blocks.1.{point}", returns(wrong))]}
     with attached_hook_points(model):
         name = re.escape(model.hook_dict[f"blocks.1.{point}"].name)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_backward.backward_hooks import GuardedHooks
 from tl_backward.cache import BackwardCache
 from tl_backward.factors import GradientFactors
 from tl_backward.objectives import Loss, Objective, losses_of_examples, target_nll
@@ -98,7 +99,8 @@ def run_with_backward_cache(
             ``model.run_with_hooks``: on the model for this run only. On a ``HookedTransformer``,
             names that :func:`add_hook_points` adds work without it.
         bwd_hooks: The same for the backward pass. ``hook(vjp, hook=...)`` returns a tensor shaped
-            like ``vjp``, or None to leave it; it may edit ``vjp`` in place.
+            like ``vjp``, or None to leave it; it may edit ``vjp`` in place. At padding the VJP
+            stays 0, whatever it returns, wherever there is an axis of positions.
 
     Returns:
         The loss, detached (a scalar, or one for each prompt of a list), and the cache of factors.
@@ -109,7 +111,7 @@ def run_with_backward_cache(
         ValueError: For an empty or too long prompt, targets that are not as many as the prompts, a
             weight, layer or position that does not exist, a model in training mode, a loss that has
             the wrong shape or is detached or not finite, VJPs that are not finite, and a backward
-            hook that returns another shape.
+            hook that returns something else than such a VJP.
         NotImplementedError: As :func:`weight_sites`.
         RuntimeError: Under ``torch.inference_mode()``.
 
@@ -156,7 +158,7 @@ def run_with_backward_cache(
             of_this_run.enter_context(attached_hook_points(model))
             hooks = model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks))
             of_this_run.enter_context(hooks)
-            of_this_run.enter_context(_guarded(model))
+            of_this_run.enter_context(GuardedHooks(model, mask))
             recorder = Recorder(len(texts), None if device is None else torch.device(device))
             of_this_run.enter_context(recorder)
             _watch_weights(recorder, sites)
@@ -291,36 +293,6 @@ def _target_ids(targets: Sequence[Sequence[int]], single: bool) -> Int[Tensor, "
     ids = torch.tensor([[*of, *[-1] * (longest - len(of))] for of in targets], dtype=torch.long)
     ids = ids.squeeze(1) if longest == 1 else ids
     return ids[0] if single else ids
-
-
-@contextmanager
-def _guarded(model: Model) -> Iterator[None]:
-    """Give each backward hook a VJP of its own to edit in place, and check what it returns.
-
-    Autograd hands the very same tensor to all branches of a sum, as of the residual stream.
-    """
-    with ExitStack() as hooks:
-        for point in {point for point in model.hook_dict.values() if point.bwd_hooks}:
-            hooks.callback(point.register_full_backward_pre_hook(_copied).remove)
-            hooks.callback(point.register_full_backward_hook(_require_same_shape).remove)
-        yield
-
-
-def _copied(point: Any, vjps: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if vjp is None else vjp.clone() for vjp in vjps)
-
-
-def _require_same_shape(
-    point: Any, patched: tuple[Any, ...], given: tuple[Tensor | None, ...]
-) -> None:
-    for returned, vjp in zip(patched, given, strict=False):
-        if returned is None or vjp is None or getattr(returned, "shape", None) == vjp.shape:
-            continue
-        got = f"the shape {list(returned.shape)}" if isinstance(returned, Tensor) else returned
-        raise ValueError(
-            f"a backward hook at {point.name} returned {got}; it must return a tensor shaped like "
-            "the VJP that it is given, or None"
-        )
 
 
 @contextmanager
