@@ -206,6 +206,49 @@ def test_parallel_blocks_have_no_middle_and_two_parts(tokenizer):
             cache.accumulated_vjps(incl_mid=True)
 
 
+@pytest.mark.parametrize("point", ["attn.hook_z", "attn.v.hook_out", "hook_resid_pre"])
+def test_heads_are_refused_where_a_hook_would_see_each_of_them(any_model, point):
+    calls = []
+
+    def count(vjp, hook):
+        calls.append(hook.name)
+
+    hooks = [(f"blocks.1.{point}", count)]
+    with pytest.raises(NotImplementedError, match=r"backward hook at blocks\.1\..* each time"):
+        tlb.run_with_backward_cache(any_model, TOKENS, TARGET, per_head=True, bwd_hooks=hooks)
+    assert len(calls) == 1
+    for elsewhere in ("hook_mlp_out", "hook_attn_out"):
+        hooks = [(f"blocks.1.{elsewhere}", lambda vjp, hook: 0.5 * vjp)]
+        _, cache = tlb.run_with_backward_cache(
+            any_model, TOKENS, TARGET, per_head=True, bwd_hooks=hooks
+        )
+        attention = cache.decompose_vjps(mode="attn", incl_embeds=False)
+        heads = cache.stack_head_vjps().unflatten(0, (len(attention), -1)).sum(1)
+        assert_close(heads, attention, 1e-5)
+
+
+def test_a_hook_in_a_parallel_block_is_called_once(tokenizer):
+    """So the part that comes through its attention alone is not known."""
+    if not HAS_BRIDGE:
+        pytest.skip("TransformerLens 2 has no TransformerBridge")
+    from families import make
+
+    model, seen = make("gptj", tokenizer), []
+
+    def double(vjp, hook):
+        seen.append(vjp.clone())
+        return 2 * vjp
+
+    hooks = [("blocks.0.attn.v.hook_out", double)]
+    _, plain = tlb.run_with_backward_cache(model, TOKENS, TARGET)
+    _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET, bwd_hooks=hooks)
+    assert len(seen) == 1
+    torch.testing.assert_close(cache["W_V", 0].vjps, 2 * seen[0].flatten(2)[0])
+    assert_close(cache.decompose_vjps(1), plain.decompose_vjps(1))
+    with pytest.raises(NotImplementedError, match="a backward hook inside its attention"):
+        cache.decompose_vjps()
+
+
 def test_attribution_is_transformer_lenss(model):
     """The node scores of ``attribution_patch``, with a metric of the user's."""
     if TL_VERSION < 4:

@@ -13,6 +13,10 @@ from tl_backward.sites import Model
 ATTENTION_SCORES = ("hook_attn_scores", "hook_pattern")
 
 
+class CalledAgain(NotImplementedError):
+    """A backward hook would get a part of the VJP that it has had."""
+
+
 class GuardedHooks:
     """Gives each backward hook a VJP of its own to edit in place, and checks what it returns.
 
@@ -24,9 +28,13 @@ class GuardedHooks:
     Args:
         model: A model with all of its backward hooks.
         mask: 1 at the tokens of the batch, 0 at padding.
+
+    Attributes:
+        are_done: Whether the backward pass is over. Then nothing may pass a hook any more.
     """
 
     def __init__(self, model: Model, mask: Int[Tensor, "batch pos"]) -> None:
+        self.are_done = False
         self._points = {point for point in model.hook_dict.values() if point.bwd_hooks}
         self._padding = None if mask.all() else mask.eq(0)
         self._handles = ExitStack()
@@ -41,6 +49,11 @@ class GuardedHooks:
         self._handles.close()
 
     def _before(self, point: Any, vjps: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        if self.are_done:
+            raise CalledAgain(
+                "per_head=True passes through attention once for every head, and would call the "
+                f"backward hook at {point.name} each time; run without the one or the other"
+            )
         return tuple(None if vjp is None else vjp.clone() for vjp in vjps)
 
     def _behind(

@@ -181,7 +181,8 @@ class BackwardCache(Mapping[str, GradientFactors]):
 
         Raises:
             ValueError: As :meth:`accumulated_vjps`, and for another ``mode``.
-            NotImplementedError: When a block has neither attention with a site of W_O nor a middle.
+            NotImplementedError: When a block has neither attention with a site of W_O nor a middle,
+                or is parallel and had a backward hook inside its attention.
         """
         if mode not in ("all", "mlp", "attn"):
             raise ValueError(f"mode must be 'all', 'mlp' or 'attn', got {mode!r}")

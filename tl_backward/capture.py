@@ -89,7 +89,8 @@ def run_with_backward_cache(
             indices, and a tuple for a slice, as in TransformerLens. The factors then stand for
             these tokens' part of the gradient. Default: all.
         per_head: Keep what each attention head contributes to the VJP at the residual stream, for
-            ``cache.stack_head_vjps``. Costs a backward pass through attention for every head.
+            ``cache.stack_head_vjps``. Costs a backward pass through attention for every head, in
+            which no backward hook may be.
         device: Where the cache is kept, as in ``model.run_with_cache``. Inputs are moved there as
             the forward pass goes on and VJPs as the backward pass does, layer by layer, so that the
             model's device never holds all of them. Default: where they arise.
@@ -112,7 +113,8 @@ def run_with_backward_cache(
             weight, layer or position that does not exist, a model in training mode, a loss that has
             the wrong shape or is detached or not finite, VJPs that are not finite, and a backward
             hook that returns something else than such a VJP.
-        NotImplementedError: As :func:`weight_sites`.
+        NotImplementedError: As :func:`weight_sites`, and for ``per_head=True`` with a backward hook
+            between the beginning of a block and the outputs of its heads.
         RuntimeError: Under ``torch.inference_mode()``.
 
     Example:
@@ -158,7 +160,7 @@ def run_with_backward_cache(
             of_this_run.enter_context(attached_hook_points(model))
             hooks = model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks))
             of_this_run.enter_context(hooks)
-            of_this_run.enter_context(GuardedHooks(model, mask))
+            guarded = of_this_run.enter_context(GuardedHooks(model, mask))
             recorder = Recorder(len(texts), None if device is None else torch.device(device))
             of_this_run.enter_context(recorder)
             _watch_weights(recorder, sites)
@@ -176,6 +178,7 @@ def run_with_backward_cache(
         )
         _require_used(recorder, sites)
         vjps = recorder.backward(losses.sum(), retain_graph=needs_graph(recorder, watched))
+        guarded.are_done = True
         _require_finite(sites, vjps, side)
         residual = residual_from(recorder, watched, vjps, rows)
         factors = {site.name: _factors_of(recorder, site, vjps, rows) for site in sites}

@@ -8,6 +8,7 @@ functions mirror ``ActivationCache``, with its labels.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward.backward_hooks import CalledAgain
 from tl_backward.recording import Recorder, vjp_between
 from tl_backward.rows import Rows, of_example, plain_index
 from tl_backward.sites import Model, Tap, attention_outputs, residual_points
@@ -137,8 +139,9 @@ class Residual:
             return before - middle, middle - after
         if block not in self.attention:
             raise NotImplementedError(
-                f"block {block} has neither attention with a site of W_O nor a hook_resid_mid, so "
-                "its parts are not told apart; accumulated_vjps has their sum"
+                f"block {block} has neither attention with a site of W_O nor a hook_resid_mid (or "
+                "is parallel, with a backward hook inside its attention), so its parts are not "
+                "told apart; accumulated_vjps has their sum"
             )
         if f"blocks.{block}.hook_mlp_out" not in self.vjps:
             return before - after, None
@@ -257,7 +260,11 @@ def needs_graph(recorder: Recorder, watched: Watched) -> bool:
 def residual_from(
     recorder: Recorder, watched: Watched, vjps: dict[Any, list[Tensor]], rows: Rows
 ) -> Residual:
-    """What was seen at the residual stream. Blocks that run several times are left out."""
+    """What was seen at the residual stream. Blocks that run several times are left out.
+
+    Raises:
+        CalledAgain: When a backward hook is between an attention output and its block's beginning.
+    """
     once = {
         name: vjps[name]
         for name, places in recorder.places.items()
@@ -271,6 +278,10 @@ def residual_from(
                 heads[block] = torch.stack(
                     [rows.of([_through(recorder, block, z, p)]) for p in parts]
                 )
+    attention = {}
+    for block, z in _parallel(recorder, watched).items():
+        with suppress(CalledAgain):
+            attention[block] = rows.of([_through(recorder, block, z, once[z][0])])
     return Residual(
         n_layers=watched.n_layers,
         n_heads=watched.n_heads,
@@ -281,10 +292,7 @@ def residual_from(
             for name in once
             if not name.endswith("hook_resid_mid")
         },
-        attention={
-            block: rows.of([_through(recorder, block, z, once[z][0])])
-            for block, z in _parallel(recorder, watched).items()
-        },
+        attention=attention,
         heads=heads,
     )
 
