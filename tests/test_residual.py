@@ -206,6 +206,26 @@ def test_parallel_blocks_have_no_middle_and_two_parts(tokenizer):
             cache.accumulated_vjps(incl_mid=True)
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "zamba2"])
+def test_the_stream_begins_behind_what_else_reads_the_embeddings(tokenizer, family):
+    if not HAS_BRIDGE:
+        pytest.skip("TransformerLens 2 has no TransformerBridge")
+    from families import make
+
+    model = make(family, tokenizer)
+    _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET, per_head=True)
+    stream, first = cache.accumulated_vjps(), "blocks.0.hook_resid_pre"
+    assert_close(stream[0], vjp_of_an_addition(model, first))
+    embeddings = cache.residual.vjps["hook_embed"]
+    assert_close(embeddings, vjp_of_an_addition(model, "hook_embed"))
+    assert (embeddings - stream[0]).norm() > 0.01 * stream[0].norm()
+    if family == "gemma4_text":
+        assert_close(cache.decompose_vjps().sum(0), stream[0])
+        attention = cache.decompose_vjps(mode="attn", incl_embeds=False)
+        heads = cache.stack_head_vjps().unflatten(0, (len(attention), -1)).sum(1)
+        assert_close(heads, attention, 1e-5)
+
+
 @pytest.mark.parametrize("point", ["attn.hook_z", "attn.v.hook_out", "hook_resid_pre"])
 def test_heads_are_refused_where_a_hook_would_see_each_of_them(any_model, point):
     calls = []

@@ -66,7 +66,9 @@ class Recorder:
 
         self._hooks.callback(_hook(tap, see).remove)
 
-    def keep_place(self, tap: Tap, key: Hashable, on_a_branch: bool = False) -> None:
+    def keep_place(
+        self, tap: Tap, key: Hashable, on_a_branch: bool = False, own_branch: bool = False
+    ) -> None:
         """Keep the place where ``dL/dy`` arrives for the tensor ``y`` that passes the tap.
 
         Args:
@@ -76,6 +78,8 @@ class Recorder:
                 itself. Else it may be given a copy: where the graph begins and where ``y`` is a
                 view, because a later change in place is forbidden for a leaf, and would take a
                 view's place out of the graph.
+            own_branch: Whether only what comes through the tap counts, not the other uses of ``y``.
+                Then the model goes on with a copy.
         """
 
         def see(y: Tensor) -> Tensor | None:
@@ -87,7 +91,7 @@ class Recorder:
                     y = y.expand(self._batch_size, *y.shape[1:])
                 if not y.requires_grad:
                     replaced = y = y.detach().requires_grad_().clone()
-                elif y._is_view():
+                elif own_branch or y._is_view():
                     replaced = y = y.clone()
                 edge = get_gradient_edge(y)
             kept_on = self._device or y.device

@@ -240,7 +240,8 @@ def watch_residual(recorder: Recorder, model: Model, after: int | None, per_head
         if behind < first:
             continue
         middle = name.endswith("hook_resid_mid")
-        recorder.keep_place(Tap(point, "input"), name, on_a_branch=middle)
+        shared = name == "blocks.0.hook_resid_pre"  # later blocks of Gemma 4 and Zamba 2 read it
+        recorder.keep_place(Tap(point, "input"), name, on_a_branch=middle, own_branch=shared)
         if not middle:
             recorder.keep_value(Tap(point, "output"), name, copy=not name.endswith(NODES))
     z_of_layer = {}
