@@ -269,8 +269,8 @@ def test_a_hook_in_a_parallel_block_is_called_once(tokenizer):
         cache.decompose_vjps()
 
 
-def test_attribution_is_transformer_lenss(model):
-    """The node scores of ``attribution_patch``, with a metric of the user's."""
+def assert_scores_are_transformer_lenss(model):
+    """Those of ``attribution_patch``, with a metric of the user's, at the same nodes."""
     if TL_VERSION < 4:
         pytest.skip("attribution_patch is in TransformerLens 4.3")
     from transformer_lens.tools.analysis.attribution_patching import attribution_patch
@@ -290,6 +290,22 @@ def test_attribution_is_transformer_lenss(model):
     for node, score in reference.node_scores.items():
         got = scores[node.kind, node.layer, node.head, node.position]
         assert abs(got - score) <= 1e-10 * largest, node
+
+
+def test_attribution_is_transformer_lenss(model):
+    assert_scores_are_transformer_lenss(model)
+
+
+@pytest.mark.parametrize("family", ["granite", "granitemoe"])
+def test_attribution_has_the_nodes_that_are_scaled(tokenizer, family):
+    """TransformerLens passes their HookPoints only if they have hooks."""
+    if not HAS_BRIDGE:
+        pytest.skip("TransformerLens 2 has no TransformerBridge")
+    from families import make
+
+    model = make(family, tokenizer)
+    assert_scores_are_transformer_lenss(model)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 def test_attribution_of_a_batch_is_that_of_its_examples(any_model):

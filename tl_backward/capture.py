@@ -24,6 +24,7 @@ from tl_backward.sites import (
     all_parameters,
     attached_hook_points,
     left_padding_obstacle,
+    passed_if_hooked,
     require_eval_mode,
     weight_sites,
     weights_processing,
@@ -158,8 +159,8 @@ def run_with_backward_cache(
     with _frozen(parameters), torch.enable_grad():
         with ExitStack() as of_this_run:
             of_this_run.enter_context(attached_hook_points(model))
-            hooks = model.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks))
-            of_this_run.enter_context(hooks)
+            fwd_hooks = [*fwd_hooks, *((name, _look_on) for name in passed_if_hooked(model))]
+            of_this_run.enter_context(model.hooks(fwd_hooks=fwd_hooks, bwd_hooks=list(bwd_hooks)))
             guarded = of_this_run.enter_context(GuardedHooks(model, mask))
             recorder = Recorder(len(texts), None if device is None else torch.device(device))
             of_this_run.enter_context(recorder)
@@ -203,6 +204,10 @@ def run_with_backward_cache(
         loss=whole(losses),
     )
     return cache.loss, cache
+
+
+def _look_on(tensor: Tensor, hook: Any) -> None:
+    """A hook that has a HookPoint passed, and does nothing."""
 
 
 def _watch_weights(recorder: Recorder, sites: Sequence[WeightSite]) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "final_norm",
     "layer_numbers",
     "left_padding_obstacle",
+    "passed_if_hooked",
     "remove_hook_points",
     "require_eval_mode",
     "require_model",
@@ -101,6 +102,11 @@ def require_model(model: Model) -> None:
 def left_padding_obstacle(model: Model) -> str | None:
     """Why texts that are padded on the left would not get what they get alone; None if they do."""
     return _backend(model).left_padding_obstacle(model)
+
+
+def passed_if_hooked(model: Model) -> list[str]:
+    """The HookPoints of the residual stream that TransformerLens passes only if they have hooks."""
+    return _backend(model).passed_if_hooked(model)
 
 
 def attention_outputs(model: Model) -> list[WeightSite]:

@@ -132,6 +132,11 @@ def reasons(model: Model) -> dict[int, str]:
     return found
 
 
+def passed_if_hooked(model: Model) -> list[str]:
+    """Nothing: the model passes every HookPoint."""
+    return []
+
+
 def left_padding_obstacle(model: Model) -> str | None:
     """Nothing: positions and attention leave padding out."""
     return None

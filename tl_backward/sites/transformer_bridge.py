@@ -322,6 +322,17 @@ def attached_hook_points(model: Model) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def passed_if_hooked(model: Model) -> list[str]:
+    """HookPoints that are passed only if they have hooks: of what a model scales (Granite)."""
+    names = []
+    if getattr(model._modules.get("embed"), "_output_contribution_scale", 1.0) != 1.0:
+        names.append("hook_embed")
+    for layer, block in enumerate(model._modules.get("blocks") or ()):
+        if hasattr(block, "residual_contribution_scale") and "hook_mlp_out" in block._modules:
+            names.append(f"blocks.{layer}.hook_mlp_out")
+    return names
+
+
 def left_padding_obstacle(model: Model) -> str | None:
     """Why texts that are padded on the left would not get what they get alone; None if they do."""
     kind = type(model.original_model).__name__
