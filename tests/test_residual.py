@@ -359,6 +359,17 @@ def test_bad_input(any_model, method, arguments, message):
         getattr(cache, method)(**arguments)
 
 
+@pytest.mark.parametrize("part", [{"layers": -1}, {"weights": "W_U"}])
+def test_attribution_needs_all_layers(any_model, part):
+    whole, some = (
+        tlb.run_with_backward_cache(any_model, TOKENS, TARGET, **arguments)[1]
+        for arguments in ({}, part)
+    )
+    for one, other in ((whole, some), (some, whole)):
+        with pytest.raises(ValueError, match=r"blocks\.0\.hook_resid_pre was not captured"):
+            one.attribute(other)
+
+
 def test_attribution_needs_texts_of_one_length(any_model):
     caches = [tlb.run_with_backward_cache(any_model, p, TARGET)[1] for p in BATCH[:2]]
     with pytest.raises(ValueError, match="texts of the same lengths"):

@@ -230,7 +230,8 @@ class BackwardCache(Mapping[str, GradientFactors]):
             ``mlp_out``), ``layer, head, position, score``.
 
         Raises:
-            ValueError: When the two are not of equally long texts and the same positions.
+            ValueError: When the two are not of equally long texts and the same positions, or one
+                was not captured in all layers.
 
         Example:
             >>> clean.attribute(corrupt).nlargest(10, "score")

@@ -79,6 +79,15 @@ class Residual:
                 points[f"{block}_mid"] = self._at(f"blocks.{block}.hook_resid_mid")
         return points
 
+    def require_all_layers(self) -> None:
+        """Refuse what has only the end of the stream.
+
+        Raises:
+            ValueError: When the VJP before a layer is not there.
+        """
+        for block in range(self.n_layers + 1):
+            self._before(block)
+
     def forward_stream(self, layers: Collection[int] | None = None) -> dict[str, Tensor]:
         """The activations at the points of ``accumulated_resid`` in some layers, by label.
 
@@ -201,6 +210,8 @@ def attribution(clean: Residual, corrupt: Residual, positions: list[list[int]]) 
     """``(clean activation - corrupt activation) . corrupt VJP`` of every node."""
     import pandas as pd
 
+    clean.require_all_layers()
+    corrupt.require_all_layers()
     nodes = [(b, position) for b, of_text in enumerate(positions) for position in of_text]
     lines = []
     for name in corrupt.activations.keys() & corrupt.vjps.keys() & clean.activations.keys():
