@@ -272,6 +272,25 @@ def test_the_kl_divergence_takes_logits_in_all_their_forms(model):
     torch.testing.assert_close(alone, losses[0][1])
 
 
+def test_a_token_that_cannot_come_next_adds_nothing_to_the_kl_divergence(model):
+    other = torch.randn(model.cfg.d_vocab, generator=torch.Generator().manual_seed(0))
+    other = other.to(model.cfg.dtype).index_fill(0, torch.tensor([2, 7]), -torch.inf)
+    loss, cache = tlb.run_with_backward_cache(
+        model, PROMPTS[0], loss_fn=tlb.kl_divergence(other), weights="W_U"
+    )
+    logits = model(torch.tensor([PROMPTS[0]]))[0, -1].detach()
+    want = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=of) for of in (other, logits))
+    )
+    torch.testing.assert_close(loss, want)
+    want = logits.softmax(-1) - other.softmax(-1)
+    torch.testing.assert_close(cache["W_U", None].vjps[-1], want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the loss of example 0 is nan"):
+        tlb.run_with_backward_cache(
+            model, PROMPTS[0], loss_fn=tlb.kl_divergence(torch.full_like(other, torch.nan))
+        )
+
+
 def test_a_custom_loss_is_called_once_with_everything_it_needs():
     objective = Objective(lambda logits, tokens, of: logits[:, 0, 0] * of, {"of": torch.ones(2)})
     logits = torch.randn(2, 3, 4)
@@ -500,6 +519,16 @@ def raises(logits, tokens):
             {"loss_fn": tlb.kl_divergence(torch.zeros(2, 3, 31))},
             ValueError,
             "other_logits is given for 2 prompts, not for 3",
+        ),
+        (
+            {"loss_fn": tlb.kl_divergence(torch.zeros(3, 7, 31))},
+            ValueError,
+            "other_logits is one tensor for prompts of different lengths.* pass a list",
+        ),
+        (
+            {"loss_fn": tlb.kl_divergence([torch.zeros(9)] * 3)},
+            ValueError,
+            "other_logits is over 9 tokens, and this model has",
         ),
         (
             {"prompt": [[3, 1], [6]], "loss_fn": tlb.lm_cross_entropy_loss},

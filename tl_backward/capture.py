@@ -145,7 +145,8 @@ def run_with_backward_cache(
     _require_room(model, texts, targets, single)
     if isinstance(loss_fn, Objective):
         loss_fn = loss_fn.resolved(
-            lambda argument, value: single_token_ids(model, argument, value, n_prompts), len(texts)
+            lambda argument, value: single_token_ids(model, argument, value, n_prompts),
+            [len(text) for text in texts],
         )
     tokens, mask = padded(texts, pad_id(model), side)
     if side == "left" and not mask.all():

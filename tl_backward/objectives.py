@@ -40,17 +40,28 @@ class Objective:
         return self.compute(logits, tokens, **self.of_each)
 
     def resolved(
-        self, token_ids: Callable[[str, Any], Int[Tensor, "batch"]], n_examples: int
+        self, token_ids: Callable[[str, Any], Int[Tensor, "batch"]], lengths: Sequence[int]
     ) -> Objective:
         """The same with ids for the tokens that it names.
 
+        Args:
+            token_ids: Called with an argument and its value.
+            lengths: Number of tokens of every example.
+
         Raises:
-            ValueError: When it has not one entry per example.
+            ValueError: When it has not one entry per example, or one padded tensor for examples of
+                different lengths.
         """
         of_each = self.of_each | {name: token_ids(name, self.of_each[name]) for name in self.tokens}
         for name, of in of_each.items():
-            if len(of) != n_examples:
-                raise ValueError(f"{name} is given for {len(of)} prompts, not for {n_examples}")
+            if len(of) != len(lengths):
+                raise ValueError(f"{name} is given for {len(of)} prompts, not for {len(lengths)}")
+            if isinstance(of, Tensor) and of.ndim == 3 and len(set(lengths)) > 1:
+                raise ValueError(
+                    f"{name} is one tensor for prompts of different lengths, in which shorter ones "
+                    "may end with padding; pass a list with the logits of every prompt, such as "
+                    "[model(prompt) for prompt in prompts]"
+                )
         return Objective(self.compute, of_each)
 
     def example(self, b: int) -> Objective:
@@ -170,25 +181,34 @@ def kl_divergence(other_logits: Float[Tensor, "..."] | Sequence[Float[Tensor, ".
 
     Args:
         other_logits: What another run gave: ``[pos, d_vocab]`` or ``[batch, pos, d_vocab]``, of
-            which the last position counts, a ``[d_vocab]`` vector, or a list of these for prompts
-            of different lengths.
+            which the last position counts, a ``[d_vocab]`` vector, or a list of these, one for each
+            prompt. Prompts of different lengths need a list.
 
     Example:
         >>> clean = model(prompt)
         >>> run_with_backward_cache(model, corrupted, loss_fn=kl_divergence(clean))
     """
     if isinstance(other_logits, Tensor):
-        texts = other_logits.unbind(0) if other_logits.ndim == 3 else (other_logits,)
+        other = other_logits.detach() if other_logits.ndim == 3 else [other_logits.detach()]
     else:
-        texts = tuple(logits.squeeze(0) if logits.ndim == 3 else logits for logits in other_logits)
-    last = [(logits[-1] if logits.ndim == 2 else logits).detach() for logits in texts]
+        other = [
+            logits.detach().squeeze(0) if logits.ndim == 3 else logits.detach()
+            for logits in other_logits
+        ]
 
-    def compute(logits: Tensor, tokens: Tensor, other_logits: Sequence[Tensor]) -> Tensor:
+    def compute(logits: Tensor, tokens: Tensor, other_logits: Tensor | Sequence[Tensor]) -> Tensor:
+        last = torch.stack([of[-1] if of.ndim == 2 else of for of in other_logits])
+        if last.shape[-1] != logits.shape[-1]:
+            raise ValueError(
+                f"other_logits is over {last.shape[-1]} tokens, and this model has "
+                f"{logits.shape[-1]}; pass logits of a model with the same vocabulary"
+            )
         this = _upcast(logits[:, -1]).log_softmax(-1)
-        other = _upcast(torch.stack([*other_logits]).to(this)).log_softmax(-1)
-        return (other.exp() * (other - this)).sum(-1)
+        other = _upcast(last.to(this)).log_softmax(-1)
+        probabilities = other.exp()
+        return torch.where(probabilities == 0, 0, probabilities * (other - this)).sum(-1)
 
-    return Objective(compute, {"other_logits": last})
+    return Objective(compute, {"other_logits": other})
 
 
 def lm_cross_entropy_loss(
