@@ -291,6 +291,20 @@ def test_a_token_that_cannot_come_next_adds_nothing_to_the_kl_divergence(model):
         )
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, [[3, 17], [6, 2]]], ids=["ragged", "equal"])
+def test_a_loss_may_edit_its_logits_in_place(model, prompts):
+    def in_place(logits, tokens):
+        return logits.mul_(2)[:, -1, 5]
+
+    (loss, cache), (want, plain) = (
+        tlb.run_with_backward_cache(model, prompts, loss_fn=loss_fn, padding_side="right")
+        for loss_fn in (in_place, lambda logits, tokens: (2 * logits)[:, -1, 5])
+    )
+    assert torch.equal(loss, want)
+    for name, g in plain.items():
+        assert torch.equal(cache[name].vjps, g.vjps), name
+
+
 def test_a_custom_loss_is_called_once_with_everything_it_needs():
     objective = Objective(lambda logits, tokens, of: logits[:, 0, 0] * of, {"of": torch.ones(2)})
     logits = torch.randn(2, 3, 4)

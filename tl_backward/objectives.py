@@ -78,7 +78,8 @@ def losses_of_examples(
     """The loss of every example, as if it was alone.
 
     Args:
-        loss_fn: Called with all texts at once if they are of one length, and else text by text.
+        loss_fn: Called with all texts at once if they are of one length, and else text by text. A
+            user's function may edit its logits in place.
         logits: Those of padded texts.
         texts: Where each text is in its row.
         tokens: The padded texts.
@@ -87,14 +88,13 @@ def losses_of_examples(
         TypeError: When the loss is no tensor of real numbers.
         ValueError: When it has the wrong shape, is detached from the logits, or is not finite.
     """
-    of_example = loss_fn.example if isinstance(loss_fn, Objective) else lambda b: loss_fn
     if all(text == slice(0, logits.shape[1]) for text in texts):
         losses = _checked(loss_fn(logits, tokens), logits, len(texts), "")
     else:
         losses = torch.cat(
             [
                 _checked(
-                    of_example(b)(of_text[None, text], tokens[b : b + 1, text]),
+                    _loss_of(loss_fn, b, of_text[None, text], tokens[b : b + 1, text]),
                     logits,
                     1,
                     f", called with example {b} alone,",
@@ -110,6 +110,13 @@ def losses_of_examples(
                 "padding_side='right'), or check the model's weights and the hooks on it"
             )
     return losses
+
+
+def _loss_of(loss_fn: Loss, b: int, logits: Tensor, tokens: Tensor) -> Any:
+    """The loss of one example. Autograd forbids to edit what ``unbind`` gives in place."""
+    if isinstance(loss_fn, Objective):
+        return loss_fn.example(b)(logits, tokens)
+    return loss_fn(logits.clone(), tokens)
 
 
 def _checked(losses: Any, logits: Tensor, n: int, called: str) -> Tensor:
