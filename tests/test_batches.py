@@ -291,6 +291,21 @@ def test_a_token_that_cannot_come_next_adds_nothing_to_the_kl_divergence(model):
         )
 
 
+def negated(objective):
+    return lambda logits, tokens: -objective(logits, tokens)
+
+
+def test_an_objective_of_ids_may_be_used_in_a_function(model):
+    for prompts, answers in ((PROMPTS, 5), ([[3, 17], [6, 2]], torch.tensor([5, 2]))):
+        arguments = {"padding_side": "right", "weights": "W_out"}
+        (loss, cache), (want, swapped) = (
+            tlb.run_with_backward_cache(model, prompts, loss_fn=loss_fn, **arguments)
+            for loss_fn in (negated(tlb.logit_diff(answers, 7)), tlb.logit_diff(7, answers))
+        )
+        assert torch.equal(loss, want)
+        assert torch.equal(cache["W_out", 0].vjps, swapped["W_out", 0].vjps)
+
+
 @pytest.mark.parametrize("prompts", [PROMPTS, [[3, 17], [6, 2]]], ids=["ragged", "equal"])
 def test_a_loss_may_edit_its_logits_in_place(model, prompts):
     def in_place(logits, tokens):
@@ -544,6 +559,15 @@ def raises(logits, tokens):
             ValueError,
             "other_logits is over 9 tokens, and this model has",
         ),
+        ({"loss_fn": "nll"}, TypeError, "loss_fn must be a function .* got 'nll'"),
+        ({"loss_fn": tlb.logit_diff}, TypeError, "got 'logit_diff'"),
+        ({"loss_fn": tlb.kl_divergence}, TypeError, "got 'kl_divergence'"),
+        (
+            {"loss_fn": negated(tlb.logit_diff(" a", 1))},
+            TypeError,
+            "answer=' a': .* pass token ids",
+        ),
+        ({"loss_fn": negated(tlb.logit_diff(5, [1, 2]))}, ValueError, "2 prompts, not for 1"),
         (
             {"prompt": [[3, 1], [6]], "loss_fn": tlb.lm_cross_entropy_loss},
             ValueError,

@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_backward.backward_hooks import GuardedHooks
 from tl_backward.cache import BackwardCache
 from tl_backward.factors import GradientFactors
-from tl_backward.objectives import Loss, Objective, losses_of_examples, target_nll
+from tl_backward.objectives import Loss, Objective, losses_of_examples, require_loss, target_nll
 from tl_backward.recording import Recorder
 from tl_backward.residual import needs_graph, residual_from, watch_residual
 from tl_backward.rows import Positions, Rows, kept_positions
@@ -129,6 +129,8 @@ def run_with_backward_cache(
     _require_ready(model, parameters)
     if (target is None) == (loss_fn is None):
         raise ValueError("pass either target= or loss_fn=, what to differentiate")
+    if loss_fn is not None:
+        require_loss(loss_fn)
     side = padding_side_of(model, padding_side)
     single = is_single(prompt)
     texts = prompt_tokens(model, prompt, prepend_bos, side)

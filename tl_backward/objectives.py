@@ -36,8 +36,15 @@ class Objective:
     def __call__(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch"]:
-        """The loss of every text."""
-        return self.compute(logits, tokens, **self.of_each)
+        """The loss of every text. Tokens that are not resolved must be ids.
+
+        Raises:
+            TypeError: When they are something else.
+        """
+        if not self.tokens:
+            return self.compute(logits, tokens, **self.of_each)
+        n, length = logits.shape[:2]
+        return self.resolved(lambda name, of: _given_ids(name, of, n), [length] * n)(logits, tokens)
 
     def resolved(
         self, token_ids: Callable[[str, Any], Int[Tensor, "batch"]], lengths: Sequence[int]
@@ -67,6 +74,20 @@ class Objective:
     def example(self, b: int) -> Objective:
         """The same for one text of the batch."""
         return replace(self, of_each={name: of[b : b + 1] for name, of in self.of_each.items()})
+
+
+def require_loss(loss_fn: object) -> None:
+    """Refuse what cannot be a loss.
+
+    Raises:
+        TypeError: When it is no function, or one that makes an objective and was not called.
+    """
+    makers = (logit_diff, kl_divergence)
+    if not callable(loss_fn) or any(loss_fn is maker for maker in makers):
+        raise TypeError(
+            "loss_fn must be a function of logits and tokens, or what logit_diff(answer, other) "
+            f"or kl_divergence(logits) returns, got {getattr(loss_fn, '__name__', loss_fn)!r}"
+        )
 
 
 def losses_of_examples(
@@ -121,7 +142,8 @@ def _loss_of(loss_fn: Loss, b: int, logits: Tensor, tokens: Tensor) -> Any:
 
 def _checked(losses: Any, logits: Tensor, n: int, called: str) -> Tensor:
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        raise TypeError(f"loss_fn{called} must return a tensor of floating point, got {losses!r}")
+        got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(f"loss_fn{called} must return a tensor of floating point, got {got}")
     if losses.shape != (n,):
         got = "a scalar" if not losses.ndim else f"the shape {list(losses.shape)}"
         raise ValueError(
@@ -163,7 +185,8 @@ def logit_diff(
     """Logit of ``answer`` minus logit of ``other`` after the last token.
 
     A metric as in activation patching, so a descent step moves *away* from ``answer``; swap the
-    two to descend towards it.
+    two to descend towards it. In a function of your own, ``logit_diff(5, 7)(logits, tokens)``
+    takes ids.
 
     Args:
         answer: One token, or one for each prompt: strings (mind the leading space) or ids.
@@ -235,6 +258,20 @@ def lm_cross_entropy_loss(
         raise ValueError("the loss over a text needs a prompt of at least two tokens")
     log_probs = _upcast(logits[:, :-1]).log_softmax(-1)
     return -log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1).mean(-1)
+
+
+def _given_ids(argument: str, value: Any, n: int) -> Int[Tensor, "batch"]:
+    """Token ids as they are given, for ``n`` examples."""
+    try:
+        ids = torch.as_tensor(value).reshape(-1)
+    except (TypeError, ValueError):
+        ids = torch.empty(0)
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(
+            f"{argument}={value!r}: within another function there is no tokenizer; pass token ids, "
+            "or, to turn the sign around, swap answer and other in the loss_fn itself"
+        )
+    return ids.expand(n) if len(ids) == 1 else ids
 
 
 def _upcast(logits: Tensor) -> Tensor:
