@@ -491,6 +491,39 @@ def test_a_target_without_its_leading_space_gives_a_warning(bridge):
 # ----- bad input -----
 
 
+def first_only(logits, tokens):
+    return torch.stack([of[-1, 0].detach() if b else of[-1, 0] for b, of in enumerate(logits)])
+
+
+def saturated(logits, tokens):
+    return (logits[:, -1, 0] - 1e4 * tokens[:, 0].ne(3)).sigmoid()
+
+
+@pytest.mark.parametrize("loss_fn", [first_only, saturated])
+def test_examples_without_any_vjp_are_named(model, loss_fn):
+    """Detached, or flat: which of the two cannot be seen, and the latter is right."""
+    prompts = [[3, 1], [12, 1], [12, 1]]
+    with pytest.warns(UserWarning, match="all VJPs of example 1, 2 are zero"):
+        _, cache = tlb.run_with_backward_cache(model, prompts, loss_fn=loss_fn)
+    assert cache["W_V", 0].example(0).norm() > 0
+    assert cache["W_V", 0].example(1).norm() == cache["W_V", 0].example(2).norm() == 0
+
+
+def test_a_loss_of_activations_inside_is_not_flat(model):
+    kept = []
+    hooks = [("blocks.0.hook_mlp_out", lambda tensor, hook: kept.append(tensor))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, cache = tlb.run_with_backward_cache(
+            model,
+            [[3, 1], [6, 2]],
+            loss_fn=lambda logits, tokens: kept[-1].square().sum((1, 2)),
+            fwd_hooks=hooks,
+        )
+    assert torch.equal(cache.residual.vjps["blocks.0.hook_mlp_out"], 2 * kept[-1])
+    assert cache["W_U", None].norm() == 0
+
+
 def scalar(logits, tokens):
     return logits.mean()
 
@@ -501,6 +534,10 @@ def per_token(logits, tokens):
 
 def detached(logits, tokens):
     return logits.detach()[:, -1, 0]
+
+
+def constant(logits, tokens):
+    return torch.ones(len(logits), requires_grad=True) + 1
 
 
 def integers(logits, tokens):
@@ -539,6 +576,8 @@ def raises(logits, tokens):
         ({"loss_fn": scalar}, ValueError, r"loss_fn, called with example 0 alone, .* a scalar"),
         ({"loss_fn": per_token}, ValueError, r"returned the shape \[1, 5\]"),
         ({"loss_fn": detached}, ValueError, "example 0 alone, returned a tensor that is detached"),
+        ({"loss_fn": constant}, ValueError, "does not depend on the logits"),
+        ({"loss_fn": constant, "prompt": [3]}, ValueError, "does not depend on the logits"),
         ({"loss_fn": integers}, TypeError, "must return a tensor of floating point"),
         ({"loss_fn": infinite_for_short_ones}, ValueError, "the loss of example 1 is -?inf"),
         ({"loss_fn": raises}, ZeroDivisionError, ""),

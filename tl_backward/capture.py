@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,7 @@ from tl_backward.backward_hooks import GuardedHooks
 from tl_backward.cache import BackwardCache
 from tl_backward.factors import GradientFactors
 from tl_backward.objectives import Loss, Objective, losses_of_examples, require_loss, target_nll
-from tl_backward.recording import Recorder
+from tl_backward.recording import Recorder, depends_on
 from tl_backward.residual import needs_graph, residual_from, watch_residual
 from tl_backward.rows import Positions, Rows, kept_positions
 from tl_backward.sites import (
@@ -118,6 +120,10 @@ def run_with_backward_cache(
             between the beginning of a block and the outputs of its heads.
         RuntimeError: Under ``torch.inference_mode()``.
 
+    Warns:
+        UserWarning: When every VJP of an example is zero: a ``loss_fn`` may be flat there, as a
+            saturated probability is, or may have detached the loss of this example.
+
     Example:
         >>> loss, cache = run_with_backward_cache(model, "Lionel Messi plays for", " Paris")
         >>> cache["W_out", 5].norm()
@@ -184,6 +190,8 @@ def run_with_backward_cache(
         vjps = recorder.backward(losses.sum(), retain_graph=needs_graph(recorder, watched))
         guarded.are_done = True
         _require_finite(sites, vjps, side)
+        if logits.requires_grad and loss_fn is not None and not isinstance(loss_fn, Objective):
+            _notice_flat(losses, logits, vjps)
         residual = residual_from(recorder, watched, vjps, rows)
         factors = {site.name: _factors_of(recorder, site, vjps, rows) for site in sites}
         behind_norms = {
@@ -255,6 +263,25 @@ def _require_finite(
             f"the VJPs at {name} are not finite, though the loss is; {advice}a higher precision, "
             "and check the hooks on the model"
         )
+
+
+def _notice_flat(losses: Tensor, logits: Tensor, vjps: Mapping[Any, list[Tensor]]) -> None:
+    """A zero gradient is right for a saturated loss, and wrong for one that was detached."""
+    flat = torch.ones(len(losses), dtype=torch.bool)
+    for vjp in chain.from_iterable(vjps.values()):
+        flat &= vjp.reshape(len(losses), -1).eq(0).all(1).cpu()
+        if not flat.any():
+            return
+    if not depends_on(losses, logits):
+        raise ValueError(
+            "loss_fn returned a tensor that does not depend on the logits; compute it from them"
+        )
+    examples = ", ".join(str(b) for b in flat.nonzero().flatten().tolist())
+    warnings.warn(
+        f"all VJPs of example {examples} are zero: loss_fn is flat at its logits, or has detached "
+        "the loss from them",
+        stacklevel=3,
+    )
 
 
 def _require_room(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -169,18 +169,31 @@ def _vjps_at(
     return dict(zip(edges, vjps, strict=True))
 
 
+def depends_on(loss: Tensor, y: Tensor) -> bool:
+    """Whether the graph of a loss goes back to ``y``."""
+    return y.grad_fn in set(_graph_of([loss.grad_fn]))
+
+
 def _leaves_behind(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
     """Where the graph upstream of some places begins: the backward pass to there meets them all."""
-    seen, waiting, leaves = set(), [edge.node for edge in edges], []
+    nodes = _graph_of([edge.node for edge in edges])
+    return [
+        GradientEdge(node, 0)
+        for node in nodes
+        if all(other is None for other, _ in node.next_functions)
+    ]
+
+
+def _graph_of(nodes: Iterable[Node | None]) -> Iterator[Node]:
+    """The nodes, and all that are upstream of them, once."""
+    seen: set[Node] = set()
+    waiting = [*nodes]
     while waiting:
         node = waiting.pop()
-        if node not in seen:
+        if node is not None and node not in seen:
             seen.add(node)
-            upstream = [other for other, _ in node.next_functions if other is not None]
-            waiting += upstream
-            if not upstream:
-                leaves.append(GradientEdge(node, 0))
-    return leaves
+            waiting += [other for other, _ in node.next_functions]
+            yield node
 
 
 def vjp_between(later: Place, vjp: Tensor, earlier: Place) -> Tensor:
