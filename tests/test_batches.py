@@ -432,9 +432,32 @@ def test_a_padded_tensor_is_what_the_texts_are(bridge, side):
     _, want = tlb.run_with_backward_cache(bridge, TEXTS, TARGET, padding_side=side)
     tokens = bridge.to_tokens(TEXTS, padding_side=side)
     assert tokens.eq(bridge.tokenizer.pad_token_id).sum() > len(TEXTS)
-    _, cache = tlb.run_with_backward_cache(bridge, tokens, TARGET, padding_side=side)
+    with pytest.warns(UserWarning, match="'<bos>' at the .* of row 0 is taken for padding"):
+        _, cache = tlb.run_with_backward_cache(bridge, tokens, TARGET, padding_side=side)
     assert [t.tolist() for t in cache.tokens] == [t.tolist() for t in want.tokens]
     assert torch.equal(cache["W_in", 1].vjps, want["W_in", 1].vjps)
+
+
+def test_a_text_that_ends_with_the_pad_token_is_passed_in_a_list(bridge):
+    pad = bridge.tokenizer.pad_token_id
+    texts = torch.tensor([[5, 6, pad], [7, 8, 9]])
+    with pytest.warns(UserWarning, match=r"end of row 0 .* pass a list of rows"):
+        _, cache = tlb.run_with_backward_cache(bridge, texts, 5)
+    assert [t.tolist() for t in cache.tokens] == [[5, 6], [7, 8, 9]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompts in ([*texts], texts.tolist()):
+            _, cache = tlb.run_with_backward_cache(bridge, prompts, 5)
+            assert [t.tolist() for t in cache.tokens] == texts.tolist()
+        texts[1, -1] = pad
+        _, cache = tlb.run_with_backward_cache(bridge, texts, 5)
+        assert [t.tolist() for t in cache.tokens] == texts.tolist()
+        bridge.tokenizer.pad_token = bridge.tokenizer.convert_ids_to_tokens(9)
+        try:
+            _, cache = tlb.run_with_backward_cache(bridge, torch.tensor([[5, 6, 9], [7, 8, 1]]), 5)
+        finally:
+            bridge.tokenizer.pad_token = "<bos>"
+    assert [t.tolist() for t in cache.tokens] == [[5, 6], [7, 8, 1]]
 
 
 def test_the_tokenizer_says_which_side_is_padded(bridge):

@@ -76,7 +76,8 @@ def run_with_backward_cache(
     Args:
         model: A TransformerLens model in eval mode.
         prompt: Text or token ids (to which nothing is prepended), of one prompt or, in a list, of
-            several. A tensor with several rows may be padded, as ``model.to_tokens`` pads it.
+            several. A tensor with several rows may be padded, as ``model.to_tokens`` pads it; the
+            rows of a list are not.
         target: What to differentiate towards: the loss is the negative log-likelihood of these
             tokens after the prompt, mean over them. Text or token ids, one for all prompts, or one
             for each in a list. Of a target of several tokens all but the last are appended to the
@@ -122,7 +123,8 @@ def run_with_backward_cache(
 
     Warns:
         UserWarning: When every VJP of an example is zero: a ``loss_fn`` may be flat there, as a
-            saturated probability is, or may have detached the loss of this example.
+            saturated probability is, or may have detached the loss of this example. When pad tokens
+            are cut from a tensor that could be text.
 
     Example:
         >>> loss, cache = run_with_backward_cache(model, "Lionel Messi plays for", " Paris")

@@ -32,13 +32,17 @@ def prompt_tokens(
     Args:
         model: Any TransformerLens model; its tokenizer and vocabulary are used.
         prompt: Text or token ids of one prompt or, in a list, of several. Several rows of one
-            tensor may be padded with the tokenizer's pad token, as ``model.to_tokens`` does.
+            tensor may be padded with the tokenizer's pad token, as ``model.to_tokens`` does; a list
+            of rows is not.
         prepend_bos: As in ``model.to_tokens``; token ids are taken as they are.
         padding_side: Where rows of a tensor are padded.
 
     Raises:
         TypeError: When a prompt is neither a string nor integer token ids.
         ValueError: When one is empty or outside the vocabulary.
+
+    Warns:
+        UserWarning: When what is taken for padding of a tensor could be text.
     """
     if is_single(prompt):
         rows: list[Any] = [prompt]
@@ -176,7 +180,12 @@ def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
 
 
 def _unpadded(model: Any, tokens: Int[Tensor, "batch pos"], side: str) -> list[Int[Tensor, "_"]]:
-    """The rows of a tensor without the pad tokens at their ends, unless every row has them."""
+    """The rows of a tensor without the pad tokens at their ends, unless every row has them.
+
+    Warns:
+        UserWarning: When a pad token that is cut off could be a token of the text, as it is that of
+            its beginning or end, too (GPT-2).
+    """
     tokenizer = model.tokenizer
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or tokens.is_floating_point() or tokens.ndim != 2 or not tokens.numel():
@@ -184,6 +193,13 @@ def _unpadded(model: Any, tokens: Int[Tensor, "batch pos"], side: str) -> list[I
     from_the_padding = tokens if side == "left" else tokens.flip(1)
     pads = from_the_padding.eq(pad).long().cumprod(1).sum(1)
     extra = (pads - pads.min()).tolist()
+    if any(extra) and pad in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        cut = ", ".join(str(b) for b, n in enumerate(extra) if n)
+        warnings.warn(
+            f"prompt: {tokenizer.pad_token!r} at the {'beginning' if side == 'left' else 'end'} of "
+            f"row {cut} is taken for padding; if it belongs to the text, pass a list of rows",
+            stacklevel=4,
+        )
     return [
         row[n:] if side == "left" else row[: len(row) - n]
         for row, n in zip(tokens, extra, strict=True)
