@@ -226,6 +226,23 @@ def test_the_stream_begins_behind_what_else_reads_the_embeddings(tokenizer, fami
         assert_close(heads, attention, 1e-5)
 
 
+def test_the_stream_ends_before_the_unembedding_where_blocks_return_lists(tokenizer):
+    """TransformerLens does not pass the HookPoints at the end of openai-gpt's blocks."""
+    if not HAS_BRIDGE:
+        pytest.skip("TransformerLens 2 has no TransformerBridge")
+    from families import make
+
+    model = make("openai-gpt", tokenizer)
+    _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET, per_head=True)
+    stream = cache.accumulated_vjps()
+    assert_close(stream[0], vjp_of_an_addition(model, "blocks.0.hook_resid_pre"))
+    assert_close(stream[-1], vjp_of_an_addition(model, "unembed.hook_in"))
+    assert_close(cache.decompose_vjps().sum(0), stream[0])
+    _, activations = model.run_with_cache(torch.tensor([TOKENS]))
+    end = cache.residual.forward_stream()["final_post"]
+    assert torch.equal(end, activations["unembed.hook_in"][0])
+
+
 @pytest.mark.parametrize("point", ["attn.hook_z", "attn.v.hook_out", "hook_resid_pre"])
 def test_heads_are_refused_where_a_hook_would_see_each_of_them(any_model, point):
     calls = []

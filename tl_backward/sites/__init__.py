@@ -123,12 +123,15 @@ def residual_points(model: Model) -> dict[str, nn.Module]:
     model does not have is left out.
     """
     n_layers, points = model.cfg.n_layers, model.hook_dict
+    last = f"blocks.{n_layers - 1}.hook_resid_post"
     names = [
         "hook_embed",
         *(f"blocks.{block}.{hook}" for block in range(n_layers) for hook in RESIDUAL_POINTS),
-        f"blocks.{n_layers - 1}.hook_resid_post",
+        last,
     ]
-    return {name: points[name] for name in names if name in points}
+    found = {name: points[name] for name in names if name in points}
+    end = _backend(model).end_of_stream(model)
+    return found if end is None else found | {last: end}
 
 
 def coverage(model: Model) -> pd.DataFrame:

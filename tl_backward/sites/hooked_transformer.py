@@ -137,6 +137,11 @@ def passed_if_hooked(model: Model) -> list[str]:
     return []
 
 
+def end_of_stream(model: Model) -> nn.Module | None:
+    """Where the residual stream ends, if not at the last block's own HookPoint."""
+    return None
+
+
 def left_padding_obstacle(model: Model) -> str | None:
     """Nothing: positions and attention leave padding out."""
     return None

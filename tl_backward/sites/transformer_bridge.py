@@ -333,6 +333,15 @@ def passed_if_hooked(model: Model) -> list[str]:
     return names
 
 
+def end_of_stream(model: Model) -> nn.Module | None:
+    """Where the residual stream ends, if not at the last block's own HookPoint.
+
+    The blocks of openai-gpt return lists, of which TransformerLens passes nothing through it.
+    """
+    is_openai_gpt = type(model.original_model).__name__ == "OpenAIGPTLMHeadModel"
+    return model.unembed.hook_in if is_openai_gpt else None
+
+
 def left_padding_obstacle(model: Model) -> str | None:
     """Why texts that are padded on the left would not get what they get alone; None if they do."""
     kind = type(model.original_model).__name__
