@@ -165,7 +165,9 @@ class BackwardCache(Mapping[str, GradientFactors]):
 
         The mirror of ``ActivationCache.decompose_resid``: there the embedding and every attention
         and MLP *below* a layer add up to the residual stream that enters it, here the unembedding
-        and every attention and MLP *from that layer on* add up to the VJP there.
+        and every attention and MLP *from that layer on* add up to the VJP there. What comes through
+        a norm on the stream itself (BERT, openai-gpt), or through a mixer beside attention
+        (falcon_h1), is in ``attn_out``.
 
         Args:
             layer: The layer; None or -1 for 0, where all parts are included.
@@ -200,7 +202,8 @@ class BackwardCache(Mapping[str, GradientFactors]):
 
         The mirror of ``ActivationCache.stack_head_results``. The heads of a layer add up to its
         ``attn_out`` of :meth:`decompose_vjps`, also where they share keys and values. (Not where
-        later layers use this layer's keys and values, as in Gemma 3n: these come in addition.)
+        later layers use this layer's keys and values, as in Gemma 3n: these come in addition. Nor
+        where ``attn_out`` has more than attention in it.)
 
         Args:
             layer: The layer; None or -1 for 0, where all heads are included.
