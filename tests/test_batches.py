@@ -563,6 +563,10 @@ def constant(logits, tokens):
     return torch.ones(len(logits), requires_grad=True) + 1
 
 
+def steep(logits, tokens):
+    return (0 * logits[:, -1, 0]).sqrt()
+
+
 def integers(logits, tokens):
     return tokens[:, 0]
 
@@ -599,6 +603,7 @@ def raises(logits, tokens):
         ({"loss_fn": scalar}, ValueError, r"loss_fn, called with example 0 alone, .* a scalar"),
         ({"loss_fn": per_token}, ValueError, r"returned the shape \[1, 5\]"),
         ({"loss_fn": detached}, ValueError, "example 0 alone, returned a tensor that is detached"),
+        ({"loss_fn": steep}, ValueError, "though the loss is; try a higher precision, and check"),
         ({"loss_fn": constant}, ValueError, "does not depend on the logits"),
         ({"loss_fn": constant, "prompt": [3]}, ValueError, "does not depend on the logits"),
         ({"loss_fn": integers}, TypeError, "must return a tensor of floating point"),

@@ -260,10 +260,10 @@ def _require_finite(
     )
     if not sums.isfinite().all():
         name = places[int(sums.isfinite().logical_not().nonzero()[-1])][0]
-        advice = "try padding_side='right', or " if side == "left" else ""
+        advice = "padding_side='right', or " if side == "left" else ""
         raise ValueError(
-            f"the VJPs at {name} are not finite, though the loss is; {advice}a higher precision, "
-            "and check the hooks on the model"
+            f"the VJPs at {name} are not finite, though the loss is; try {advice}a higher "
+            "precision, and check loss_fn and the hooks on the model"
         )
 
 
