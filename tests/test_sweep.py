@@ -173,6 +173,19 @@ def test_tensors_and_arrays_become_numbers(tmp_path):
     assert row | {"norms": want["norms"]} == want
 
 
+def test_tensors_and_arrays_within_lists_and_mappings_do_too(tmp_path):
+    def fn(model, batch):
+        norms = [torch.tensor(1.5), torch.tensor(2.0)]
+        best = {"rank": np.int64(2), "tokens": (torch.tensor([3, 1]), [np.int32(4)])}
+        return [{"norms": norms, "best": best} for _ in batch]
+
+    want = {"record": 0, "norms": [1.5, 2.0], "best": {"rank": 2, "tokens": [[3, 1], [4]]}}
+    for path in (None, tmp_path):
+        assert list(sweep(None, [{}], fn, path=path, progress=False)) == [want]
+        (row,) = sweep(None, [{}], fn, path=path, progress=False)
+        assert json.dumps(row) == json.dumps(want)
+
+
 def test_progress_counts_records(capsys):
     list(sweep(10, RECORDS, count_characters, progress=False))
     assert capsys.readouterr().err == ""
@@ -326,6 +339,14 @@ def test_a_bad_batch_size_is_refused_at_once(batch_size):
 def test_records_that_are_no_records_are_refused_at_once(records):
     with pytest.raises(TypeError, match=r"records is a (dict|str)"):
         sweep(10, records, count_characters)
+
+
+def test_a_data_frame_is_sent_for_its_rows():
+    frame = pd.DataFrame(RECORDS)
+    with pytest.raises(TypeError, match=r"records is a DataFrame; .*\.to_dict\('records'\)"):
+        sweep(10, frame, count_characters)
+    rows = list(sweep(10, frame.to_dict("records"), count_characters, progress=False))
+    assert rows == list(sweep(10, RECORDS, count_characters, progress=False))
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def sweep(
             length and no index is read into memory.
         fn: Takes the model and a list of records, and returns a list with one entry for each: a
             row, or a list of rows, which may be empty. A row is a mapping from columns to values;
-            tensors and arrays become numbers or lists of numbers.
+            tensors and arrays, also within lists and mappings, become numbers or lists of numbers.
         batch_size: The most records in a batch.
         path: A folder for the table; it is made if it is not there. Without one, nothing is
             written and nothing can be resumed.
@@ -73,8 +73,8 @@ def sweep(
         index of the row's record in ``records``: sort by it to have their order.
 
     Raises:
-        TypeError: When ``records`` is a mapping or a string, when a record cannot be hashed for the
-            folder, or when ``fn`` returns something else than rows.
+        TypeError: When ``records`` is a mapping, a string or a data frame, when a record cannot be
+            hashed for the folder, or when ``fn`` returns something else than rows.
         ValueError: When ``batch_size`` is not a positive integer; when the folder belongs to a
             sweep over other records, holds other files or a damaged one; when ``fn`` does not
             return one entry for each record, or rows that fit into no common table.
@@ -93,6 +93,8 @@ def sweep(
         raise TypeError(
             f"records is a {type(records).__name__}; pass one split of a DatasetDict, or a list"
         )
+    if hasattr(records, "iterrows"):
+        raise TypeError("records is a DataFrame; pass its rows, records.to_dict('records')")
     indexed: Any = records
     if not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
         indexed = list(records)
@@ -246,6 +248,10 @@ def _tidy(row: Any, i: int) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Numbers of torch and NumPy as those of Python, which go into tables and onto disk."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if _is_list(value):
+        return [_plain(one) for one in value]
     is_numeric = isinstance(value, Tensor | np.ndarray | np.number | np.bool_)
     return value.tolist() if is_numeric else value
 
