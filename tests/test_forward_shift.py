@@ -352,9 +352,15 @@ def test_automatic_step_for_several_facts_layers_and_tokens(models, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_token_of_a_target_has_a_step_of_its_own(models, name):
-    """By applied weights: all come out on top, by less than one step for all would need."""
-    model, target = models(name), [5, 13, 8]
-    edit = forward_pass_shift(model, PROMPT, target, layer=1, lr="auto", tokens="all")
+    """By applied weights: all come out on top, by less than one step for all would need.
+
+    Two tokens: in these models the inputs at neighbouring places have cosines of 0.95 and more, and
+    whatever one edit adds at one of them it adds at the other.
+    """
+    model, target, margin = models(name), [16, 3], 0.02
+    edit = forward_pass_shift(
+        model, PROMPT, target, layer=1, lr="auto", tokens="all", margin=margin
+    )
     site, text = W_out(model, 1), [*PROMPT, *target[:-1]]
     x = seen_at(model, site.hook_in, text)[-len(target) :]
     terms = [torch.outer(row, embedding(model, t)) for row, t in zip(x, target, strict=True)]
@@ -372,12 +378,12 @@ def test_each_token_of_a_target_has_a_step_of_its_own(models, name):
     lrs = edit.report.lrs
     torch.testing.assert_close(edit.factors[site.name].dense(), update(lrs))
     assert len(set(lrs)) > 1 and edit.report.lr == max(lrs)
-    assert min(gaps(lrs)) == pytest.approx(edit.report.gap, abs=1e-5) and edit.report.gap >= 0.1
-    assert lrs[-1] == 0 or gaps([*lrs[:-1], 0.97 * lrs[-1]])[-1] < 0.1  # the last one searched
+    assert min(gaps(lrs)) == pytest.approx(edit.report.gap, abs=1e-5) and edit.report.gap >= margin
+    assert lrs[-1] == 0 or gaps([*lrs[:-1], 0.97 * lrs[-1]])[-1] < margin  # the last one searched
     for k in range(-200, 100):
         common = [lrs[0] * 1.02**k] * len(target)
         if update(common).norm() < edit.norm():
-            assert min(gaps(common)) < 0.1
+            assert min(gaps(common)) < margin
 
 
 def test_a_target_that_is_there_already_needs_no_step(model):
