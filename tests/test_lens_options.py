@@ -14,7 +14,7 @@ from conftest import CLASSES, MODELS
 from transformer_lens.ActivationCache import Slice
 
 import tl_backward as tlb
-from tl_backward import lens as lens_module
+from tl_backward import lens_reading
 
 PROMPT, TARGET = [3, 17, 3, 9, 8], 11
 BATCH, TARGETS = [[3, 17, 3, 9, 8], [6, 2], [12, 1, 20, 6, 9, 4, 13]], [11, 4, 7]
@@ -132,9 +132,9 @@ def test_any_vectors(model, lens):
 
 def test_vectors_that_several_weights_share_are_read_once(model, monkeypatch):
     rows = []
-    kernel = lens_module.read_vocabulary
+    kernel = lens_reading.read_vocabulary
     monkeypatch.setattr(
-        lens_module,
+        lens_reading,
         "read_vocabulary",
         lambda vectors, *rest, **options: (
             rows.append(len(vectors)) or kernel(vectors, *rest, **options)

@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import Hooks, run_with_backward_cache
 from tl_backward.integers import is_integer
+from tl_backward.lens_cache import Texts, parts_of_residual, require_same_model, residual_side
+from tl_backward.lens_reading import checked_options, layer_of, read_vectors, targets_for
 from tl_backward.lens_result import (
     READ_BY_INPUT,
     READ_BY_VJP,
     READ_FORWARD,
-    VALUE_COLUMNS,
     BackwardLensResult,
     Readout,
 )
 from tl_backward.objectives import Loss
-from tl_backward.readout import ReturnType, read_vocabulary
+from tl_backward.readout import ReturnType
 from tl_backward.residual import SliceInput
-from tl_backward.rows import Positions, kept_positions, plain_index, selected
+from tl_backward.rows import Positions
 from tl_backward.sites import (
     Model,
     layer_numbers,
     require_model,
-    unembed,
     weight_sites,
-    weights_processing,
 )
-from tl_backward.tokens import Prompt, Target, decode_each, each_token_id
+from tl_backward.tokens import Prompt, Target, decode_each
 from tl_backward.translators import Translator
-
-TOP_K = 10
-
-
-@dataclass(frozen=True)
-class _Options:
-    """How vectors are read, after all checks."""
-
-    apply_ln: bool
-    normalize: bool
-    lens: Translator | None
-    vocab: Int[Tensor, "v"]
-    return_type: ReturnType
-    top_k: int
-    bottom_k: int
-    direction: Literal["gradient", "descent"]
-    chunk_size: int
 
 
 class BackwardLogitLens:
@@ -167,31 +146,22 @@ class BackwardLogitLens:
             TypeError: When prompt, cache, weights, lens or tokens are something else.
             NotImplementedError: For blocks that run several times in one forward pass.
         """
-        options = self._options(
-            apply_ln, normalize, lens, vocab, return_type, top_k, bottom_k, direction, chunk_size
+        options = checked_options(
+            self.model,
+            apply_ln,
+            normalize,
+            lens,
+            vocab,
+            return_type,
+            top_k,
+            bottom_k,
+            direction,
+            chunk_size,
         )
         if weights is None:
             raise TypeError("weights must be kinds such as ('W_in', 'W_out'), or () for none")
         weights = [weights] if isinstance(weights, str) else list(weights)
-        for kind in ("W_E", "W_pos", "W_U"):
-            if kind in weights:
-                raise ValueError(
-                    f"weights={kind!r} is not between two residual streams; the lens reads "
-                    f"{', '.join(READ_BY_INPUT + READ_BY_VJP)}"
-                )
-        if vjps not in ("residual", "output"):
-            raise ValueError(f"vjps must be 'residual' or 'output', got {vjps!r}")
-        if residual not in (None, "accumulated", "decomposed", "heads"):
-            raise ValueError(
-                f"residual must be 'accumulated', 'decomposed' or 'heads', got {residual!r}"
-            )
-        if incl_mid and residual != "accumulated":
-            raise ValueError(
-                "incl_mid=True is for residual='accumulated'; the middle of the forward stream is "
-                "not kept"
-            )
-        if not weights and residual is None and not forward:
-            raise ValueError("weights is empty and residual None: there is nothing to read")
+        _require_readable(weights, vjps, residual, incl_mid, forward)
         if isinstance(prompt, BackwardCache):
             raise TypeError("prompt is a BackwardCache; pass it as cache=")
         numbers = layer_numbers(self.model.cfg.n_layers, layers)
@@ -231,9 +201,9 @@ class BackwardLogitLens:
                     "pass either a prompt or a cache; the run of a cache is over, so leave out "
                     f"{', '.join(useless)}"
                 )
-            self._require_same_model(cache)
-        texts = _Texts(cache, batch_slice, cut)
-        wanted = self._targets(targets, texts.shape, texts.first_targets)
+            require_same_model(self.model, cache)
+        texts = Texts(cache, batch_slice, cut)
+        wanted = targets_for(self.model, targets, texts.shape, texts.first_targets)
         done: list[tuple[bool, Tensor, Readout]] = []
 
         def read(kind: str, labels: list[str], vectors: list[Tensor]) -> Readout:
@@ -247,19 +217,19 @@ class BackwardLogitLens:
             )
             readout = next(same, None)
             if readout is None:
-                readout = self._read(kind, labels, stack, wanted, options)
+                readout = read_vectors(self.model, kind, labels, stack, wanted, options)
                 done.append((forward, stack, readout))
-            layers = [_layer_of(label) for label in labels]
+            layers = [layer_of(label) for label in labels]
             return replace(readout, kind=kind, labels=labels, layers=layers)
 
         readouts = {}
         for kind in weights:
             names = self._names(cache, kind, layers)
-            readout = read(kind, names, [_residual_side(cache, name, vjps) for name in names])
+            readout = read(kind, names, [residual_side(cache, name, vjps) for name in names])
             norms = [texts.rows(cache[name].vjps).norm(dim=-1).cpu() for name in names]
             readouts[kind] = replace(readout, vjp_norms=torch.stack(norms))
         if residual is not None:
-            parts = _parts_of_residual(cache, residual, incl_mid, numbers)
+            parts = parts_of_residual(cache, residual, incl_mid, numbers)
             readouts[residual] = read(residual, [*parts], [*parts.values()])
         if forward:
             parts = cache.residual.forward_stream(numbers)
@@ -323,8 +293,17 @@ class BackwardLogitLens:
             ValueError: When the vectors have another width, are none or not finite, and as
                 :meth:`__call__`.
         """
-        options = self._options(
-            apply_ln, normalize, lens, vocab, return_type, top_k, bottom_k, direction, chunk_size
+        options = checked_options(
+            self.model,
+            apply_ln,
+            normalize,
+            lens,
+            vocab,
+            return_type,
+            top_k,
+            bottom_k,
+            direction,
+            chunk_size,
         )
         d_model = self.model.cfg.d_model
         if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
@@ -338,8 +317,8 @@ class BackwardLogitLens:
         labels = [str(i) for i in range(len(vectors))] if labels is None else list(labels)
         if len(labels) != len(vectors):
             raise ValueError(f"{len(labels)} labels are given for {len(vectors)} entries")
-        wanted = self._targets(targets, vectors.shape[:-1])
-        return self._read("vectors", labels, vectors.detach(), wanted, options)
+        wanted = targets_for(self.model, targets, vectors.shape[:-1])
+        return read_vectors(self.model, "vectors", labels, vectors.detach(), wanted, options)
 
     def singular_vectors(
         self, cache: BackwardCache, weight: str, layer: int | None, k: int = 1, **options: Any
@@ -406,82 +385,13 @@ class BackwardLogitLens:
 
     def _site_name(self, cache: BackwardCache, weight: str, layer: int | None) -> str:
         """The one weight whose gradient has vectors of the residual stream on one side."""
-        self._require_same_model(cache)
+        require_same_model(self.model, cache)
         if weight == "W_U":
             raise ValueError("weight='W_U' neither reads the residual stream nor writes to it")
         sites = weight_sites(self.model, weight, layer)
         if len(sites) > 1:
             raise ValueError(f"layer={layer!r}: {weight} is in {len(sites)} layers; pass one")
         return sites[0].name
-
-    def _options(
-        self,
-        apply_ln: bool,
-        normalize: bool,
-        lens: Translator | None,
-        vocab: str | int | Sequence[str | int] | Int[Tensor, "v"] | None,
-        return_type: ReturnType,
-        top_k: int | None,
-        bottom_k: int | None,
-        direction: Literal["gradient", "descent"],
-        chunk_size: int,
-    ) -> _Options:
-        d_vocab = int(self.model.cfg.d_vocab)
-        if vocab is not None and (top_k is not None or bottom_k is not None):
-            raise ValueError("pass vocab, or top_k and bottom_k, not both")
-        ids = each_token_id(self.model, "vocab", [] if vocab is None else vocab)
-        if ids.ndim > 1 or (vocab is not None and not ids.numel()):
-            raise ValueError(f"vocab must be one or several tokens in one axis, got {vocab!r}")
-        ids = ids.reshape(-1)
-        top = (TOP_K if vocab is None else 0) if top_k is None else top_k
-        bottom = top if bottom_k is None else bottom_k
-        for name, k, least in (("top_k", top, int(top_k is not None)), ("bottom_k", bottom, 0)):
-            if not is_integer(k) or not least <= k <= d_vocab:
-                raise ValueError(
-                    f"{name} must be an integer in [{least}, {d_vocab}], the vocabulary, got {k!r}"
-                )
-        if not is_integer(chunk_size) or chunk_size < 1:
-            raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
-        if lens is not None and not callable(lens):
-            raise TypeError(
-                f"lens must be a function f(vectors, layer) -> vectors, got {lens!r}; for a "
-                "JacobianLens pass tl_backward.translators.through_jacobian_lens(it)"
-            )
-        if return_type not in VALUE_COLUMNS:
-            raise ValueError(
-                f"return_type must be 'logits', 'log_probs' or 'probs', got {return_type!r}"
-            )
-        if direction not in ("gradient", "descent"):
-            raise ValueError(f"direction must be 'gradient' or 'descent', got {direction!r}")
-        return _Options(
-            apply_ln, normalize, lens, ids, return_type, top, bottom, direction, chunk_size
-        )
-
-    def _require_same_model(self, cache: BackwardCache) -> None:
-        if not isinstance(cache, BackwardCache):
-            raise TypeError(
-                "cache must be a BackwardCache, as run_with_backward_cache returns it, got "
-                f"{type(cache).__name__}"
-            )
-        cfg, layers = self.model.cfg, cache.residual.n_layers
-        tokens = cache.tokens if isinstance(cache.tokens, list) else [cache.tokens]
-        last = int(torch.cat([*tokens, cache.target_ids.flatten()]).max())
-        sites = {site.name: site for site in weight_sites(self.model)}
-        differences = [
-            f"its {name} is {g.shape}"
-            for name, g in cache.items()
-            if name not in sites or g.shape != (sites[name].d_in, sites[name].d_out)
-        ]
-        differences += [f"it has {layers} layers"] * (layers != cfg.n_layers)
-        differences += [f"it holds the token id {last}"] * (last >= cfg.d_vocab)
-        if differences:
-            raise ValueError(f"cache is of another model: {differences[0]}, which this one has not")
-        processing = weights_processing(self.model)
-        if cache.weights_processing != processing:
-            raise ValueError(
-                f"cache is of other weights: they were {cache.weights_processing}, and those of "
-                f"the model are {processing}; capture it again"
-            )
 
     def _names(
         self, cache: BackwardCache, kind: str, layers: int | Iterable[int] | None
@@ -494,18 +404,6 @@ class BackwardLogitLens:
             raise ValueError(f"weights={kind!r}, layers={layers!r}: {missing} is not in the cache")
         return names
 
-    def _targets(
-        self, targets: Any, rows: Sequence[int], of_prompts: Int[Tensor, "*batch"] | None = None
-    ) -> _Targets:
-        """Those that are asked for, or else those of the prompts, for rows ``[*batch, pos]``."""
-        if targets is None and of_prompts is not None:
-            return _Targets(of_prompts, of_prompts[..., None, None], several=False)
-        ids = each_token_id(self.model, "targets", [] if targets is None else targets)
-        if isinstance(targets, Tensor) and targets.ndim:
-            of_rows = _for_rows(ids, rows)
-            return _Targets(of_rows, of_rows.unsqueeze(-1), several=False)
-        return _Targets(ids, ids.reshape(-1), several=ids.ndim == 1)
-
     def _target_names(self, ids: Int[Tensor, "..."], given: Any) -> dict[str, int]:
         """Token ids by the strings that they were given as, if they were, and by their own."""
         flat = ids.flatten().tolist()
@@ -515,7 +413,7 @@ class BackwardLogitLens:
         own = dict(zip(decode_each(self.model, unique), unique, strict=True))
         return own | {name: token for name, token in pairs if isinstance(name, str)}
 
-    def _loss_target(self, texts: _Texts) -> Any:
+    def _loss_target(self, texts: Texts) -> Any:
         if texts.first_targets is None:
             return None
         targets = [ids[ids >= 0].tolist() for ids in texts.target_ids[texts.chosen]]
@@ -530,181 +428,26 @@ class BackwardLogitLens:
 
         return named(ids.tolist())
 
-    def _read(
-        self,
-        kind: str,
-        labels: list[str],
-        vectors: Float[Tensor, "entry *lead d_model"],
-        targets: _Targets,
-        options: _Options,
-    ) -> Readout:
-        layers = [_layer_of(label) for label in labels]
-        norms = vectors.norm(dim=-1)
-        zero_mask = norms == 0
-        if options.lens is not None:
-            each = zip(vectors, layers, strict=True)
-            vectors = torch.stack([_translated(options.lens, of, layer) for of, layer in each])
-        ids = targets.per_row.expand(*vectors.shape[:-1], -1)
-        rows = vectors[~zero_mask]
-        if options.normalize:
-            rows = rows / rows.norm(dim=-1, keepdim=True)
-        if not rows.isfinite().all():
-            by_lens = "" if options.lens is None else " that lens returned"
-            raise ValueError(f"{kind}: the vectors{by_lens} are not finite")
-        turned = options.direction == "descent" and kind not in READ_FORWARD
-        ends = (options.top_k, options.bottom_k)
-        top_k, bottom_k = ends[::-1] if turned else ends
-        read = read_vocabulary(
-            rows,
-            partial(unembed, self.model, apply_ln=options.apply_ln),
-            ids[~zero_mask.cpu()],
-            top_k=top_k,
-            bottom_k=bottom_k,
-            vocab=options.vocab,
-            return_type=options.return_type,
-            chunk_size=options.chunk_size,
-        )
-        if turned:
-            read = read.reversed(int(self.model.cfg.d_vocab))
 
-        def scatter(values: Tensor) -> Tensor:
-            empty = torch.nan if values.is_floating_point() else -1
-            whole = values.new_full((*zero_mask.shape, *values.shape[1:]), empty)
-            whole[zero_mask.logical_not().to(values.device)] = values
-            return whole.cpu()
-
-        def of_targets(values: Tensor) -> Tensor:
-            return scatter(values) if targets.several else scatter(values.squeeze(-1))
-
-        every = (read.top_ids.cpu(), read.bottom_ids.cpu(), options.vocab, targets.per_row)
-        kept = torch.cat([x.flatten() for x in every]).unique().tolist()
-        return Readout(
-            kind=kind,
-            labels=labels,
-            layers=layers,
-            top_ids=scatter(read.top_ids),
-            top_values=scatter(read.top_values),
-            bottom_ids=scatter(read.bottom_ids),
-            bottom_values=scatter(read.bottom_values),
-            target_ranks=of_targets(read.target_ranks),
-            target_values=of_targets(read.target_values),
-            vocab_ids=scatter(options.vocab.expand(len(rows), -1)),
-            vocab_values=scatter(read.vocab_values),
-            entropy=scatter(read.entropy),
-            norms=norms.cpu(),
-            vjp_norms=norms.cpu(),
-            zero_mask=zero_mask.cpu(),
-            vocabulary=dict(zip(kept, decode_each(self.model, kept), strict=True)),
-        )
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """Whose ranks are wanted: as the result shows them, and for every row.
-
-    Several are for all rows; otherwise there is one for all, for each prompt or for each row.
-    """
-
-    shown: Int[Tensor, "..."]
-    per_row: Int[Tensor, "... t"]
-    several: bool
-
-
-class _Texts:
-    """The prompts and positions of a cache that are read."""
-
-    def __init__(self, cache: BackwardCache, batch_slice: SliceInput, positions: Positions) -> None:
-        batched = isinstance(cache.tokens, list)
-        if batch_slice is not None and not batched:
-            raise ValueError("batch_slice selects from several prompts, but there is only one")
-        every = cache.positions if isinstance(cache.positions, list) else [cache.positions]
-        self._lengths = [len(of_text) for of_text in every]
-        has = "this batch has prompts"
-        self.chosen = selected(batch_slice, len(every), "batch_slice", has).tolist()
-        self._kept = [
-            kept_positions(positions, self._lengths[b], b if batched else None) for b in self.chosen
-        ]
-        self._single = not batched or isinstance(plain_index(batch_slice), int)
-        self.positions = [every[b][kept] for b, kept in zip(self.chosen, self._kept, strict=True)]
-        self.str_tokens = [
-            cache.str_tokens[b] if batched else cache.str_tokens for b in self.chosen
-        ]
-        n_rows = max(map(len, self._kept))
-        self.shape = [n_rows] if self._single else [len(self._kept), n_rows]
-        self.loss = self.whole(cache.loss.reshape(-1)[self.chosen])
-        self.target_ids = cache.target_ids.reshape(len(every), -1)
-        has_targets = self.target_ids.shape[1] > 0
-        self.first_targets = self.whole(self.target_ids[self.chosen, 0]) if has_targets else None
-
-    def whole(self, each: Any) -> Any:
-        """What there is for each prompt, or that of the only one."""
-        return each[0] if self._single else each
-
-    def rows(self, tensor: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*chosen pos d"]:
-        """The rows that are read, filled up with zeros behind the end of shorter texts."""
-        if tensor.ndim == 3:
-            texts: Sequence[Tensor] = tensor.unbind(0)
-        elif len(tensor) == sum(self._lengths):
-            texts = tensor.split(self._lengths)
-        else:
-            raise NotImplementedError(
-                "the lens reads weights that are used once in a forward pass, and the blocks of "
-                "this model run several times"
+def _require_readable(
+    weights: Sequence[str], vjps: str, residual: str | None, incl_mid: bool, forward: bool
+) -> None:
+    for kind in ("W_E", "W_pos", "W_U"):
+        if kind in weights:
+            raise ValueError(
+                f"weights={kind!r} is not between two residual streams; the lens reads "
+                f"{', '.join(READ_BY_INPUT + READ_BY_VJP)}"
             )
-        chosen = [texts[b][kept] for b, kept in zip(self.chosen, self._kept, strict=True)]
-        return chosen[0] if self._single else pad_sequence(chosen, batch_first=True)
-
-
-def _for_rows(targets: Int[Tensor, "..."], rows: Sequence[int]) -> Int[Tensor, "..."]:
-    """Targets that are aligned with rows from the right, one for every row."""
-    if targets.ndim == len(rows) + 1 and len(targets) == 1:
-        targets = targets[0]
-    try:
-        return targets.expand(*rows)
-    except RuntimeError as error:
+    if vjps not in ("residual", "output"):
+        raise ValueError(f"vjps must be 'residual' or 'output', got {vjps!r}")
+    if residual not in (None, "accumulated", "decomposed", "heads"):
         raise ValueError(
-            f"targets of shape {list(targets.shape)} do not fit to the rows, {list(rows)}; they "
-            "are aligned from the right, and one for each prompt is [batch, 1]"
-        ) from error
-
-
-def _residual_side(
-    cache: BackwardCache, name: str, vjps: Literal["residual", "output"]
-) -> Float[Tensor, "*batch n d_model"]:
-    """What a weight is read by."""
-    if name.rpartition(".")[2] in READ_BY_INPUT:
-        return cache[name].inputs
-    return cache.residual_vjps(name) if vjps == "residual" else cache[name].vjps
-
-
-def _parts_of_residual(
-    cache: BackwardCache, which: str, incl_mid: bool, layers: Collection[int] | None
-) -> dict[str, Tensor]:
-    residual = cache.residual
-    if which == "accumulated":
-        return residual.accumulated(None, incl_mid, mlp_input=False, layers=layers)
-    if which == "decomposed":
-        return residual.decomposed(
-            None, mlp_input=False, mode="all", incl_embeds=True, layers=layers
+            f"residual must be 'accumulated', 'decomposed' or 'heads', got {residual!r}"
         )
-    return residual.by_head(None, incl_remainder=False, layers=layers)
-
-
-def _translated(
-    lens: Translator, vectors: Float[Tensor, "*rows d_model"], layer: int | None
-) -> Float[Tensor, "*rows d_model"]:
-    translated = lens(vectors, layer)
-    shape = getattr(translated, "shape", None)
-    if shape != vectors.shape:
-        got = translated if shape is None else f"the shape {list(shape)}"
+    if incl_mid and residual != "accumulated":
         raise ValueError(
-            f"lens returned {got} for vectors of shape {list(vectors.shape)}; it must return "
-            "vectors of the same shape"
+            "incl_mid=True is for residual='accumulated'; the middle of the forward stream is "
+            "not kept"
         )
-    return translated
-
-
-def _layer_of(label: str) -> int | None:
-    """The layer in a site's name or in a label such as ``3_pre``, ``3_mlp_out`` or ``L3H0``."""
-    found = re.match(r"blocks\.(\d+)\.|(\d+)_|L(\d+)H", label)
-    return int(next(filter(None, found.groups()))) if found else None
+    if not weights and residual is None and not forward:
+        raise ValueError("weights is empty and residual None: there is nothing to read")

@@ -1,0 +1,118 @@
+"""What the lens reads of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tl_backward.cache import BackwardCache
+from tl_backward.lens_result import READ_BY_INPUT
+from tl_backward.residual import SliceInput
+from tl_backward.rows import Positions, kept_positions, plain_index, selected
+from tl_backward.sites import Model, weight_sites, weights_processing
+
+
+class Texts:
+    """The prompts and positions of a cache that are read."""
+
+    def __init__(self, cache: BackwardCache, batch_slice: SliceInput, positions: Positions) -> None:
+        batched = isinstance(cache.tokens, list)
+        if batch_slice is not None and not batched:
+            raise ValueError("batch_slice selects from several prompts, but there is only one")
+        every = cache.positions if isinstance(cache.positions, list) else [cache.positions]
+        self._lengths = [len(of_text) for of_text in every]
+        has = "this batch has prompts"
+        self.chosen = selected(batch_slice, len(every), "batch_slice", has).tolist()
+        self._kept = [
+            kept_positions(positions, self._lengths[b], b if batched else None) for b in self.chosen
+        ]
+        self._single = not batched or isinstance(plain_index(batch_slice), int)
+        self.positions = [every[b][kept] for b, kept in zip(self.chosen, self._kept, strict=True)]
+        self.str_tokens = [
+            cache.str_tokens[b] if batched else cache.str_tokens for b in self.chosen
+        ]
+        n_rows = max(map(len, self._kept))
+        self.shape = [n_rows] if self._single else [len(self._kept), n_rows]
+        self.loss = self.whole(cache.loss.reshape(-1)[self.chosen])
+        self.target_ids = cache.target_ids.reshape(len(every), -1)
+        has_targets = self.target_ids.shape[1] > 0
+        self.first_targets = self.whole(self.target_ids[self.chosen, 0]) if has_targets else None
+
+    def whole(self, each: Any) -> Any:
+        """What there is for each prompt, or that of the only one."""
+        return each[0] if self._single else each
+
+    def rows(self, tensor: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*chosen pos d"]:
+        """The rows that are read, filled up with zeros behind the end of shorter texts."""
+        if tensor.ndim == 3:
+            texts: Sequence[Tensor] = tensor.unbind(0)
+        elif len(tensor) == sum(self._lengths):
+            texts = tensor.split(self._lengths)
+        else:
+            raise NotImplementedError(
+                "the lens reads weights that are used once in a forward pass, and the blocks of "
+                "this model run several times"
+            )
+        chosen = [texts[b][kept] for b, kept in zip(self.chosen, self._kept, strict=True)]
+        return chosen[0] if self._single else pad_sequence(chosen, batch_first=True)
+
+
+def require_same_model(model: Model, cache: BackwardCache) -> None:
+    """Refuse a cache that another model, or this one with other weights, has left.
+
+    Raises:
+        TypeError: When it is no cache.
+        ValueError: When it has other sites, layers, token ids or processed weights.
+    """
+    if not isinstance(cache, BackwardCache):
+        raise TypeError(
+            "cache must be a BackwardCache, as run_with_backward_cache returns it, got "
+            f"{type(cache).__name__}"
+        )
+    cfg, layers = model.cfg, cache.residual.n_layers
+    tokens = cache.tokens if isinstance(cache.tokens, list) else [cache.tokens]
+    last = int(torch.cat([*tokens, cache.target_ids.flatten()]).max())
+    sites = {site.name: site for site in weight_sites(model)}
+    differences = [
+        f"its {name} is {g.shape}"
+        for name, g in cache.items()
+        if name not in sites or g.shape != (sites[name].d_in, sites[name].d_out)
+    ]
+    differences += [f"it has {layers} layers"] * (layers != cfg.n_layers)
+    differences += [f"it holds the token id {last}"] * (last >= cfg.d_vocab)
+    if differences:
+        raise ValueError(f"cache is of another model: {differences[0]}, which this one has not")
+    processing = weights_processing(model)
+    if cache.weights_processing != processing:
+        raise ValueError(
+            f"cache is of other weights: they were {cache.weights_processing}, and those of "
+            f"the model are {processing}; capture it again"
+        )
+
+
+def residual_side(
+    cache: BackwardCache, name: str, vjps: Literal["residual", "output"]
+) -> Float[Tensor, "*batch n d_model"]:
+    """What a weight is read by."""
+    if name.rpartition(".")[2] in READ_BY_INPUT:
+        return cache[name].inputs
+    return cache.residual_vjps(name) if vjps == "residual" else cache[name].vjps
+
+
+def parts_of_residual(
+    cache: BackwardCache, which: str, incl_mid: bool, layers: Collection[int] | None
+) -> dict[str, Tensor]:
+    """The VJPs of the residual stream that ``which`` names, by label."""
+    residual = cache.residual
+    if which == "accumulated":
+        return residual.accumulated(None, incl_mid, mlp_input=False, layers=layers)
+    if which == "decomposed":
+        return residual.decomposed(
+            None, mlp_input=False, mode="all", incl_embeds=True, layers=layers
+        )
+    return residual.by_head(None, incl_remainder=False, layers=layers)
