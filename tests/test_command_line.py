@@ -221,7 +221,8 @@ def test_evaluate_does_not_mix_results_of_other_options(run, tmp_path):
 
 def test_reproduce_writes_tables_and_a_report(run, boot, tmp_path):
     data, out = counterfact(tmp_path), tmp_path / "report"
-    names = ["gradient_rank", "vjp_norms"]
+    compare_top_100 = {"gradient_neurons", "optimizer_updates"}  # the model has fewer tokens
+    names = [name for name in analysis.EXPERIMENTS if name not in compare_top_100]
     shown = run(*names, "--data", str(data), "-n", "2", "--out", str(out), command="reproduce")
     assert shown.exit_code == 0, shown.output
     records = evaluation.load_records(data)
@@ -230,8 +231,8 @@ def test_reproduce_writes_tables_and_a_report(run, boot, tmp_path):
         expected = analysis.EXPERIMENTS[name].run(boot("llama"), records, prepend_bos=False)
         pd.testing.assert_frame_equal(written, expected, check_dtype=False)
     page = (out / "report.html").read_text()
-    assert [page.count(f"<h2>{name}</h2>") for name in names] == [1, 1]
-    assert page.count('class="plotly-graph-div"') == 2
+    assert [page.count(f"<h2>{name}</h2>") for name in names] == [1] * len(names)
+    assert page.count('class="plotly-graph-div"') == len(names)
     assert "cdn" not in page.split("<h2>")[-1]
 
 

@@ -38,12 +38,14 @@ class Experiment(NamedTuple):
         plot: Its figure.
         about: In the paper.
         options: What else it can make use of: ``"texts"``, ``"jacobian_lens"``.
+        resumes: Whether it goes on from the rows in a folder, ``path``.
     """
 
     run: Callable[..., pd.DataFrame]
     plot: Callable[[pd.DataFrame], Figure]
     about: str
     options: tuple[str, ...] = ()
+    resumes: bool = True
 
 
 EXPERIMENTS = {
@@ -61,7 +63,9 @@ EXPERIMENTS = {
         translator_ranks, plot_translator_ranks, "Open: early layers", ("jacobian_lens",)
     ),
     "attention_heads": Experiment(attention_heads, plot_attention_heads, "Open: attention"),
-    "fact_similarity": Experiment(fact_similarity, plot_fact_similarity, "Open: other facts"),
+    "fact_similarity": Experiment(
+        fact_similarity, plot_fact_similarity, "Open: other facts", resumes=False
+    ),
     "optimizer_updates": Experiment(optimizer_updates, plot_optimizer_updates, "Open: optimizers"),
     "ablation": Experiment(ablation, plot_ablation, "Open: are MLPs the cause"),
 }

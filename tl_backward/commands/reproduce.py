@@ -85,9 +85,9 @@ def reproduce(
             experiment = EXPERIMENTS[name]
             start = time.monotonic()
             own = {key: options[key] for key in experiment.options if key in options}
-            table = experiment.run(
-                bridge, records, prepend_bos=prepend_bos, path=out / "rows" / name, **own
-            )
+            if experiment.resumes:
+                own["path"] = out / "rows" / name
+            table = experiment.run(bridge, records, prepend_bos=prepend_bos, **own)
             seconds = time.monotonic() - start
             table.to_parquet(out / f"{name}.parquet")
             figure = experiment.plot(table)
