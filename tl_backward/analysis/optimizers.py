@@ -60,8 +60,8 @@ def optimizer_updates(
         optimizers: Some of ``"sgd"``, ``"momentum"`` (0.9), ``"adam"`` (torch's defaults) and
             ``"sign"`` (of the gradient).
         weights: Kinds of weights.
-        layers: Layers; negative ones count from the last. Default: all. Every update is formed
-            densely, and decomposed: choose a few.
+        layers: Layers; negative ones count from the last. Default: three, a third and five sixths
+            of the way up, and the last: every update is formed densely, and decomposed.
         n_steps: How many steps.
         step_norm: The norm of each step, relative to that of the weight.
         n_neurons: How many neurons are read: those with the largest raw gradient.
@@ -91,6 +91,8 @@ def optimizer_updates(
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, got {n_steps}")
     weights = [weights] if isinstance(weights, str) else list(weights)
+    n_layers = model.cfg.n_layers
+    layers = {n_layers // 3, 5 * n_layers // 6, n_layers - 1} if layers is None else layers
     sites = {site.name: site for site in weight_sites(model, weights, layers)}
     lengths = {
         name: step_norm * float(site.parameter.detach().norm()) for name, site in sites.items()
