@@ -60,7 +60,8 @@ def executed(path: Path) -> Any:
         coalesce_streams=True,
         resources={"metadata": {"path": str(FOLDER)}},
     )
-    client.execute(env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"})
+    one_thread = {"OMP_NUM_THREADS": "1"}  # several kernels at once would wait for each other
+    client.execute(env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype", **one_thread})
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
