@@ -10,6 +10,8 @@ from itertools import product
 if "TL_BACKWARD_NETWORK" not in os.environ:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from functools import partial
+
 import jaxtyping
 import pytest
 import torch
@@ -135,6 +137,16 @@ def boot(tokenizer):
         )
 
     return boot
+
+
+@pytest.fixture
+def make_family(tokenizer):
+    """A function that makes the tiny random bridge of any family."""
+    if not HAS_BRIDGE:
+        pytest.skip("there is no bridge")
+    from families import make
+
+    return partial(make, tokenizer=tokenizer)
 
 
 @pytest.fixture(params=["llama", "gpt2"])

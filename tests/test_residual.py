@@ -184,13 +184,9 @@ def test_of_a_batch_every_example_has_its_own(any_model):
     assert_close(cache.example(1).decompose_vjps(), cache.decompose_vjps()[:, 1])
 
 
-def test_parallel_blocks_have_no_middle_and_two_parts(tokenizer):
-    if not HAS_BRIDGE:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
-    from families import make
-
+def test_parallel_blocks_have_no_middle_and_two_parts(make_family):
     for family in ("gpt_neox", "gptj"):  # with two norms before the two parts, and with one
-        model = make(family, tokenizer)
+        model = make_family(family)
         _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET, per_head=True)
         before, after = cache.accumulated_vjps()[:2]
         assert_close(before, vjp_of_an_addition(model, "blocks.0.hook_resid_pre"))
@@ -207,12 +203,8 @@ def test_parallel_blocks_have_no_middle_and_two_parts(tokenizer):
 
 
 @pytest.mark.parametrize("family", ["gemma4_text", "zamba2"])
-def test_the_stream_begins_behind_what_else_reads_the_embeddings(tokenizer, family):
-    if not HAS_BRIDGE:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
-    from families import make
-
-    model = make(family, tokenizer)
+def test_the_stream_begins_behind_what_else_reads_the_embeddings(make_family, family):
+    model = make_family(family)
     _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET, per_head=True)
     stream, first = cache.accumulated_vjps(), "blocks.0.hook_resid_pre"
     assert_close(stream[0], vjp_of_an_addition(model, first))
@@ -226,13 +218,9 @@ def test_the_stream_begins_behind_what_else_reads_the_embeddings(tokenizer, fami
         assert_close(heads, attention, 1e-5)
 
 
-def test_the_stream_ends_before_the_unembedding_where_blocks_return_lists(tokenizer):
+def test_the_stream_ends_before_the_unembedding_where_blocks_return_lists(make_family):
     """TransformerLens does not pass the HookPoints at the end of openai-gpt's blocks."""
-    if not HAS_BRIDGE:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
-    from families import make
-
-    model = make("openai-gpt", tokenizer)
+    model = make_family("openai-gpt")
     _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET, per_head=True)
     stream = cache.accumulated_vjps()
     assert_close(stream[0], vjp_of_an_addition(model, "blocks.0.hook_resid_pre"))
@@ -264,13 +252,9 @@ def test_heads_are_refused_where_a_hook_would_see_each_of_them(any_model, point)
         assert_close(heads, attention, 1e-5)
 
 
-def test_a_hook_in_a_parallel_block_is_called_once(tokenizer):
+def test_a_hook_in_a_parallel_block_is_called_once(make_family):
     """So the part that comes through its attention alone is not known."""
-    if not HAS_BRIDGE:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
-    from families import make
-
-    model, seen = make("gptj", tokenizer), []
+    model, seen = make_family("gptj"), []
 
     def double(vjp, hook):
         seen.append(vjp.clone())
@@ -314,13 +298,9 @@ def test_attribution_is_transformer_lenss(model):
 
 
 @pytest.mark.parametrize("family", ["granite", "granitemoe"])
-def test_attribution_has_the_nodes_that_are_scaled(tokenizer, family):
+def test_attribution_has_the_nodes_that_are_scaled(make_family, family):
     """TransformerLens passes their HookPoints only if they have hooks."""
-    if not HAS_BRIDGE:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
-    from families import make
-
-    model = make(family, tokenizer)
+    model = make_family(family)
     assert_scores_are_transformer_lenss(model)
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
