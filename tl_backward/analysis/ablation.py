@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_backward.analysis.figures import over_layers
 from tl_backward.analysis.over_records import Records
+from tl_backward.analysis.registry import figure_of
 from tl_backward.analysis.target_rank import target_rank
 from tl_backward.lens_result import READ_BY_VJP
 from tl_backward.sites import Model, weight_sites
@@ -83,6 +84,7 @@ def ablation(
     return pd.concat(frames, ignore_index=True)
 
 
+@figure_of(ablation, "Open: are MLPs the cause", "Does the pattern survive without the MLPs?")
 def plot_ablation(frame: pd.DataFrame, rank: str = "target_rank", segment: str = "last") -> Figure:
     """Mean rank over the layers at one segment, a panel for each weight and condition.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
+from tl_backward.analysis.registry import figure_of
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLogitLens
 from tl_backward.lens_result import READ_BY_INPUT
@@ -101,6 +102,9 @@ def attention_heads(
     return over_records(model, records, rows, weights=weights, layers=layers, **options)
 
 
+@figure_of(
+    attention_heads, "Open: attention", "Do attention matrices share the low rank and the reading?"
+)
 def plot_attention_heads(frame: pd.DataFrame, value: str = "energy", weight: str = "W_O") -> Figure:
     """The mean over records for each layer and head.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from tl_backward.analysis.over_records import Records, place_of, run_facts
+from tl_backward.analysis.registry import figure_of
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model
 
@@ -100,6 +101,12 @@ def fact_similarity(
     return pd.concat(frames, ignore_index=True)
 
 
+@figure_of(
+    fact_similarity,
+    "Open: other facts",
+    "Do the gradients of related facts resemble each other?",
+    resumes=False,
+)
 def plot_fact_similarity(frame: pd.DataFrame, value: str = "cosine") -> Figure:
     """Mean over the pairs of the same relation, and of different ones, by layer.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_backward.analysis.figures import over_layers
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
+from tl_backward.analysis.registry import figure_of
 from tl_backward.lens import BackwardLogitLens
 from tl_backward.lens_result import READ_BY_INPUT
 from tl_backward.sites import Model, weight_sites
@@ -79,6 +80,9 @@ def gradient_neurons(
     return over_records(model, records, rows, weights=weights, layers=layers, **options)
 
 
+@figure_of(
+    gradient_neurons, "Fig 7-9", "Do a gradient's neurons read like the vectors that span it?"
+)
 def plot_gradient_neurons(frame: pd.DataFrame) -> Figure:
     """Fig 7 to 9: overlap of neurons and spanning vectors at the same end, over the layers.
 

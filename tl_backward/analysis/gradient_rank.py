@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
+from tl_backward.analysis.registry import figure_of
 from tl_backward.sites import Model
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ def gradient_rank(
     return over_records(model, records, rows, weights=weights, layers=layers, **options)
 
 
+@figure_of(
+    gradient_rank,
+    "Fig 3, Lemma 4.1",
+    "Does a gradient have as many ranks as the prompt has tokens?",
+)
 def plot_gradient_rank(frame: pd.DataFrame) -> Figure:
     """Fig 3: the share of prompts whose gradient has the rank of their length, by layer.
 

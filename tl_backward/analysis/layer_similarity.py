@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
+from tl_backward.analysis.registry import figure_of
 from tl_backward.lens_result import READ_BY_VJP
 from tl_backward.sites import Model
 
@@ -74,6 +75,7 @@ def layer_similarity(
     return over_records(model, records, rows, weights=weights, layers=layers, **options)
 
 
+@figure_of(layer_similarity, "Fig 22, 23", "Do the VJPs of different layers point the same way?")
 def plot_layer_similarity(
     frame: pd.DataFrame, segment: str = "last", weight: str = "W_out"
 ) -> Figure:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_backward.analysis.over_records import Records, Row, first_tokens
+from tl_backward.analysis.registry import figure_of
 from tl_backward.analysis.segments import Fact, fact_of
 from tl_backward.editing.forward_shift import StepNotFoundError, forward_pass_shift
 from tl_backward.editing.perplexity import perplexity
@@ -134,6 +135,12 @@ def many_edits(
     return table.sort_values(order, kind="stable", ignore_index=True)
 
 
+@figure_of(
+    many_edits,
+    "Open: many edits",
+    "Does the shift survive many facts and repetition?",
+    options=("texts",),
+)
 def plot_many_edits(frame: pd.DataFrame) -> Figure:
     """Mean accuracies by the number of facts, a panel for each schedule and iterations.
 

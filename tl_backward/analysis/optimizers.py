@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_backward.analysis.gradient_neurons import overlaps
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
+from tl_backward.analysis.registry import figure_of
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
@@ -131,6 +132,11 @@ def optimizer_updates(
     return over_records(model, records, rows, weights=weights, layers=layers, **options)
 
 
+@figure_of(
+    optimizer_updates,
+    "Open: optimizers",
+    "What do optimizers do to the rank and the reading of an update?",
+)
 def plot_optimizer_updates(frame: pd.DataFrame, value: str = "stable_rank") -> Figure:
     """The median over records by layer, a line for each optimizer, a panel for each step.
 

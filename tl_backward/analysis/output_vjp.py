@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records
+from tl_backward.analysis.registry import figure_of
 from tl_backward.sites import Model
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ def output_vjp(model: Model, records: Records, **options: Any) -> pd.DataFrame:
     return over_records(model, records, rows, weights=("W_O", "W_U"), **options)
 
 
+@figure_of(
+    output_vjp,
+    "Lemma 5.1",
+    "Does the target's embedding dominate the VJP that the backward pass starts from?",
+)
 def plot_output_vjp(frame: pd.DataFrame) -> Figure:
     """Cosine of the VJP with the target's negated embedding, above and below the final norm.
 

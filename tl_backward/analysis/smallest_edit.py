@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
+from tl_backward.analysis.registry import figure_of
 from tl_backward.editing.facts import Facts
 from tl_backward.editing.perplexity import perplexity
 from tl_backward.editing.runs import WholeRun
@@ -126,6 +127,12 @@ def smallest_edit(
     )
 
 
+@figure_of(
+    smallest_edit,
+    "Fig 26",
+    "How large must an edit be to succeed, layer by layer?",
+    options=("texts",),
+)
 def plot_smallest_edit(frame: pd.DataFrame, value: str = "relative_norm") -> Figure:
     """Fig 26: the median over records by layer, a line for each method.
 

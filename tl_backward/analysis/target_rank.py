@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tl_backward.analysis.figures import over_layers
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records
+from tl_backward.analysis.registry import figure_of
 from tl_backward.lens import BackwardLogitLens
 from tl_backward.sites import Model
 
@@ -92,6 +93,11 @@ def target_rank(
     return over_records(model, records, rows, weights=weights, layers=layers, **options)
 
 
+@figure_of(
+    target_rank,
+    "Fig 6, 18-21, 24, 25",
+    "Where does the target stand among the tokens that a gradient reads as?",
+)
 def plot_target_rank(frame: pd.DataFrame, rank: str = "target_rank") -> Figure:
     """Fig 6 and 18 to 21: mean rank over the layers, by segment; a panel for each weight.
 

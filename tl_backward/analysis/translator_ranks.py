@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_backward.analysis.over_records import Records, place_of, run_facts
+from tl_backward.analysis.registry import figure_of
 from tl_backward.analysis.target_rank import target_rank
 from tl_backward.sites import Model
 from tl_backward.translators import (
@@ -129,6 +130,12 @@ def fit_linear_translator(
     return translator
 
 
+@figure_of(
+    translator_ranks,
+    "Open: early layers",
+    "Does a learned map make early layers readable?",
+    options=("jacobian_lens",),
+)
 def plot_translator_ranks(
     frame: pd.DataFrame, segment: str = "last", rank: str = "target_rank"
 ) -> Figure:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_backward.analysis.figures import over_layers
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
+from tl_backward.analysis.registry import figure_of
 from tl_backward.sites import Model
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def vjp_norms(
     return over_records(model, records, rows, weights=weights, layers=layers, **options)
 
 
+@figure_of(vjp_norms, "Fig 5, 16, 17", "At which layers and tokens are the VJPs large?")
 def plot_vjp_norms(frame: pd.DataFrame, norm: str = "vjp_norm") -> Figure:
     """Fig 5, 16 and 17: mean norm over the layers, by segment; a panel for each weight.
 
