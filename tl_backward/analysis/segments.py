@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from tl_backward.evaluation.records import rewrite_of
 from tl_backward.sites import Model
 
 SEGMENTS = ("bos", "subject first", "subject middle", "subject last", "relation", "last")
@@ -51,23 +52,11 @@ def fact_of(record: Any) -> Fact:
         span = range(begin, begin + len(record.subject))
         texts = _spaced(record.target_new), _spaced(record.target_true)
         return Fact(record.prompt, span, *texts, record.relation_id)
-    which = record.get("case_id", "without case_id")
-    values = []
-    for path in (("prompt",), ("subject",), ("target_new", "str"), ("target_true", "str")):
-        value: Any = record
-        for key in ("requested_rewrite", *path):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if not isinstance(value, str) or not value:
-            field = ".".join(("requested_rewrite", *path))
-            raise ValueError(f"record {which}: {field} must be a text, got {value!r}")
-        values.append(value)
-    template, subject, target, original = values
-    before, _, after = template.partition("{}")
-    if template.count("{}") != 1:
-        raise ValueError(
-            f"record {which}: requested_rewrite.prompt must have one {{}} for the subject, got "
-            f"{template!r}"
-        )
+    try:
+        rewrite = rewrite_of(record)
+    except ValueError as error:
+        raise ValueError(f"record {record.get('case_id', 'without case_id')}: {error}") from error
+    before, subject, after, target, original = rewrite
     span = range(len(before), len(before) + len(subject))
     texts = _spaced(target), _spaced(original)
     relation = record["requested_rewrite"].get("relation_id")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,24 @@ class Record:
     paraphrase_prompts: tuple[str, ...]
     neighborhood_prompts: tuple[str, ...]
     generation_prompts: tuple[str, ...]
+
+
+class Rewrite(NamedTuple):
+    """The fact of a CounterFact entry.
+
+    Attributes:
+        before: What the prompt says before the subject.
+        subject: Whom or what the fact is about.
+        after: What the prompt says after it.
+        target_new: What is to follow the prompt after the edit.
+        target_true: What is true.
+    """
+
+    before: str
+    subject: str
+    after: str
+    target_new: str
+    target_true: str
 
 
 def load_records(source: str | Path, n: int | None = None, *, split: str = "train") -> list[Record]:
@@ -93,26 +111,42 @@ def _from_file(file: Path) -> list[Any]:
     return entries
 
 
+def rewrite_of(entry: Any) -> Rewrite:
+    """The fact that an entry of the original schema rewrites.
+
+    Raises:
+        ValueError: When it is malformed; the message names the field.
+    """
+    template = _text(entry, "requested_rewrite", "prompt")
+    if template.count("{}") != 1:
+        raise ValueError(f"requested_rewrite.prompt must have one {{}}, got {template!r}")
+    before, after = template.split("{}")
+    return Rewrite(
+        before=before,
+        subject=_text(entry, "requested_rewrite", "subject"),
+        after=after,
+        target_new=_text(entry, "requested_rewrite", "target_new", "str"),
+        target_true=_text(entry, "requested_rewrite", "target_true", "str"),
+    )
+
+
 def _record(entry: Any) -> Record:
     """One entry of the original schema.
 
     Raises:
         ValueError: When it is malformed; the message names the field.
     """
-    template = _text(entry, "requested_rewrite", "prompt")
-    subject = _text(entry, "requested_rewrite", "subject")
-    if template.count("{}") != 1:
-        raise ValueError(f"requested_rewrite.prompt must have one {{}}, got {template!r}")
+    rewrite = rewrite_of(entry)
     case_id = _at(entry, "case_id")
     if not isinstance(case_id, int) or isinstance(case_id, bool):
         raise ValueError(f"case_id must be an integer, got {case_id!r}")
     return Record(
         case_id=case_id,
-        prompt=template.replace("{}", subject),
-        subject=subject,
+        prompt=rewrite.before + rewrite.subject + rewrite.after,
+        subject=rewrite.subject,
         relation_id=_text(entry, "requested_rewrite", "relation_id"),
-        target_new=_text(entry, "requested_rewrite", "target_new", "str"),
-        target_true=_text(entry, "requested_rewrite", "target_true", "str"),
+        target_new=rewrite.target_new,
+        target_true=rewrite.target_true,
         paraphrase_prompts=_texts(entry, "paraphrase_prompts"),
         neighborhood_prompts=_texts(entry, "neighborhood_prompts"),
         generation_prompts=_texts(entry, "generation_prompts"),
