@@ -9,9 +9,9 @@ import torch
 from conftest import HAS_BRIDGE, MODELS, PROMPT, TARGET, TL_VERSION, gradient_of_parameter
 
 import tl_backward as tlb
-from tl_backward.objectives import Objective
+from tl_backward.capture.objectives import Objective
+from tl_backward.capture.tokens import padded
 from tl_backward.sites import attached_hook_points
-from tl_backward.tokens import padded
 
 PROMPTS = [[3, 17, 3, 9, 8], [6, 2], [12, 1, 20, 6, 9, 4, 13]]
 OTHERS = [[4, 1, 7], [5], [2, 2, 8, 1]]  # the other run, of the KL divergence

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tl_backward import tensor_files
 from tl_backward.cache import BackwardCache
+from tl_backward.cache.residual import Residual
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.factors import GradientFactors
-from tl_backward.residual import Residual
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 STRINGS = ["", "<bos>", " Zürich", "日本", "🙂", "\ud83d", "\ud83d\ude42", "\0\x1b\n\\n", '"\u2028']
@@ -190,8 +190,8 @@ def test_the_file_is_plain_safetensors(path):
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     assert header["__metadata__"]["format"] == "tl_backward.BackwardCache"
-    assert header["__metadata__"]["version"] == "1"
-    assert header["blocks.10.mlp.W_out.vjps"]["shape"] == [len(STRINGS), 3]
+    assert header["__metadata__"]["version"] == "2"
+    assert header["factors.blocks.10.mlp.W_out.vjps"]["shape"] == [len(STRINGS), 3]
     assert len(data) == 8 + length + max(
         entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
     )
@@ -315,13 +315,13 @@ def test_a_foreign_safetensors_file(path, metadata):
 
 
 def test_another_version(path):
-    rewrite(path, version="2")
-    assert "in version 2 of its format" in refused(path)
-    assert "reads version 1; upgrade tl_backward" in refused(path)
+    rewrite(path, version="3")
+    assert "in version 3 of its format" in refused(path)
+    assert "reads version 2; upgrade tl_backward" in refused(path)
 
 
 def test_missing_and_unknown_tensors(path):
-    rewrite(path, {"blocks.10.mlp.W_out.vjps": None, "loss": None})
+    rewrite(path, {"factors.blocks.10.mlp.W_out.vjps": None, "loss": None})
     assert "missing tensors" in refused(path) and "blocks.10.mlp.W_out.vjps" in refused(path)
     make_cache().save(path)
     rewrite(path, {"stowaway": torch.ones(2)})
@@ -329,7 +329,7 @@ def test_missing_and_unknown_tensors(path):
 
 
 def test_factors_that_do_not_belong_together(path, unchecked):
-    rewrite(path, {"blocks.2.attn.W_Q.vjps": torch.ones(2, 2)})
+    rewrite(path, {"factors.blocks.2.attn.W_Q.vjps": torch.ones(2, 2)})
     assert "inputs and vjps must be" in refused(path)
 
 

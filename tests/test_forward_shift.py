@@ -17,7 +17,7 @@ from tl_backward.editing import (
     forward_pass_shift,
     key_statistics,
 )
-from tl_backward.editing.step_search import smallest_step
+from tl_backward.editing._step_search import smallest_step
 from tl_backward.sites import attached_hook_points
 
 PROMPT, TARGET = [3, 17, 3, 29, 8], 5

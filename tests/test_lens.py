@@ -15,7 +15,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 import tl_backward as tlb
-from tl_backward.readout import read_vocabulary
+from tl_backward.lens._vocabulary import read_vocabulary
 
 
 @pytest.fixture

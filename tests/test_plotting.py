@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from tl_backward.lens_result import BackwardLensResult, Readout
+from tl_backward.lens.result import BackwardLensResult, Readout
 from tl_backward.plotting import lens_figure, lens_page, visible
 
 LAYERS = [1, 4, 6]

@@ -13,7 +13,7 @@ from torch import nn
 
 import tl_backward as tlb
 from tl_backward.editing import WeightEdit, edit_hooks
-from tl_backward.editing.weight_change import WeightChange
+from tl_backward.editing._weight_change import WeightChange
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import all_parameters, attached_hook_points
 

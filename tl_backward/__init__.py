@@ -2,6 +2,7 @@
 
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
+from tl_backward.capture.objectives import kl_divergence, lm_cross_entropy_loss, logit_diff
 from tl_backward.editing import (
     WeightEdit,
     edit_hooks,
@@ -12,8 +13,7 @@ from tl_backward.editing import (
 )
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLogitLens
-from tl_backward.lens_result import BackwardLensResult
-from tl_backward.objectives import kl_divergence, lm_cross_entropy_loss, logit_diff
+from tl_backward.lens.result import BackwardLensResult
 from tl_backward.sites import (
     WeightSite,
     add_hook_points,

@@ -1,30 +1,34 @@
-"""Safetensors files that say what they hold: tensors by name, and all the rest as JSON."""
+"""Safetensors files that hold any nested tree of tensors and plain values.
+
+The tensors of the tree are those of the file, under their path in the tree; a tensor that stands in
+several places is stored once and shared again when it is read. The rest of the tree is JSON in the
+file's metadata.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-VERSION = "1"
+VERSION = "2"
 
 
-def write(path: Path, kind: str, tensors: Mapping[str, Tensor], contents: Any) -> Path:
-    """Write tensors and contents; the file appears under its name only when it is whole.
+def write(path: Path, kind: str, tree: Any) -> Path:
+    """Write a tree; the file appears under its name only when it is whole.
 
     Args:
         path: The file. Its folder must exist.
         kind: The class that is saved, which :func:`read` asks for.
-        tensors: By name.
-        contents: Anything that JSON takes.
+        tree: Dicts, lists and tuples of tensors, strings, numbers, booleans and None. Keys are
+            strings or integers.
 
     Raises:
         FileNotFoundError: When there is no such folder.
@@ -32,27 +36,24 @@ def write(path: Path, kind: str, tensors: Mapping[str, Tensor], contents: Any) -
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
+    tensors: dict[str, Tensor] = {}
     metadata = {
         "format": f"tl_backward.{kind}",
         "version": VERSION,
-        "contents": json.dumps(contents),
-    }
-    stored = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        "contents": json.dumps(_packed(tree, tensors)),
     }
     with TemporaryDirectory(prefix=".tl_backward-", dir=path.parent) as folder:
         whole = Path(folder, path.name)
         try:
-            save_file(stored, whole, metadata)
+            save_file(tensors, whole, metadata)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
         os.replace(whole, path)
     return path
 
 
-def read(path: Path, kind: str) -> tuple[Any, dict[str, Tensor]]:
-    """The contents and the tensors, in memory of their own, that :func:`write` has written.
+def read(path: Path, kind: str) -> Any:
+    """The tree that :func:`write` has written, with tensors on the CPU in memory of their own.
 
     Raises:
         FileNotFoundError: When there is no such file.
@@ -81,11 +82,94 @@ def read(path: Path, kind: str) -> tuple[Any, dict[str, Tensor]]:
             f"again, or pass a file that {kind}.save has written"
         ) from error
     try:
-        return json.loads(metadata.get("contents", "")), tensors
-    except json.JSONDecodeError as error:
+        packed = json.loads(metadata.get("contents", ""))
+        _require_same_names(packed, tensors)
+        return _unpacked(packed, tensors)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise damaged(path, kind, error) from error
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The tree with the function of every tensor; what is shared stays shared."""
+    made: dict[int, Tensor] = {}
+
+    def mapped(tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            if id(tree) not in made:
+                made[id(tree)] = function(tree)
+            return made[id(tree)]
+        if isinstance(tree, dict):
+            return {key: mapped(value) for key, value in tree.items()}
+        if isinstance(tree, list | tuple):
+            return type(tree)(map(mapped, tree))
+        return tree
+
+    return mapped(tree)
 
 
 def damaged(path: Path, kind: str, error: Exception) -> ValueError:
     """The error of a file whose contents do not fit together."""
     return ValueError(f"{path} is a damaged {kind} ({error!r}); save the {kind} again")
+
+
+def _packed(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """The tree for JSON; its tensors go into ``tensors``."""
+    names: dict[tuple[object, ...], str] = {}
+
+    def packed(tree: Any, name: str) -> Any:
+        if isinstance(tree, Tensor):
+            place = (tree.device, tree.data_ptr(), tree.dtype, tree.shape, tree.stride())
+            if place not in names:
+                names[place] = name
+                tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": names[place]}
+        if isinstance(tree, dict):
+            items = [[key, packed(value, f"{name}.{key}")] for key, value in tree.items()]
+            return {"dict": items}
+        if isinstance(tree, list | tuple):
+            kind = "list" if isinstance(tree, list) else "tuple"
+            return {kind: [packed(value, f"{name}.{i}") for i, value in enumerate(tree)]}
+        return _escaped(tree) if isinstance(tree, str) else tree
+
+    if isinstance(tree, dict):
+        return {"dict": [[key, packed(value, str(key))] for key, value in tree.items()]}
+    return packed(tree, "tree")
+
+
+def _unpacked(packed: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(packed, str):
+        return packed.encode("ascii").decode("unicode_escape")
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, value),) = packed.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _unpacked(one, tensors) for key, one in value}
+    if kind in ("list", "tuple"):
+        values = [_unpacked(one, tensors) for one in value]
+        return values if kind == "list" else tuple(values)
+    raise ValueError(f"unknown kind of node {kind!r}")
+
+
+def _require_same_names(packed: Any, tensors: dict[str, Tensor]) -> None:
+    """Raise unless the tree names exactly the tensors of the file."""
+    named = set(_names(packed))
+    for state, names in (("missing", named - tensors.keys()), ("unknown", tensors.keys() - named)):
+        if names:
+            raise ValueError(f"{state} tensors: {sorted(names)}")
+
+
+def _names(packed: Any) -> list[str]:
+    if not isinstance(packed, dict):
+        return []
+    ((kind, value),) = packed.items()
+    if kind == "tensor":
+        return [value]
+    each = [one for _, one in value] if kind == "dict" else value
+    return [name for one in each for name in _names(one)]
+
+
+def _escaped(text: str) -> str:
+    """Text with Python's escapes: JSON alone would join two surrogates into one character."""
+    return text.encode("unicode_escape").decode("ascii")

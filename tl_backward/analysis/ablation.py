@@ -13,8 +13,8 @@ from tl_backward.analysis.figures import over_layers
 from tl_backward.analysis.over_records import Records
 from tl_backward.analysis.registry import figure_of
 from tl_backward.analysis.target_rank import target_rank
-from tl_backward.lens_result import READ_BY_VJP
 from tl_backward.sites import Model, weight_sites
+from tl_backward.sites.kinds import READ_BY_VJP
 
 if TYPE_CHECKING:
     import pandas as pd

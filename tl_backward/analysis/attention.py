@@ -12,8 +12,8 @@ from tl_backward.analysis.over_records import FactRun, Records, Row, over_record
 from tl_backward.analysis.registry import figure_of
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLogitLens
-from tl_backward.lens_result import READ_BY_INPUT
 from tl_backward.sites import Model
+from tl_backward.sites.kinds import READ_BY_INPUT
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,8 +13,8 @@ from tl_backward.analysis.figures import over_layers
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
 from tl_backward.analysis.registry import figure_of
 from tl_backward.lens import BackwardLogitLens
-from tl_backward.lens_result import READ_BY_INPUT
 from tl_backward.sites import Model, weight_sites
+from tl_backward.sites.kinds import READ_BY_INPUT
 
 if TYPE_CHECKING:
     import pandas as pd

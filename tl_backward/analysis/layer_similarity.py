@@ -10,8 +10,8 @@ import torch
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
 from tl_backward.analysis.registry import figure_of
-from tl_backward.lens_result import READ_BY_VJP
 from tl_backward.sites import Model
+from tl_backward.sites.kinds import READ_BY_VJP
 
 if TYPE_CHECKING:
     import pandas as pd

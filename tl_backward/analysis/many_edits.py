@@ -17,12 +17,12 @@ from torch import Tensor
 from tl_backward.analysis.over_records import Records, Row, first_tokens
 from tl_backward.analysis.registry import figure_of
 from tl_backward.analysis.segments import Fact, fact_of
+from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing.forward_shift import StepNotFoundError, forward_pass_shift
-from tl_backward.editing.perplexity import perplexity
 from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.evaluation.perplexity import perplexity
 from tl_backward.sites import Model
 from tl_backward.sweep import sweep
-from tl_backward.tokens import pad_id, padded, prompt_tokens
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,8 +16,8 @@ from tl_backward.capture import run_with_backward_cache
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLogitLens
-from tl_backward.lens_result import READ_BY_VJP
 from tl_backward.sites import Model, weight_sites
+from tl_backward.sites.kinds import READ_BY_VJP
 
 if TYPE_CHECKING:
     import pandas as pd

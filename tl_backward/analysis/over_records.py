@@ -13,10 +13,10 @@ from torch import Tensor
 from tl_backward.analysis.segments import Fact, fact_of, prompt_segments
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import Hooks, run_with_backward_cache
-from tl_backward.objectives import Objective
+from tl_backward.capture.objectives import Objective
+from tl_backward.capture.tokens import target_tokens
 from tl_backward.sites import Model
 from tl_backward.sweep import sweep
-from tl_backward.tokens import target_tokens
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
 from tl_backward.analysis.registry import figure_of
-from tl_backward.editing.facts import Facts
-from tl_backward.editing.perplexity import perplexity
+from tl_backward.editing._facts import Facts
+from tl_backward.editing._step_search import Step, smallest_step
 from tl_backward.editing.runs import WholeRun
-from tl_backward.editing.step_search import Step, smallest_step
 from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.evaluation.perplexity import perplexity
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, weight_sites
 

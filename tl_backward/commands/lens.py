@@ -23,7 +23,7 @@ from tl_backward.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from tl_backward.lens_result import BackwardLensResult
+    from tl_backward.lens.result import BackwardLensResult
 
 TOKENS_SHOWN = 3
 BY_INPUT = "read by its inputs: the most probable tokens are imprinted"
@@ -99,8 +99,8 @@ def lens(
 
 
 def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
-    from tl_backward.lens_result import READ_BY_INPUT
     from tl_backward.plotting import visible
+    from tl_backward.sites.kinds import READ_BY_INPUT
 
     readout = result[kind]
     table = Table(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from tl_backward import tensor_files
-from tl_backward.editing.weight_change import fingerprint
+from tl_backward.editing._weight_change import fingerprint
 from tl_backward.editing.weight_edit import MadeFor, WeightEdit
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, weight_sites
@@ -17,24 +15,21 @@ KIND = "WeightEdit"
 
 def save_edit(edit: WeightEdit, model: Model, path: Path) -> Path:
     """See :meth:`WeightEdit.save`."""
-    tensors: dict[str, Tensor] = {}
-    for name, g in edit.factors.items():
-        tensors |= {f"{name}.inputs": g.inputs, f"{name}.vjps": g.vjps}
-    contents = {"model": model_name(model), "weights": fingerprints(model, list(edit.factors))}
-    return tensor_files.write(path, KIND, tensors, contents)
+    tree = {
+        "model": model_name(model),
+        "weights": fingerprints(model, list(edit.factors)),
+        "factors": {name: {"inputs": g.inputs, "vjps": g.vjps} for name, g in edit.factors.items()},
+    }
+    return tensor_files.write(path, KIND, tree)
 
 
 def load_edit(path: Path, model: Model | None) -> WeightEdit:
     """See :meth:`WeightEdit.load`."""
-    contents, tensors = tensor_files.read(path, KIND)
+    tree = tensor_files.read(path, KIND)
     try:
-        weights: dict[str, str] = contents["weights"]
-        factors = {
-            name: GradientFactors(tensors[f"{name}.inputs"], tensors[f"{name}.vjps"])
-            for name in weights
-        }
-        made_for = MadeFor(contents["model"], weights)
-    except (KeyError, TypeError, ValueError) as error:
+        factors = {name: GradientFactors(**g) for name, g in tree["factors"].items()}
+        made_for = MadeFor(tree["model"], tree["weights"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise tensor_files.damaged(path, KIND, error) from error
     return WeightEdit(model, factors, made_for=made_for)
 

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from tl_backward.editing.facts import Facts
+from tl_backward.capture.tokens import Prompt, Target
+from tl_backward.editing._facts import Facts
+from tl_backward.editing._shift_search import Candidate, ShiftSearch
+from tl_backward.editing._shift_terms import unit_shift
 from tl_backward.editing.key_statistics import KeyStatistics
 from tl_backward.editing.runs import WholeRun, weight_inputs
-from tl_backward.editing.shift_search import Candidate, ShiftSearch
-from tl_backward.editing.shift_terms import unit_shift
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, WeightSite, require_eval_mode, weight_sites
-from tl_backward.tokens import Prompt, Target
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
-from tl_backward.editing.facts import Facts
+from tl_backward.capture.tokens import Prompt, Target
+from tl_backward.editing._facts import Facts
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, attached_hook_points
-from tl_backward.tokens import Prompt, Target
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_backward import tensor_files
+from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing.files import fingerprints, model_name
 from tl_backward.editing.runs import weight_inputs
 from tl_backward.sites import Model, require_eval_mode, weight_sites
-from tl_backward.tokens import pad_id, padded, prompt_tokens
 
 KIND = "KeyStatistics"
 
@@ -91,13 +91,14 @@ class KeyStatistics:
         Raises:
             OSError: When the file cannot be written.
         """
-        contents = {
+        tree = {
             "n_tokens": self.n_tokens,
             "ridge": self.ridge,
             "model": model_name(model),
             "weights": fingerprints(model, list(self.second_moments)),
+            "second_moments": self.second_moments,
         }
-        return tensor_files.write(Path(path), KIND, self.second_moments, contents)
+        return tensor_files.write(Path(path), KIND, tree)
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> KeyStatistics:
@@ -108,11 +109,11 @@ class KeyStatistics:
             ValueError: When it is damaged or holds something else, or the weights that the
                 statistics are of are not those of this model.
         """
-        contents, moments = tensor_files.read(Path(path), KIND)
+        tree = tensor_files.read(Path(path), KIND)
         try:
-            n_tokens, ridge = contents["n_tokens"], contents["ridge"]
-            expected: Mapping[str, str] = contents["weights"]
-            made_for = contents["model"]
+            n_tokens, ridge, moments = tree["n_tokens"], tree["ridge"], tree["second_moments"]
+            expected: Mapping[str, str] = tree["weights"]
+            made_for = tree["model"]
         except (KeyError, TypeError) as error:
             raise tensor_files.damaged(Path(path), KIND, error) from error
         names = [site.name for site in weight_sites(model) if site.name in expected]

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_backward.capture.recorder import Recorder
 from tl_backward.editing.hooks import edit_hooks
 from tl_backward.editing.weight_edit import WeightEdit
-from tl_backward.recording import Recorder
 from tl_backward.sites import Model, WeightSite, attached_hook_points
 
 Places: TypeAlias = tuple[Int[Tensor, "place"], Int[Tensor, "place"]]

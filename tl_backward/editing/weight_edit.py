@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward.editing._weight_change import WeightChange, fingerprint
 from tl_backward.editing.hooks import ForwardHooks, edit_hooks
-from tl_backward.editing.weight_change import WeightChange, fingerprint
 from tl_backward.factors import GradientFactors
-from tl_backward.lens_result import READ_BY_INPUT
 from tl_backward.sites import Model, WeightSite, weight_sites
+from tl_backward.sites.kinds import READ_BY_INPUT
 
 
 class MadeFor(NamedTuple):

@@ -1,9 +1,9 @@
 """Edits, measured on CounterFact: records, metrics and a runner for many edits in one batch."""
 
-from tl_backward.editing.perplexity import perplexity
 from tl_backward.evaluation.generation import generate_texts
 from tl_backward.evaluation.methods import Method, fine_tuning, gradient, shift, unedited
 from tl_backward.evaluation.metrics import n_gram_entropy, prompt_metrics
+from tl_backward.evaluation.perplexity import perplexity
 from tl_backward.evaluation.records import Record, load_records
 from tl_backward.evaluation.runner import evaluate
 from tl_backward.evaluation.scoring import TargetScores, score_targets, tokenised

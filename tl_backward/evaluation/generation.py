@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.editing import WeightEdit, edit_hooks
 from tl_backward.sites import Model, attached_hook_points
-from tl_backward.tokens import prompt_tokens
 
 TOP_K = 5
 MAX_TOKENS = 100

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_backward.editing import StepNotFoundError, WeightEdit
-from tl_backward.editing.perplexity import perplexity
 from tl_backward.evaluation.generation import generate_texts
 from tl_backward.evaluation.methods import Method
 from tl_backward.evaluation.metrics import n_gram_entropy, prompt_metrics
+from tl_backward.evaluation.perplexity import perplexity
 from tl_backward.evaluation.records import Record
 from tl_backward.evaluation.scoring import Case, TargetScores, score_targets, tokenised
 from tl_backward.sites import Model, attached_hook_points, require_eval_mode

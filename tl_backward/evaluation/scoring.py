@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing import WeightEdit, edit_hooks
 from tl_backward.sites import Model, attached_hook_points
-from tl_backward.tokens import pad_id, padded, prompt_tokens
 
 
 class Case(NamedTuple):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_backward.lens_result import VALUE_COLUMNS, BackwardLensResult, FigureKind, default_kind
+from tl_backward.lens.result import VALUE_COLUMNS, BackwardLensResult, FigureKind, default_kind
 from tl_backward.plotting.table import Cell, Table
 from tl_backward.plotting.tokens import visible
 

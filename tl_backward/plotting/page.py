@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tl_backward.lens_result import BackwardLensResult
+from tl_backward.lens.result import BackwardLensResult
 from tl_backward.plotting.table import Table
 from tl_backward.plotting.tokens import visible
 

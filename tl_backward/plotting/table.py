@@ -7,12 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tl_backward.lens_result import (
-    READ_BY_INPUT,
-    READ_BY_VJP,
-    READ_FORWARD,
-    BackwardLensResult,
-)
+from tl_backward.lens.result import READ_FORWARD, BackwardLensResult
+from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_backward.integers import is_integer
+from tl_backward._integers import is_integer
 
 Model: TypeAlias = Any
 """A TransformerLens model, of any of the classes that this package has a file for."""

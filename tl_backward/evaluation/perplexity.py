@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing.runs import WholeRun
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model
-from tl_backward.tokens import pad_id, padded, prompt_tokens
 
 MAX_TOKENS = 256
 TOKENS_PER_PASS = 1024

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_backward.integers import is_integer
-from tl_backward.lens_result import READ_FORWARD, VALUE_COLUMNS, Readout
-from tl_backward.readout import ReturnType, read_vocabulary
+from tl_backward._integers import is_integer
+from tl_backward.capture.tokens import decode_each, each_token_id
+from tl_backward.lens._vocabulary import ReturnType, read_vocabulary
+from tl_backward.lens.result import READ_FORWARD, VALUE_COLUMNS, Readout
 from tl_backward.sites import Model, unembed
-from tl_backward.tokens import decode_each, each_token_id
 from tl_backward.translators import Translator
 
 TOP_K = 10

@@ -13,25 +13,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_backward.backward_hooks import GuardedHooks
 from tl_backward.cache import BackwardCache
-from tl_backward.factors import GradientFactors
-from tl_backward.objectives import Loss, Objective, losses_of_examples, require_loss, target_nll
-from tl_backward.recording import Recorder, depends_on
-from tl_backward.residual import needs_graph, residual_from, watch_residual
-from tl_backward.rows import Positions, Rows, kept_positions
-from tl_backward.sites import (
-    Model,
-    WeightSite,
-    all_parameters,
-    attached_hook_points,
-    left_padding_obstacle,
-    passed_if_hooked,
-    require_eval_mode,
-    weight_sites,
-    weights_processing,
+from tl_backward.cache.rows import Positions, Rows, kept_positions
+from tl_backward.capture._backward_hooks import GuardedHooks
+from tl_backward.capture._residual_stream import needs_graph, residual_from, watch_residual
+from tl_backward.capture.objectives import (
+    Loss,
+    Objective,
+    losses_of_examples,
+    require_loss,
+    target_nll,
 )
-from tl_backward.tokens import (
+from tl_backward.capture.recorder import Recorder, depends_on
+from tl_backward.capture.tokens import (
     Prompt,
     Target,
     decode_each,
@@ -42,6 +36,18 @@ from tl_backward.tokens import (
     prompt_tokens,
     single_token_ids,
     target_tokens,
+)
+from tl_backward.factors import GradientFactors
+from tl_backward.sites import (
+    Model,
+    WeightSite,
+    all_parameters,
+    attached_hook_points,
+    left_padding_obstacle,
+    passed_if_hooked,
+    require_eval_mode,
+    weight_sites,
+    weights_processing,
 )
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_backward.integers import is_integer
+from tl_backward._integers import is_integer
 
 Positions: TypeAlias = int | slice | tuple[int, ...] | Sequence[int] | Tensor | None
 

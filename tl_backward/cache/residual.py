@@ -1,4 +1,4 @@
-"""The backward pass along the residual stream: VJPs, and what each part of the model adds to them.
+"""The residual stream of the backward pass: its VJPs, and what each part of the model adds to them.
 
 Forward, every block reads the residual stream and adds to it. Backward, the VJP comes down the
 same stream from the unembedding, and every attention and MLP adds what came through it. The
@@ -8,21 +8,14 @@ functions mirror ``ActivationCache``, with its labels.
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_backward.backward_hooks import CalledAgain
-from tl_backward.recording import Recorder, vjp_between
-from tl_backward.rows import Rows, of_example, plain_index
-from tl_backward.sites import Model, Tap, attention_outputs, residual_points
-
-if TYPE_CHECKING:
-    import pandas as pd
+from tl_backward.cache.rows import of_example, plain_index
 
 SliceInput: TypeAlias = int | slice | tuple[int, ...] | list[int] | Tensor | None
 Stack: TypeAlias = Float[Tensor, "component *batch_and_pos d_model"]
@@ -206,143 +199,6 @@ def stacked(
     return (stack, list(parts)) if return_labels else stack
 
 
-def attribution(clean: Residual, corrupt: Residual, positions: list[list[int]]) -> pd.DataFrame:
-    """``(clean activation - corrupt activation) . corrupt VJP`` of every node."""
-    import pandas as pd
-
-    clean.require_all_layers()
-    corrupt.require_all_layers()
-    nodes = [(b, position) for b, of_text in enumerate(positions) for position in of_text]
-    lines = []
-    for name in corrupt.activations.keys() & corrupt.vjps.keys() & clean.activations.keys():
-        if not name.endswith(NODES):
-            continue
-        kind, n_heads = _node(name, corrupt.n_heads)
-        product = (clean.activations[name] - corrupt.activations[name]) * corrupt.vjps[name]
-        scores = product.unflatten(-1, (n_heads or 1, -1)).sum(-1).reshape(len(nodes), -1)
-        for (example, position), of_heads in zip(nodes, scores.tolist(), strict=True):
-            for head, score in enumerate(of_heads):
-                place = (_layer_of(name), head if n_heads else None, position)
-                lines.append((example, kind, *place, score))
-    columns = ["example", "kind", "layer", "head", "position", "score"]
-    table = pd.DataFrame(lines, columns=columns).astype({"layer": "Int64", "head": "Int64"})
-    return table.sort_values(
-        columns[:1] + columns[2:5] + ["kind"], na_position="first", ignore_index=True
-    )
-
-
-@dataclass(frozen=True)
-class Watched:
-    """The attention outputs of the layers that :func:`watch_residual` has put a watch on."""
-
-    z_of_layer: dict[int, str]
-    n_layers: int
-    n_heads: int
-    per_head: bool
-
-
-def watch_residual(recorder: Recorder, model: Model, after: int | None, per_head: bool) -> Watched:
-    """Record the residual stream: all of it, or only what is behind the layer ``after``."""
-    first = -1 if after is None else after + 1
-    n_layers = model.cfg.n_layers
-    for name, point in residual_points(model).items():
-        layer = _layer_of(name)
-        behind = n_layers if name.endswith("hook_resid_post") else -1 if layer is None else layer
-        if behind < first:
-            continue
-        middle = name.endswith("hook_resid_mid")
-        shared = name == "blocks.0.hook_resid_pre"  # later blocks of Gemma 4 and Zamba 2 read it
-        recorder.keep_place(Tap(point, "input"), name, on_a_branch=middle, own_branch=shared)
-        if not middle:
-            recorder.keep_value(Tap(point, "output"), name, copy=not name.endswith(NODES))
-    z_of_layer = {}
-    for site in attention_outputs(model):
-        if site.layer is not None and site.layer >= first:
-            z_of_layer[site.layer] = name = f"blocks.{site.layer}.attn.hook_z"
-            recorder.keep_place(site.x_tap(), name, on_a_branch=True)
-            recorder.keep_value(site.x_tap(), name)
-    return Watched(z_of_layer, n_layers, model.cfg.n_heads, per_head)
-
-
-def needs_graph(recorder: Recorder, watched: Watched) -> bool:
-    """Whether :func:`residual_from` has more to ask of the graph than the VJPs."""
-    return watched.per_head or bool(_parallel(recorder, watched))
-
-
-def residual_from(
-    recorder: Recorder, watched: Watched, vjps: dict[Any, list[Tensor]], rows: Rows
-) -> Residual:
-    """What was seen at the residual stream. Blocks that run several times are left out.
-
-    Raises:
-        CalledAgain: When a backward hook is between an attention output and its block's beginning.
-    """
-    once = {
-        name: vjps[name]
-        for name, places in recorder.places.items()
-        if isinstance(name, str) and len(places) == 1
-    }
-    heads = {}
-    if watched.per_head:
-        for block, z in watched.z_of_layer.items():
-            if {z, f"blocks.{block}.hook_resid_pre"} <= once.keys():
-                parts = _each_head(once[z][0], watched.n_heads, rows)
-                heads[block] = torch.stack(
-                    [rows.of([_through(recorder, block, z, p)]) for p in parts]
-                )
-    attention = {}
-    for block, z in _parallel(recorder, watched).items():
-        with suppress(CalledAgain):
-            attention[block] = rows.of([_through(recorder, block, z, once[z][0])])
-    return Residual(
-        n_layers=watched.n_layers,
-        n_heads=watched.n_heads,
-        lengths=rows.lengths(),
-        vjps={name: rows.of(vjp) for name, vjp in once.items()},
-        activations={
-            name: rows.of(recorder.values(name))
-            for name in once
-            if not name.endswith("hook_resid_mid")
-        },
-        attention=attention,
-        heads=heads,
-    )
-
-
-def _parallel(recorder: Recorder, watched: Watched) -> dict[int, str]:
-    """The attention outputs of the blocks, run once, that have no middle."""
-
-    def runs_once(name: str) -> bool:
-        return len(recorder.places[name]) == 1
-
-    return {
-        block: z
-        for block, z in watched.z_of_layer.items()
-        if runs_once(z)
-        and runs_once(f"blocks.{block}.hook_resid_pre")
-        and not recorder.places[f"blocks.{block}.hook_resid_mid"]
-    }
-
-
-def _through(recorder: Recorder, block: int, z: str, vjp: Tensor) -> Tensor:
-    """The part of the VJP before block ``block`` that comes through its attention."""
-    (later,), (earlier,) = recorder.places[z], recorder.places[f"blocks.{block}.hook_resid_pre"]
-    return vjp_between(later, vjp, earlier)
-
-
-def _each_head(vjp: Tensor, n_heads: int, rows: Rows) -> list[Tensor]:
-    """The VJP at ``hook_z`` with all heads but one set to zero, for each head."""
-    by_head = vjp.reshape(len(rows.starts), rows.width, n_heads, -1)
-    of_each = torch.eye(n_heads, dtype=vjp.dtype, device=vjp.device).unsqueeze(-1)
-    return [(by_head * one).reshape(vjp.shape) for one in of_each]
-
-
-def _node(name: str, n_heads: int) -> tuple[str, int | None]:
-    """Kind and number of heads of the node at a HookPoint, as TransformerLens 4.3 calls it."""
-    if name.endswith("hook_z"):
-        return "attn_head_out", n_heads
-    return ("mlp_out" if name.endswith("hook_mlp_out") else "embed"), None
-
-
-def _layer_of(name: str) -> int | None:
+def layer_of_point(name: str) -> int | None:
+    """The layer of a HookPoint; None outside the blocks."""
     return int(name.split(".")[1]) if name.startswith("blocks.") else None

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_backward.cache import BackwardCache
-from tl_backward.lens_result import READ_BY_INPUT
-from tl_backward.residual import SliceInput
-from tl_backward.rows import Positions, kept_positions, plain_index, selected
+from tl_backward.cache.residual import SliceInput
+from tl_backward.cache.rows import Positions, kept_positions, plain_index, selected
 from tl_backward.sites import Model, weight_sites, weights_processing
+from tl_backward.sites.kinds import READ_BY_INPUT
 
 
 class Texts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,12 +11,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_backward import tensor_files
+from tl_backward.cache._attribution import attribution
+from tl_backward.cache.residual import Residual, SliceInput, Stack, stacked
+from tl_backward.cache.rows import of_example
 from tl_backward.factors import GradientFactors
-from tl_backward.residual import Residual, SliceInput, Stack, attribution, stacked
-from tl_backward.rows import of_example
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+ON_CPU = ("tokens", "positions", "target_ids", "target_positions")
+"""The fields that stay on the CPU, wherever the cache is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,9 +273,11 @@ class BackwardCache(Mapping[str, GradientFactors]):
             >>> cache.save("messi.safetensors")
             >>> BackwardCache.load("messi.safetensors")["W_out", 5].norm()
         """
-        from tl_backward.storage import save_cache
-
-        return save_cache(self, Path(path))
+        tree = _fields_of(self) | {
+            "factors": {name: _fields_of(g) for name, g in self.factors.items()},
+            "residual": _fields_of(self.residual),
+        }
+        return tensor_files.write(Path(path), type(self).__name__, tree)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> BackwardCache:
@@ -291,9 +299,17 @@ class BackwardCache(Mapping[str, GradientFactors]):
         Example:
             >>> BackwardCache.load("messi.safetensors", device="cuda")
         """
-        from tl_backward.storage import load_cache
-
-        return load_cache(Path(path), device)
+        kind = cls.__name__
+        tree = tensor_files.read(Path(path), kind)
+        try:
+            tree |= tensor_files.map_tensors(
+                {name: value for name, value in tree.items() if name not in ON_CPU},
+                lambda tensor: tensor.to(device),
+            )
+            factors = {name: GradientFactors(**g) for name, g in tree["factors"].items()}
+            return cls(**tree | {"factors": factors, "residual": Residual(**tree["residual"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise tensor_files.damaged(Path(path), kind, error) from error
 
     def _positions(self) -> list[list[int]]:
         each = self.positions if isinstance(self.positions, list) else [self.positions]
@@ -311,3 +327,8 @@ class BackwardCache(Mapping[str, GradientFactors]):
             problem = "is in several layers" if names else "was not captured"
             raise KeyError(f"{key!r} {problem}; there is {', '.join(names or self.factors)}")
         return names[0]
+
+
+def _fields_of(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance, as they are (``asdict`` would copy its tensors)."""
+    return {field.name: getattr(instance, field.name) for field in fields(instance)}

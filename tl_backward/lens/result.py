@@ -13,14 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_backward.readout import ReturnType
+from tl_backward.lens._vocabulary import ReturnType
+from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-READ_BY_INPUT = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
-READ_BY_VJP = ("W_O", "W_out")
 READ_FORWARD = (*READ_BY_INPUT, "forward")
 FigureKind: TypeAlias = Literal["table", "ranks", "norms", "forward_and_backward"]
 VALUE_COLUMNS = {"logits": "logit", "log_probs": "log_prob", "probs": "probability"}

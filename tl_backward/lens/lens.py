@@ -10,29 +10,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_backward._integers import is_integer
 from tl_backward.cache import BackwardCache
+from tl_backward.cache.residual import SliceInput
+from tl_backward.cache.rows import Positions
 from tl_backward.capture import Hooks, run_with_backward_cache
-from tl_backward.integers import is_integer
-from tl_backward.lens_cache import Texts, parts_of_residual, require_same_model, residual_side
-from tl_backward.lens_reading import checked_options, layer_of, read_vectors, targets_for
-from tl_backward.lens_result import (
-    READ_BY_INPUT,
-    READ_BY_VJP,
-    READ_FORWARD,
-    BackwardLensResult,
-    Readout,
-)
-from tl_backward.objectives import Loss
-from tl_backward.readout import ReturnType
-from tl_backward.residual import SliceInput
-from tl_backward.rows import Positions
+from tl_backward.capture.objectives import Loss
+from tl_backward.capture.tokens import Prompt, Target, decode_each
+from tl_backward.lens._reading import checked_options, layer_of, read_vectors, targets_for
+from tl_backward.lens._selection import Texts, parts_of_residual, require_same_model, residual_side
+from tl_backward.lens._vocabulary import ReturnType
+from tl_backward.lens.result import READ_FORWARD, BackwardLensResult, Readout
 from tl_backward.sites import (
     Model,
     layer_numbers,
     require_model,
     weight_sites,
 )
-from tl_backward.tokens import Prompt, Target, decode_each
+from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP
 from tl_backward.translators import Translator
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_backward.integers import is_integer
+from tl_backward._integers import is_integer
 
 Prompt: TypeAlias = str | Tensor | Sequence[Any]
 Target: TypeAlias = str | int | Tensor | Sequence[Any]

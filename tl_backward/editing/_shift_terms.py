@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_backward.editing.facts import Facts
+from tl_backward.editing._facts import Facts
 from tl_backward.editing.key_statistics import KeyStatistics
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors

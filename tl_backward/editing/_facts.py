@@ -9,9 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_backward.editing.runs import Places
-from tl_backward.sites import Model
-from tl_backward.tokens import (
+from tl_backward.capture.tokens import (
     Prompt,
     Target,
     is_single,
@@ -20,6 +18,8 @@ from tl_backward.tokens import (
     prompt_tokens,
     target_tokens,
 )
+from tl_backward.editing.runs import Places
+from tl_backward.sites import Model
 
 
 class Facts:

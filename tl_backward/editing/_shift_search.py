@@ -12,15 +12,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_backward.editing.facts import Facts
+from tl_backward.capture.tokens import Prompt, pad_id, padded, prompt_tokens
+from tl_backward.editing._facts import Facts
+from tl_backward.editing._shift_terms import unit_shift
+from tl_backward.editing._step_search import Step, smallest_step
 from tl_backward.editing.key_statistics import KeyStatistics
 from tl_backward.editing.runs import WholeRun
-from tl_backward.editing.shift_terms import unit_shift
-from tl_backward.editing.step_search import Step, smallest_step
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, WeightSite
-from tl_backward.tokens import Prompt, pad_id, padded, prompt_tokens
 
 N_TURNS = 6
 """How often each token of a target gets a step anew, with those of the others in place."""

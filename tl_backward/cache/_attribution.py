@@ -1,0 +1,42 @@
+"""Attribution patching: activations of two runs and the VJPs of one, node by node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tl_backward.cache.residual import NODES, Residual, layer_of_point
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def attribution(clean: Residual, corrupt: Residual, positions: list[list[int]]) -> pd.DataFrame:
+    """``(clean activation - corrupt activation) . corrupt VJP`` of every node."""
+    import pandas as pd
+
+    clean.require_all_layers()
+    corrupt.require_all_layers()
+    nodes = [(b, position) for b, of_text in enumerate(positions) for position in of_text]
+    lines = []
+    for name in corrupt.activations.keys() & corrupt.vjps.keys() & clean.activations.keys():
+        if not name.endswith(NODES):
+            continue
+        kind, n_heads = _node(name, corrupt.n_heads)
+        product = (clean.activations[name] - corrupt.activations[name]) * corrupt.vjps[name]
+        scores = product.unflatten(-1, (n_heads or 1, -1)).sum(-1).reshape(len(nodes), -1)
+        for (example, position), of_heads in zip(nodes, scores.tolist(), strict=True):
+            for head, score in enumerate(of_heads):
+                place = (layer_of_point(name), head if n_heads else None, position)
+                lines.append((example, kind, *place, score))
+    columns = ["example", "kind", "layer", "head", "position", "score"]
+    table = pd.DataFrame(lines, columns=columns).astype({"layer": "Int64", "head": "Int64"})
+    return table.sort_values(
+        columns[:1] + columns[2:5] + ["kind"], na_position="first", ignore_index=True
+    )
+
+
+def _node(name: str, n_heads: int) -> tuple[str, int | None]:
+    """Kind and number of heads of the node at a HookPoint, as TransformerLens 4.3 calls it."""
+    if name.endswith("hook_z"):
+        return "attn_head_out", n_heads
+    return ("mlp_out" if name.endswith("hook_mlp_out") else "embed"), None

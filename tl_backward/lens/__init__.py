@@ -1,0 +1,6 @@
+"""Vectors of the backward pass, read in the model's vocabulary."""
+
+from tl_backward.lens.lens import BackwardLogitLens
+from tl_backward.lens.result import BackwardLensResult, Readout
+
+__all__ = ["BackwardLensResult", "BackwardLogitLens", "Readout"]
