@@ -12,8 +12,7 @@ from tl_backward.editing import (
     key_statistics,
 )
 from tl_backward.factors import GradientFactors
-from tl_backward.lens import BackwardLogitLens
-from tl_backward.lens.result import BackwardLensResult
+from tl_backward.lens import BackwardLensResult, BackwardLogitLens
 from tl_backward.sites import (
     WeightSite,
     add_hook_points,
@@ -22,6 +21,8 @@ from tl_backward.sites import (
     weight_sites,
 )
 from tl_backward.sweep import sweep
+
+__version__ = "0.1.0"
 
 __all__ = [
     "BackwardCache",
