@@ -12,6 +12,7 @@ from tl_backward.analysis.over_records import FactRun, Records, Row, over_record
 from tl_backward.analysis.registry import figure_of
 from tl_backward.sites import Model
 from tl_backward.sites.kinds import READ_BY_VJP
+from tl_backward.sites.names import parse_site_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +61,7 @@ def layer_similarity(
         found = []
         segments = list(dict.fromkeys(run.segments))
         for kind in weights:
-            names = [name for name in run.cache if name.endswith(f".{kind}")]
+            names = [name for name in run.cache if parse_site_name(name).kind == kind]
             vjps = torch.stack([run.cache.residual_vjps(name) for name in names])
             cosines = _cosines(vjps)
             for segment in segments:

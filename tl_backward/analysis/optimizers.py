@@ -124,7 +124,7 @@ def optimizer_updates(
                     total[name] = total[name] + update * (lengths[name] / update.norm())
                     place = {"optimizer": optimizer, "step": step, **place_of(name)}
                     size = {"loss": cache.loss, "n_tokens": len(run.segments)}
-                    by_vjp = name.rpartition(".")[2] in READ_BY_VJP
+                    by_vjp = place["weight"] in READ_BY_VJP
                     read = _compare(lens, raw[name], update, by_vjp, n_neurons, top_k)
                     found.append({**place, **size, **_spectrum(update), **read})
         return found

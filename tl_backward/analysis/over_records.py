@@ -16,6 +16,7 @@ from tl_backward.capture import Hooks, run_with_backward_cache
 from tl_backward.capture.objectives import Objective
 from tl_backward.capture.tokens import target_tokens
 from tl_backward.sites import Model
+from tl_backward.sites.names import parse_site_name
 from tl_backward.sweep import sweep
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ def run_facts(model: Model, records: Sequence[Any], **capture: Any) -> list[Fact
 
 def place_of(name: str) -> Row:
     """The columns ``weight`` and ``layer`` of a site's name; outside the blocks there is none."""
-    layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
-    return {"weight": name.rpartition(".")[2], "layer": layer}
+    layer, kind = parse_site_name(name)
+    return {"weight": kind, "layer": layer}
 
 
 def first_tokens(model: Model, texts: Sequence[str]) -> list[int]:

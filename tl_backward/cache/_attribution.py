@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tl_backward.cache.residual import NODES, Residual, layer_of_point
+from tl_backward.cache.residual import NODES, Residual
+from tl_backward.sites.names import layer_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,7 @@ def attribution(clean: Residual, corrupt: Residual, positions: list[list[int]]) 
         scores = product.unflatten(-1, (n_heads or 1, -1)).sum(-1).reshape(len(nodes), -1)
         for (example, position), of_heads in zip(nodes, scores.tolist(), strict=True):
             for head, score in enumerate(of_heads):
-                place = (layer_of_point(name), head if n_heads else None, position)
+                place = (layer_of(name), head if n_heads else None, position)
                 lines.append((example, kind, *place, score))
     columns = ["example", "kind", "layer", "head", "position", "score"]
     table = pd.DataFrame(lines, columns=columns).astype({"layer": "Int64", "head": "Int64"})

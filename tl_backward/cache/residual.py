@@ -197,8 +197,3 @@ def stacked(
     tensors = [part if index is None else part[..., index, :] for part in parts.values()]
     stack = torch.stack(tensors)
     return (stack, list(parts)) if return_labels else stack
-
-
-def layer_of_point(name: str) -> int | None:
-    """The layer of a HookPoint; None outside the blocks."""
-    return int(name.split(".")[1]) if name.startswith("blocks.") else None

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_backward.cache.residual import NODES, Residual, layer_of_point
+from tl_backward.cache.residual import NODES, Residual
 from tl_backward.cache.rows import Rows
 from tl_backward.capture._backward_hooks import CalledAgain
 from tl_backward.capture.recorder import Recorder, vjp_between
 from tl_backward.sites import Model, Tap, attention_outputs, residual_points
+from tl_backward.sites.names import layer_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def watch_residual(recorder: Recorder, model: Model, after: int | None, per_head
     first = -1 if after is None else after + 1
     n_layers = model.cfg.n_layers
     for name, point in residual_points(model).items():
-        layer = layer_of_point(name)
+        layer = layer_of(name)
         behind = n_layers if name.endswith("hook_resid_post") else -1 if layer is None else layer
         if behind < first:
             continue

@@ -1,0 +1,44 @@
+"""The parts of a site's name."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_NAME = re.compile(r"(?:blocks\.(?P<layer>\d+)\.)?(?:\w+\.)*?(?P<kind>W_\w+(?:\.\w+)*)")
+
+
+class SiteName(NamedTuple):
+    """What a site's name says: ``blocks.5.mlp.W_out`` is layer 5's ``W_out``.
+
+    Attributes:
+        layer: The layer; None outside the blocks.
+        kind: The kind of weight.
+    """
+
+    layer: int | None
+    kind: str
+
+
+def parse_site_name(name: str) -> SiteName:
+    """The parts of a site's name.
+
+    Raises:
+        ValueError: When it is no site's name.
+
+    Example:
+        >>> parse_site_name("blocks.5.mlp.W_out")
+        SiteName(layer=5, kind='W_out')
+        >>> parse_site_name("embed.W_E").layer is None
+        True
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r} is no site's name, such as 'blocks.5.mlp.W_out'")
+    return SiteName(layer_of(name), found["kind"])
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in the name of a site or HookPoint; None outside the blocks."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else None
