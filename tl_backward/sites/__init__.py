@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
@@ -18,8 +17,8 @@ from tl_backward.sites import hooked_transformer, transformer_bridge
 from tl_backward.sites.hooked_transformer import add_hook_points, remove_hook_points
 from tl_backward.sites.parameters import coverage_table
 from tl_backward.sites.processing import weights_processing
+from tl_backward.sites.protocols import Backend, Model
 from tl_backward.sites.site import (
-    Model,
     Obstacle,
     Tap,
     WeightSite,
@@ -80,14 +79,7 @@ def weight_sites(
         >>> [site.name for site in weight_sites(model, "W_out", layers=-1)]
         ['blocks.29.mlp.W_out']
     """
-    found = list(_backend(model).survey(model))
-    return select_sites(
-        with_ties(one for one in found if isinstance(one, WeightSite)),
-        [one for one in found if isinstance(one, Obstacle)],
-        model.cfg.n_layers,
-        weights,
-        layers,
-    )
+    return select_sites(*_surveyed(model), model.cfg.n_layers, weights, layers)
 
 
 def require_model(model: Model) -> None:
@@ -151,10 +143,9 @@ def coverage(model: Model) -> pd.DataFrame:
         >>> coverage(model).query("site.isna()").reason.value_counts()
     """
     backend = _backend(model)
-    reasons = {id(o.parameter): f"{o.name}: {o.reason}" for o in backend.obstacles(model)}
-    return coverage_table(
-        backend.named_parameters(model), backend.sites(model), reasons | backend.reasons(model)
-    )
+    sites, obstacles = _surveyed(model)
+    reasons = {id(o.parameter): f"{o.name}: {o.reason}" for o in obstacles}
+    return coverage_table(backend.named_parameters(model), sites, reasons | backend.reasons(model))
 
 
 def all_parameters(model: Model) -> Iterator[Tensor]:
@@ -194,8 +185,18 @@ def unembed(
     return _backend(model).unembed(model, vectors, apply_ln)
 
 
-def _backend(model: Model) -> ModuleType:
-    for backend in (transformer_bridge, hooked_transformer):
+def _surveyed(model: Model) -> tuple[list[WeightSite], list[Obstacle]]:
+    """The sites of a model, and the weight matrices that have none."""
+    found = list(_backend(model).survey(model))
+    return (
+        with_ties(one for one in found if isinstance(one, WeightSite)),
+        [one for one in found if isinstance(one, Obstacle)],
+    )
+
+
+def _backend(model: Model) -> Backend:
+    backends: tuple[Backend, ...] = (transformer_bridge, hooked_transformer)
+    for backend in backends:
         if backend.accepts(model):
             return backend
     hint = "load one with TransformerBridge.boot_transformers(...)"

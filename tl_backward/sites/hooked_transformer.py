@@ -24,13 +24,11 @@ from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
     RESIDUAL_HOOKS,
-    Model,
     Obstacle,
     Tap,
     WeightSite,
     final_norm,
     unchanged,
-    with_ties,
 )
 
 UNGROUPED = "ungroup_grouped_query_attention"
@@ -48,23 +46,7 @@ def accepts(model: object) -> bool:
     return isinstance(model, HookedTransformer)
 
 
-def sites(model: Model) -> list[WeightSite]:
-    """Every weight site of the model, in the order of the forward pass.
-
-    Their taps are at the added HookPoints: call them inside ``attached_hook_points``.
-
-    Raises:
-        NotImplementedError: For weights quantised to 4 bits.
-    """
-    return with_ties(found for found in survey(model) if isinstance(found, WeightSite))
-
-
-def obstacles(model: Model) -> list[Obstacle]:
-    """The weight matrices of the model that have no site, each with the reason."""
-    return [found for found in survey(model) if isinstance(found, Obstacle)]
-
-
-def survey(model: Model) -> Iterator[WeightSite | Obstacle]:
+def survey(model: Any) -> Iterator[WeightSite | Obstacle]:
     """Every weight matrix of the model: its site, or what keeps it from having one."""
     _refuse_quantized(model)
     yield _lookup_site(model, "embed", "W_E")
@@ -105,16 +87,16 @@ def _norms_afterwards(block: Any) -> bool:
     return block.cfg.original_architecture in POST_NORM_ARCHITECTURES
 
 
-def named_parameters(model: Model) -> Iterator[NamedParameter]:
+def named_parameters(model: Any) -> Iterator[NamedParameter]:
     """Every parameter of the model."""
     for name, parameter in model.named_parameters():
         yield NamedParameter(name, model.get_submodule(name.rpartition(".")[0]), parameter)
 
 
-def reasons(model: Model) -> dict[int, str]:
+def reasons(model: Any) -> dict[int, str]:
     """Why parameters have no site, by ``id``: biases, and positions that nothing reads."""
     found = {}
-    names = {site.name for site in sites(model)}
+    names = {one.name for one in survey(model) if isinstance(one, WeightSite)}
     for name, module, parameter in named_parameters(model):
         path, _, end = name.rpartition(".")
         weight = f"{path}.W_{end.removeprefix('_').removeprefix('b_')}"
@@ -132,28 +114,28 @@ def reasons(model: Model) -> dict[int, str]:
     return found
 
 
-def passed_if_hooked(model: Model) -> list[str]:
+def passed_if_hooked(model: Any) -> list[str]:
     """Nothing: the model passes every HookPoint."""
     return []
 
 
-def end_of_stream(model: Model) -> nn.Module | None:
+def end_of_stream(model: Any) -> nn.Module | None:
     """Where the residual stream ends, if not at the last block's own HookPoint."""
     return None
 
 
-def left_padding_obstacle(model: Model) -> str | None:
+def left_padding_obstacle(model: Any) -> str | None:
     """Nothing: positions and attention leave padding out."""
     return None
 
 
-def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
+def modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Every module of the model, with its name."""
     return model.named_modules()
 
 
 def unembed(
-    model: Model, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
+    model: Any, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
 ) -> Float[Tensor, "rows d_vocab"]:
     """Final norm, unembedding and the soft cap of the logits, if the model has one."""
     W_U, cap = model.unembed.W_U, model.cfg.output_logits_soft_cap
@@ -164,7 +146,7 @@ def unembed(
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
 
-def add_hook_points(model: Model) -> None:
+def add_hook_points(model: Any) -> None:
     """Give the model the HookPoints that it lacks, under the names they have on a bridge.
 
     These are ``blocks.L.attn.{q,k,v,o}``, ``blocks.L.mlp.{in,gate,out}``, ``embed``, ``pos_embed``
@@ -190,7 +172,7 @@ def add_hook_points(model: Model) -> None:
                 model.hook_dict[name] = module
 
 
-def remove_hook_points(model: Model) -> None:
+def remove_hook_points(model: Any) -> None:
     """Take away what `add_hook_points` added, with the hooks on it, and nothing else."""
     present = dict(model.named_modules())
     for module in present.values():
@@ -205,7 +187,7 @@ def remove_hook_points(model: Model) -> None:
 
 
 @contextmanager
-def attached_hook_points(model: Model) -> Iterator[None]:
+def attached_hook_points(model: Any) -> Iterator[None]:
     """The model with the added HookPoints; they go at the end unless they were there before."""
     if _passing(model.embed):
         yield
@@ -217,7 +199,7 @@ def attached_hook_points(model: Model) -> Iterator[None]:
         remove_hook_points(model)
 
 
-def _lookup_site(model: Model, path: str, kind: str) -> WeightSite:
+def _lookup_site(model: Any, path: str, kind: str) -> WeightSite:
     """A table whose rows are looked up: its input is the one-hot row of each index."""
     module = model.get_submodule(path)
 
@@ -230,14 +212,14 @@ def _lookup_site(model: Model, path: str, kind: str) -> WeightSite:
 
 
 def _matrix_site(
-    model: Model, path: str, kind: str, layer: int | None, projection: str, **fields: Any
+    model: Any, path: str, kind: str, layer: int | None, projection: str, **fields: Any
 ) -> WeightSite:
     """A weight that is stored as ``[d_in, d_out]``."""
     d_in, d_out = getattr(model.get_submodule(path), kind).shape
     return _site(model, path, kind, kind, layer, projection, d_in, d_out, **fields)
 
 
-def _attention_site(model: Model, layer: int, kind: str) -> WeightSite | Obstacle:
+def _attention_site(model: Any, layer: int, kind: str) -> WeightSite | Obstacle:
     """A weight with an axis of heads; with grouped queries, keys and values have fewer of them."""
     path = f"blocks.{layer}.attn"
     attention = model.get_submodule(path)
@@ -259,7 +241,7 @@ def _attention_site(model: Model, layer: int, kind: str) -> WeightSite | Obstacl
 
 
 def _site(
-    model: Model,
+    model: Any,
     path: str,
     kind: str,
     stored: str,
@@ -288,7 +270,7 @@ def _site(
     )
 
 
-def _refuse_quantized(model: Model) -> None:
+def _refuse_quantized(model: Any) -> None:
     if model.cfg.load_in_4bit:
         raise NotImplementedError(
             "this HookedTransformer holds weights quantised to 4 bits (cfg.load_in_4bit), which "
@@ -296,7 +278,7 @@ def _refuse_quantized(model: Model) -> None:
         )
 
 
-def _reads_positions(model: Model) -> bool:
+def _reads_positions(model: Any) -> bool:
     return model.cfg.positional_embedding_type in ("standard", "shortformer")
 
 
@@ -470,7 +452,7 @@ GATED_MLP = _Passing(
 )
 
 
-def _passings(model: Model) -> Iterator[tuple[nn.Module, _Passing]]:
+def _passings(model: Any) -> Iterator[tuple[nn.Module, _Passing]]:
     """The modules around the weights, and what each of them gets."""
     yield model.embed, NORMED_EMBED if "ln" in model.embed._modules else LINEAR
     if _reads_positions(model):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_backward.sites.site import Model
+from tl_backward.sites.protocols import Model
 
 CENTERED = 1e-4
 """Mean of a centred row, at most, in units of its standard deviation."""

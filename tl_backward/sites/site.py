@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_backward._integers import is_integer
-
-Model: TypeAlias = Any
-"""A TransformerLens model, of any of the classes that this package has a file for."""
+from tl_backward.sites.protocols import Model
 
 FORKED_INPUT = ("use_split_qkv_input", "use_attn_in")
 PER_HEAD = {**dict.fromkeys(("W_Q", "W_K", "W_V"), FORKED_INPUT), "W_O": ("use_attn_result",)}

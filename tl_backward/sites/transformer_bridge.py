@@ -22,13 +22,11 @@ from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
     RESIDUAL_HOOKS,
-    Model,
     Obstacle,
     Tap,
     WeightSite,
     final_norm,
     unchanged,
-    with_ties,
 )
 
 PROJECTIONS = {
@@ -67,17 +65,7 @@ def accepts(model: object) -> bool:
     return True
 
 
-def sites(model: Model) -> list[WeightSite]:
-    """Every weight site of a bridge, in the order of the forward pass."""
-    return with_ties(found for found in survey(model) if isinstance(found, WeightSite))
-
-
-def obstacles(model: Model) -> list[Obstacle]:
-    """The weight matrices of a bridge that have no site, each with the reason."""
-    return [found for found in survey(model) if isinstance(found, Obstacle)]
-
-
-def survey(model: Model) -> Iterator[WeightSite | Obstacle]:
+def survey(model: Any) -> Iterator[WeightSite | Obstacle]:
     """Every weight matrix of the model: its site, or what keeps it from having one."""
     for kind, path in LOOKUPS.items():
         component = model._modules.get(path)
@@ -286,7 +274,7 @@ def _one_hot(module: nn.Embedding, ids: Int[Tensor, "..."]) -> Float[Tensor, "..
     return nn.functional.one_hot(ids, module.num_embeddings).to(module.weight.dtype) * scale
 
 
-def named_parameters(model: Model) -> Iterator[NamedParameter]:
+def named_parameters(model: Any) -> Iterator[NamedParameter]:
     """Every parameter of the bridge and of the model that it wraps, each once."""
     seen = set()
     for path, module in modules(model):
@@ -297,7 +285,7 @@ def named_parameters(model: Model) -> Iterator[NamedParameter]:
                 yield NamedParameter(full, module, parameter)
 
 
-def reasons(model: Model) -> dict[int, str]:
+def reasons(model: Any) -> dict[int, str]:
     """Why parameters have no site, by ``id``: those of which a processed copy is in use."""
     found = {}
     for block in model._modules.get("blocks") or ():
@@ -317,12 +305,12 @@ def reasons(model: Model) -> dict[int, str]:
     return found
 
 
-def attached_hook_points(model: Model) -> AbstractContextManager[None]:
+def attached_hook_points(model: Any) -> AbstractContextManager[None]:
     """Nothing to add: a bridge has every HookPoint that its sites name."""
     return nullcontext()
 
 
-def passed_if_hooked(model: Model) -> list[str]:
+def passed_if_hooked(model: Any) -> list[str]:
     """HookPoints that are passed only if they have hooks: of what a model scales (Granite)."""
     names = []
     if getattr(model._modules.get("embed"), "_output_contribution_scale", 1.0) != 1.0:
@@ -333,7 +321,7 @@ def passed_if_hooked(model: Model) -> list[str]:
     return names
 
 
-def end_of_stream(model: Model) -> nn.Module | None:
+def end_of_stream(model: Any) -> nn.Module | None:
     """Where the residual stream ends, if not at the last block's own HookPoint.
 
     The blocks of openai-gpt return lists, of which TransformerLens passes nothing through it.
@@ -342,7 +330,7 @@ def end_of_stream(model: Model) -> nn.Module | None:
     return model.unembed.hook_in if is_openai_gpt else None
 
 
-def left_padding_obstacle(model: Model) -> str | None:
+def left_padding_obstacle(model: Any) -> str | None:
     """Why texts that are padded on the left would not get what they get alone; None if they do."""
     kind = type(model.original_model).__name__
     blocks = model._modules.get("blocks")
@@ -351,7 +339,7 @@ def left_padding_obstacle(model: Model) -> str | None:
     return None
 
 
-def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
+def modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Every module of the model that is wrapped, and of the bridge, each once, with its path.
 
     A bridge has thousands; ``named_modules``, which recurses, takes three times as long.
@@ -369,7 +357,7 @@ def modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
 
 
 def unembed(
-    model: Model, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
+    model: Any, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
 ) -> Float[Tensor, "rows d_vocab"]:
     """Final norm, unembedding and output transform, as ``logit_readout`` of TL 4.3 applies them."""
     W_U = model.W_U

@@ -1,0 +1,85 @@
+"""What this package needs of a model, and of the module that knows a model class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tl_backward.sites.parameters import NamedParameter
+    from tl_backward.sites.site import Obstacle, WeightSite
+
+    class Model(Protocol):
+        """A TransformerLens model: a ``TransformerBridge`` or a ``HookedTransformer``."""
+
+        cfg: Any
+        tokenizer: Any
+        blocks: Any
+        ln_final: Any
+        unembed: Any
+
+        @property
+        def hook_dict(self) -> Mapping[str, Any]:
+            """The HookPoints by name."""
+
+        @property
+        def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+            """The unembedding; a bridge makes a copy each time."""
+
+        def __call__(self, input: Tensor, **kwargs: Any) -> Any:
+            """Run the model forward."""
+
+        def to_tokens(self, input: str, **kwargs: Any) -> Tensor:
+            """The token ids of a text."""
+
+        def hooks(
+            self, fwd_hooks: Sequence[Any] = ..., bwd_hooks: Sequence[Any] = ...
+        ) -> AbstractContextManager[Any]:
+            """The model with hooks on it."""
+
+        def generate(self, input: Any, **kwargs: Any) -> Any:
+            """Continue a text."""
+
+else:
+    Model = Any  # a check at runtime would compute the model's properties
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A module that knows one model class; these are its functions."""
+
+    def accepts(self, model: object) -> bool:
+        """Whether the model is of this class."""
+
+    def survey(self, model: Any) -> Iterator[WeightSite | Obstacle]:
+        """Every weight matrix in the order of the forward pass: its site, or why it has none."""
+
+    def named_parameters(self, model: Any) -> Iterator[NamedParameter]:
+        """Every parameter, once."""
+
+    def reasons(self, model: Any) -> dict[int, str]:
+        """Why parameters have no site, by ``id``, as far as the class knows."""
+
+    def modules(self, model: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Every module that takes part in the forward pass, with its name."""
+
+    def attached_hook_points(self, model: Any) -> AbstractContextManager[None]:
+        """The model with every HookPoint that its sites name."""
+
+    def passed_if_hooked(self, model: Any) -> list[str]:
+        """The HookPoints of the residual stream that the model calls only if they have hooks."""
+
+    def end_of_stream(self, model: Any) -> nn.Module | None:
+        """Where the residual stream ends, if not at the last block's own HookPoint."""
+
+    def left_padding_obstacle(self, model: Any) -> str | None:
+        """Why texts padded on the left differ from the texts alone; None if they do not."""
+
+    def unembed(
+        self, model: Any, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
+    ) -> Float[Tensor, "rows d_vocab"]:
+        """Vectors through the final norm and the unembedding."""
