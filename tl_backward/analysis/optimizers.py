@@ -112,7 +112,7 @@ def optimizer_updates(
                     factors = {name: _as_factors(update) for name, update in total.items()}
                     _, cache = run_with_backward_cache(
                         model,
-                        tokens,
+                        tokens.tolist(),
                         run.target,
                         weights=weights,
                         layers=layers,

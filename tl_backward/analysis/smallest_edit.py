@@ -84,7 +84,7 @@ def smallest_edit(
 
     def rows(run: FactRun) -> list[Row]:
         tokens = torch.as_tensor(run.cache.tokens)
-        facts = Facts(model, tokens, run.target, -1, "first", None)
+        facts = Facts(model, tokens.tolist(), run.target, -1, "first", None)
         whole = WholeRun(model, facts.tokens)
 
         def row_and_edit(name: str, g: GradientFactors, method: str) -> tuple[Row, WeightEdit]:

@@ -82,8 +82,10 @@ def run_with_backward_cache(
     Args:
         model: A TransformerLens model in eval mode.
         prompt: Text or token ids (to which nothing is prepended), of one prompt or, in a list, of
-            several. A tensor with several rows may be padded, as ``model.to_tokens`` pads it; the
-            rows of a list are not.
+            several; or all that a tokenizer returned, whose ``attention_mask`` tells text from
+            padding. A tensor alone may be padded with the tokenizer's pad token, the rows of a list
+            are not. A pad token with another role, as in GPT-2, is padding on ``padding_side``,
+            with a warning; one that is nothing else is padding at both ends.
         target: What to differentiate towards: the loss is the negative log-likelihood of these
             tokens after the prompt, mean over them. Text or token ids, one for all prompts, or one
             for each in a list. Of a target of several tokens all but the last are appended to the
@@ -104,8 +106,11 @@ def run_with_backward_cache(
         device: Where the cache is kept, as in ``model.run_with_cache``. Inputs are moved there as
             the forward pass goes on and VJPs as the backward pass does, layer by layer, so that the
             model's device never holds all of them. Default: where they arise.
-        prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
-        padding_side: On which side shorter prompts are padded. Default: the tokenizer's setting.
+        prepend_bos: As in ``model.to_tokens``. Default: the model's own setting. Of a tensor that
+            is padded on the left with a pad token that is BOS, too, it says whether each row begins
+            with BOS.
+        padding_side: On which side a tensor of prompts is padded, and shorter prompts are for the
+            run. Default: the tokenizer's setting.
         fwd_hooks: Pairs of a HookPoint's name (or a function that selects names) and a hook, as in
             ``model.run_with_hooks``: on the model for this run only. On a ``HookedTransformer``,
             names that :func:`add_hook_points` adds work without it.

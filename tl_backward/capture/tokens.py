@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -12,49 +13,61 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_backward._integers import is_integer
+from tl_backward._user_warnings import warn_user
+from tl_backward.capture._unpadding import encoded_rows, is_only_padding, unpadded
 
-Prompt: TypeAlias = str | Tensor | Sequence[Any]
+Prompt: TypeAlias = str | Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
 Target: TypeAlias = str | int | Tensor | Sequence[Any]
+Bytes = bytes | bytearray | memoryview
 
 
 def is_single(prompt: Prompt) -> bool:
     """Whether this is one prompt: text, a list of ids, or a tensor of ids with one row at most."""
-    if isinstance(prompt, Tensor):
+    if isinstance(prompt, Mapping):
+        return _is_ids(encoded_rows(prompt))
+    if isinstance(prompt, Tensor) or _is_array_of_ids(prompt):
         return prompt.ndim < 2 or len(prompt) == 1
     return isinstance(prompt, str) or _is_ids(prompt)
 
 
 def prompt_tokens(
-    model: Any, prompt: Prompt, prepend_bos: bool | None, padding_side: str
+    model: Any, prompt: Prompt, prepend_bos: bool | None, padding_side: str | None = None
 ) -> list[Int[Tensor, "pos"]]:
     """The tokens of every prompt, without padding, on the CPU.
 
     Args:
         model: Any TransformerLens model; its tokenizer and vocabulary are used.
-        prompt: Text or token ids of one prompt or, in a list, of several. Several rows of one
-            tensor may be padded with the tokenizer's pad token, as ``model.to_tokens`` does; a list
-            of rows is not.
-        prepend_bos: As in ``model.to_tokens``; token ids are taken as they are.
-        padding_side: Where rows of a tensor are padded.
+        prompt: Text or token ids of one prompt or, in a list, of several. A tensor or an array may
+            be padded with the tokenizer's pad token, as ``_unpadding.unpadded`` says; lists are
+            taken as they are. What a tokenizer returned is read by its ``attention_mask``.
+        prepend_bos: As in ``model.to_tokens``; token ids are taken as they are. Of a tensor that is
+            padded with BOS on the left, it says whether each row also begins with BOS.
+        padding_side: Where the rows of a tensor are padded. Default: the tokenizer's setting.
 
     Raises:
         TypeError: When a prompt is neither a string nor integer token ids.
-        ValueError: When one is empty or outside the vocabulary.
+        ValueError: When one is empty or outside the vocabulary, or an ``attention_mask`` is
+            malformed.
 
     Warns:
-        UserWarning: When what is taken for padding of a tensor could be text.
+        UserWarning: When pad tokens may as well be text.
     """
-    if is_single(prompt):
-        rows: list[Any] = [prompt]
-    elif isinstance(prompt, Tensor):
-        rows = _unpadded(model, prompt, padding_side)
+    single = is_single(prompt)
+    where = [""] if single else (f" (example {b})" for b in count())
+    if isinstance(prompt, Mapping):
+        rows: Any = encoded_rows(prompt)
+        rows = [rows] if single else rows
+    elif isinstance(prompt, Tensor) or _is_array_of_ids(prompt):
+        tokens = prompt if isinstance(prompt, Tensor) else torch.from_numpy(prompt.astype("int64"))
+        side = padding_side_of(model, padding_side)
+        rows = _rows_of_tensor(model, tokens, prepend_bos, side)
     else:
-        rows = _as_list(prompt, "prompt")
-    where = [""] if is_single(prompt) else [f" (example {b})" for b in range(len(rows))]
-    if not rows:
+        rows = [prompt] if single else _as_list(prompt, "prompt")
+        _warn_of_pads(model, rows)
+    if not len(rows):
         raise ValueError("prompt is an empty list; pass at least one prompt")
     return [
-        _one_prompt(model, row, prepend_bos, which) for row, which in zip(rows, where, strict=True)
+        _one_prompt(model, row, prepend_bos, which) for row, which in zip(rows, where, strict=False)
     ]
 
 
@@ -179,31 +192,33 @@ def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
     return model.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
 
 
-def _unpadded(model: Any, tokens: Int[Tensor, "batch pos"], side: str) -> list[Int[Tensor, "_"]]:
-    """The rows of a tensor without the pad tokens at their ends, unless every row has them.
+def _rows_of_tensor(
+    model: Any, tokens: Tensor, prepend_bos: bool | None, side: str
+) -> Sequence[Tensor]:
+    """The rows without padding. What is no tensor of ids is left for the check of each row."""
+    if _is_not_ids(tokens) or tokens.ndim > 2:
+        return list(tokens) if tokens.ndim > 1 else [tokens]
+    if prepend_bos is None:
+        prepend_bos = getattr(model.cfg, "default_prepend_bos", True)
+    return unpadded(model.tokenizer, torch.atleast_2d(tokens).cpu(), side, prepend_bos)
 
-    Warns:
-        UserWarning: When a pad token that is cut off could be a token of the text, as it is that of
-            its beginning or end, too (GPT-2).
-    """
-    tokenizer = model.tokenizer
-    pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is None or tokens.is_floating_point() or tokens.ndim != 2 or not tokens.numel():
-        return list(tokens)
-    from_the_padding = tokens if side == "left" else tokens.flip(1)
-    pads = from_the_padding.eq(pad).long().cumprod(1).sum(1)
-    extra = (pads - pads.min()).tolist()
-    if any(extra) and pad in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        cut = ", ".join(str(b) for b, n in enumerate(extra) if n)
-        warnings.warn(
-            f"prompt: {tokenizer.pad_token!r} at the {'beginning' if side == 'left' else 'end'} of "
-            f"row {cut} is taken for padding; if it belongs to the text, pass a list of rows",
-            stacklevel=4,
-        )
-    return [
-        row[n:] if side == "left" else row[: len(row) - n]
-        for row, n in zip(tokens, extra, strict=True)
+
+def _warn_of_pads(model: Any, rows: Sequence[Any]) -> None:
+    """A token that is padding and nothing else is hardly meant as text."""
+    if not is_only_padding(model.tokenizer):
+        return
+    pad = model.tokenizer.pad_token_id
+    padded_rows = [
+        str(b)
+        for b, row in enumerate(rows)
+        if not isinstance(row, str) and _is_ids(row) and len(row) and pad in (row[0], row[-1])
     ]
+    if padded_rows:
+        warn_user(
+            f"prompt: the pad token {model.tokenizer.pad_token!r} at an end of row "
+            f"{', '.join(padded_rows)} is taken for text, as rows of a list are not padded; pass a "
+            "tensor, or the tokenizer's whole output"
+        )
 
 
 def _one_prompt(
@@ -252,11 +267,23 @@ def _is_ids(value: Any) -> bool:
     """Whether this is a vector or a plain sequence of integers."""
     if isinstance(value, Tensor):
         return value.ndim < 2 and not value.is_floating_point()
+    if isinstance(value, Bytes):
+        return False
     return isinstance(value, Sequence | np.ndarray) and all(map(is_integer, value))
 
 
+def _is_array_of_ids(value: Any) -> TypeGuard[np.ndarray]:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "iu"
+
+
+def _is_not_ids(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.dtype == torch.bool
+
+
 def _as_list(value: Any, argument: str) -> list[Any]:
-    if not isinstance(value, Iterable) or hasattr(value, "keys"):
+    if not isinstance(value, Iterable) or isinstance(
+        value, bytes | bytearray | memoryview | Mapping
+    ):
         raise TypeError(f"{argument} must be a string, token ids, or a list of them, got {value!r}")
     return list(value)
 

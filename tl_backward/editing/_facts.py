@@ -29,6 +29,8 @@ class Facts:
     the last token of its target (teacher forcing).
 
     Attributes:
+        prompt: The prompts as token ids without padding; several in a list.
+        target: The token ids of the target, or of each prompt's.
         tokens: The texts, padded on the right.
         n_prompts: How many there are.
         example: For each term, its text.
@@ -57,10 +59,14 @@ class Facts:
         which: Literal["first", "all"],
         prepend_bos: bool | None,
     ) -> None:
-        prompts = prompt_tokens(model, prompt, prepend_bos, "right")
-        targets = target_tokens(model, target, None if is_single(prompt) else len(prompts))
+        prompts = prompt_tokens(model, prompt, prepend_bos)
+        single = is_single(prompt)
+        targets = target_tokens(model, target, None if single else len(prompts))
         if which == "first":
             targets = [ids[:1] for ids in targets]
+        ids = [text.tolist() for text in prompts]
+        self.prompt = ids[0] if single else ids
+        self.target = targets[0] if single else targets
         texts = [
             torch.cat([text, text.new_tensor(ids[:-1])])
             for text, ids in zip(prompts, targets, strict=True)

@@ -136,11 +136,10 @@ def fine_tune(
             see: tuple[str, Any] = ("unembed.hook_out", lambda logits, hook: seen.append(logits))
             loss, cache = run_with_backward_cache(
                 model,
-                prompt,
-                target,
+                facts.prompt,
+                facts.target,
                 weights=kinds,
                 layers=layers,
-                prepend_bos=prepend_bos,
                 padding_side="right",
                 fwd_hooks=[*edit.fwd_hooks(), see],
             )
