@@ -7,6 +7,10 @@ import warnings
 import pytest
 import torch
 from conftest import HAS_BRIDGE, MODELS, PROMPT, TARGET, TL_VERSION, gradient_of_parameter
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 import tl_backward as tlb
 from tl_backward.capture.objectives import Objective
@@ -500,6 +504,62 @@ def test_a_target_without_its_leading_space_gives_a_warning(bridge):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tlb.run_with_backward_cache(bridge, PROMPT, " Rome and")
+
+
+@pytest.fixture(scope="module")
+def spaced_and_not(tmp_path_factory):
+    """A model to which words, and the end of a word, are one token with a space and without.
+
+    Their ids are in the order of a byte-level tokenizer of real text: ``" the"`` is more frequent
+    than ``"the"``, and ``"ing"`` than ``" ing"``.
+    """
+    if not HAS_BRIDGE:
+        pytest.skip("TransformerLens 2 has no TransformerBridge")
+    from families import make
+
+    words = ["<bos>", "in", "ing", " the", "the", " Paris", "Paris", " ing", ".", " .", "7", " 7"]
+    words += ["ING", " ING", " (", "The", " FOR", " for", ":", " ", "\n"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<bos>"))
+    tokenizer.pre_tokenizer = Split(Regex(r" ?\w+| ?\W"), "isolated")
+    folder = tmp_path_factory.mktemp("spaced_and_not")
+    special = {f"{role}_token": "<bos>" for role in ("bos", "eos", "pad", "unk")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return make("gpt2", PreTrainedTokenizerFast.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [("The for", "Paris"), ("The:", "Paris"), ("The for", "the"), ("The the.", "the")],
+)
+def test_a_word_of_one_token_without_its_leading_space_gives_a_warning(
+    spaced_and_not, prompt, target
+):
+    model = spaced_and_not
+    hint = f"'{target}' has no space before it.* ' {target}' is one token, too"
+    with pytest.warns(UserWarning, match=hint):
+        tlb.run_with_backward_cache(model, prompt, target)
+    with pytest.warns(UserWarning, match=hint + r".* \(example 0, 2\)"):
+        tlb.run_with_backward_cache(model, [prompt] * 3, [target, f" {target}", target])
+    with pytest.warns(UserWarning, match=hint):
+        tlb.forward_pass_shift(model, prompt, target, layer=0, lr=0.1)
+    with pytest.warns(UserWarning, match=hint):
+        tlb.run_with_backward_cache(model, prompt, loss_fn=tlb.logit_diff(target, " ing"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [
+        *(("The for", target) for target in (" Paris", "ing", ".", "7", "\n")),
+        *((f"The{end}", "Paris") for end in (" ", "\n", " (")),
+        ("The FOR", "ING"),
+        ([17], 6),
+    ],
+)
+def test_a_target_that_continues_a_word_gives_no_warning(spaced_and_not, prompt, target):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tlb.run_with_backward_cache(spaced_and_not, prompt, target)
+        tlb.BackwardLogitLens(spaced_and_not)(prompt, target, targets="Paris", vocab=["the"])
 
 
 # ----- bad input -----

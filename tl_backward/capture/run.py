@@ -135,7 +135,7 @@ def run_with_backward_cache(
     Warns:
         UserWarning: When every VJP of an example is zero: a ``loss_fn`` may be flat there, as a
             saturated probability is, or may have detached the loss of this example. When pad tokens
-            are cut from a tensor that could be text.
+            of a tensor may as well be text. When a target seems to lack its leading space.
 
     Example:
         >>> loss, cache = run_with_backward_cache(model, "Lionel Messi plays for", " Paris")
@@ -154,7 +154,10 @@ def run_with_backward_cache(
     single = is_single(prompt)
     texts = prompt_tokens(model, prompt, prepend_bos, side)
     n_prompts = None if single else len(texts)
-    targets = [[]] * len(texts) if target is None else target_tokens(model, target, n_prompts)
+    if target is None:
+        targets: list[list[int]] = [[]] * len(texts)
+    else:
+        targets = target_tokens(model, target, n_prompts, after=texts)
     target_positions = [
         torch.arange(len(text) - 1, len(text) - 1 + len(ids))
         for text, ids in zip(texts, targets, strict=True)
@@ -166,7 +169,7 @@ def run_with_backward_cache(
     _require_room(model, texts, targets, single)
     if isinstance(loss_fn, Objective):
         loss_fn = loss_fn.resolved(
-            lambda argument, value: single_token_ids(model, argument, value, n_prompts),
+            lambda argument, value: single_token_ids(model, argument, value, n_prompts, texts),
             [len(text) for text in texts],
         )
     tokens, mask = padded(texts, pad_id(model), side)

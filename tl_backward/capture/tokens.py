@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, Literal, TypeAlias, TypeGuard
@@ -19,6 +20,9 @@ from tl_backward.capture._unpadding import encoded_rows, is_only_padding, unpadd
 Prompt: TypeAlias = str | Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
 Target: TypeAlias = str | int | Tensor | Sequence[Any]
 Bytes = bytes | bytearray | memoryview
+
+CLOSING = tuple(".,;:!?)]}%»\u2019\u201d")
+"""What a space follows before the next word."""
 
 
 def is_single(prompt: Prompt) -> bool:
@@ -72,7 +76,11 @@ def prompt_tokens(
 
 
 def target_tokens(
-    model: Any, target: Target, n_prompts: int | None, argument: str = "target"
+    model: Any,
+    target: Target,
+    n_prompts: int | None,
+    argument: str = "target",
+    after: Sequence[Int[Tensor, "_"]] | None = None,
 ) -> list[list[int]]:
     """The token ids of the target of every prompt.
 
@@ -82,13 +90,18 @@ def target_tokens(
             these for all of them, or a list (or a tensor with one row) of them for each.
         n_prompts: Number of prompts, or None for a single one.
         argument: What errors call the target.
+        after: The tokens of every prompt that the targets follow, to tell whether a string lacks a
+            leading space. Default: unknown.
 
     Raises:
         TypeError: When a target is neither a string nor integer token ids.
         ValueError: When one is empty or outside the vocabulary, or their number is wrong.
 
     Warns:
-        UserWarning: When a string of several tokens would be one token with a leading space.
+        UserWarning: When a string of several tokens would be one token with a leading space; or,
+            where the prompts are known, when its one token looks like a word whose usual token has
+            the space. Not after a prompt that ends in something to which a word is joined, such as
+            a space, a dash or an opening bracket.
     """
     one_for_all = isinstance(target, str) or is_integer(target)
     one_for_all = one_for_all or (isinstance(target, Tensor) and not target.ndim)
@@ -99,30 +112,33 @@ def target_tokens(
     if len(each) != (n_prompts or 1):
         prompts = "one prompt" if n_prompts in (None, 1) else f"{n_prompts} prompts"
         raise ValueError(f"{argument} holds {len(each)} targets, but there is {prompts}")
-    targets = []
+    targets, hints = [], defaultdict[str, list[str]](list)
     for b, one in enumerate(each):
         which = "" if n_prompts is None else f" (example {b})"
         ids = _ids(model, one, argument, which)
-        spaced = _with_leading_space(model, one, ids)
-        if spaced is not None:
-            warnings.warn(
-                f"{argument}={one!r}{which} is {len(ids)} tokens, {decode_each(model, ids)}; "
-                f"with the leading space, {spaced!r} is one",
-                stacklevel=3,
-            )
+        hint = _hint_at_space(model, argument, one, ids, None if after is None else after[b])
+        if hint is not None:
+            hints[hint].append(str(b))
         targets.append(ids)
+    for hint, examples in hints.items():
+        which = "" if n_prompts is None else f" (example {', '.join(examples)})"
+        warn_user(hint + which)
     return targets
 
 
 def single_token_ids(
-    model: Any, argument: str, target: Target, n_prompts: int | None
+    model: Any,
+    argument: str,
+    target: Target,
+    n_prompts: int | None,
+    after: Sequence[Int[Tensor, "_"]] | None = None,
 ) -> Int[Tensor, "batch"]:
-    """One token id for every prompt.
+    """One token id for every prompt, as :func:`target_tokens` takes them.
 
     Raises:
-        TypeError, ValueError: As :func:`target_tokens`, and when a target is not exactly one token.
+        TypeError, ValueError: As there, and when a target is not exactly one token.
     """
-    every = target_tokens(model, target, n_prompts, argument)
+    every = target_tokens(model, target, n_prompts, argument, after)
     for ids in every:
         if len(ids) != 1:
             raise ValueError(_not_one_token(model, argument, target, ids))
@@ -305,8 +321,36 @@ def _not_one_token(model: Any, argument: str, target: Any, ids: list[int]) -> st
     )
 
 
-def _with_leading_space(model: Any, target: Any, ids: list[int]) -> str | None:
-    """The target with a leading space, if that makes one token of several."""
-    if not isinstance(target, str) or len(ids) == 1 or target != target.lstrip():
+def _hint_at_space(
+    model: Any, argument: str, target: Any, ids: list[int], prompt: Int[Tensor, "_"] | None
+) -> str | None:
+    """What to say of a target that seems to lack its leading space.
+
+    A target of one token that continues the prompt's last word is told from a word of its own by
+    its capital letter, or by the token ids: a merged token has a smaller id the more frequent it is
+    in the tokenizer's own texts. Of ``" the"`` and ``"the"`` that is the first, of ``" ing"`` and
+    ``"ing"`` the second.
+    """
+    if not isinstance(target, str) or target != target.lstrip():
         return None
-    return f" {target}" if len(_encode(model, f" {target}")) == 1 else None
+    spaced = _encode(model, f" {target}")
+    last = None if prompt is None else decode_each(model, prompt[-1:].tolist())[0][-1:]
+    if len(spaced) != 1 or spaced == ids or (last is not None and _joins(last)):
+        return None
+    if len(ids) > 1:
+        return (
+            f"{argument}={target!r} is {len(ids)} tokens, {decode_each(model, ids)}; with the "
+            f"leading space, {' ' + target!r} is one"
+        )
+    begins = last is not None and target[0].isupper() and not last.isupper()
+    if not begins and (last is None or not target[0].isalpha() or spaced > ids):
+        return None
+    return (
+        f"{argument}={target!r} has no space before it and continues the prompt's last word; with "
+        f"the leading space, {' ' + target!r} is one token, too, and the word's usual one"
+    )
+
+
+def _joins(last: str) -> bool:
+    """Whether a word that follows this character has no space before it."""
+    return not last or (last not in CLOSING and unicodedata.category(last)[0] not in "LN")

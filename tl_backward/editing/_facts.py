@@ -61,7 +61,7 @@ class Facts:
     ) -> None:
         prompts = prompt_tokens(model, prompt, prepend_bos)
         single = is_single(prompt)
-        targets = target_tokens(model, target, None if single else len(prompts))
+        targets = target_tokens(model, target, None if single else len(prompts), after=prompts)
         if which == "first":
             targets = [ids[:1] for ids in targets]
         ids = [text.tolist() for text in prompts]
