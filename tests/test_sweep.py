@@ -7,12 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from itertools import islice
 from pathlib import Path
 
 import accelerate
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,6 +23,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tl_backward import table_files
 from tl_backward.sweep import _batches, sweep
 
 LENGTHS = [3, 9, 1, 4, 4, 7, 2, 9, 5, 1, 8]
@@ -33,10 +36,6 @@ def count_characters(model: int, batch: list[dict]) -> list[list[dict]]:
         [{"n": model * len(record["prompt"]), "k": k} for k in range(record["id"] % 3)]
         for record in batch
     ]
-
-
-def never(model: object, batch: list) -> list:
-    raise AssertionError(f"called with {batch}")
 
 
 def plain_loop(model: int = 10) -> list[dict]:
@@ -55,13 +54,24 @@ def on_disk(path: Path) -> list[dict]:
     return ordered(pd.read_parquet(path).to_dict("records"))
 
 
+def files(path: Path) -> list[Path]:
+    """What readers of Parquet read in a folder."""
+    return sorted(file for file in path.iterdir() if not file.name.startswith((".", "_")))
+
+
 class Calls:
-    """``count_characters`` that notes the ids it was called with, and fails at one call."""
+    """``count_characters`` that notes the ids it was called with, and fails at one call.
+
+    Neither makes another function of it: it has no state that ``pickle`` would store.
+    """
 
     def __init__(self, fail_at: int | None = None, error: BaseException | None = None) -> None:
         self.batches: list[list[int]] = []
         self.finished: list[int] = []
         self.fail_at, self.error = fail_at, error
+
+    def __getstate__(self) -> dict:
+        return {}
 
     def __call__(self, model: int, batch: list[dict]) -> list[list[dict]]:
         self.batches.append([record["id"] for record in batch])
@@ -104,9 +114,11 @@ def test_records_may_be_anything_to_iterate_over(tmp_path, records):
 
 
 def test_a_dataset_is_recognised_as_the_list_it_was_made_of(tmp_path):
-    list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
-    again = sweep(10, Dataset.from_list(RECORDS), never, path=tmp_path, progress=False)
+    list(sweep(10, RECORDS, Calls(), path=tmp_path, progress=False))
+    calls = Calls()
+    again = sweep(10, Dataset.from_list(RECORDS), calls, path=tmp_path, progress=False)
     assert ordered(again) == plain_loop()
+    assert calls.batches == []
 
 
 def test_batches_begin_with_the_longest_and_keep_the_order_of_equals():
@@ -221,7 +233,7 @@ def test_columns_that_are_none_or_missing_in_some_batches(tmp_path, values, batc
     together, whole = (pd.read_parquet(p).sort_values("record") for p in (path, one_file))
     columns = ["record", "value", "only_0", "only_1"]
     pd.testing.assert_frame_equal(together[columns], whole[columns], check_like=True)
-    schemas = [pq.read_schema(file) for file in path.iterdir()]
+    schemas = [pq.read_schema(file) for file in files(path)]
     assert all(schema.equals(schemas[0]) for schema in schemas)
     assert together["only_1"].tolist()[1::2] == ["1", "3"]
     if not isinstance(values[0], dict):
@@ -250,7 +262,7 @@ def test_rows_that_fit_into_no_table_are_refused(tmp_path, values, batch_size):
     rows = sweep(None, range(2), fn, path=tmp_path, batch_size=batch_size, progress=False)
     with pytest.raises(ValueError, match=r"fn's rows for the records \[.*do not go into one table"):
         list(rows)
-    assert all(file.name == "00000000.parquet" for file in tmp_path.iterdir())
+    assert all(file.name == "00000000.parquet" for file in files(tmp_path))
 
 
 # ----- interruptions -----
@@ -266,15 +278,17 @@ def test_every_record_is_run_once_though_a_batch_failed(tmp_path, fail_at, error
             rows.append(row)
     assert raised.value is error
     assert {row["record"] for row in rows} <= set(first.finished)
-    assert len(list(tmp_path.iterdir())) == fail_at
+    assert len(files(tmp_path)) == fail_at
     assert ordered(rows) == (on_disk(tmp_path) if rows else [])
 
     again = list(sweep(10, RECORDS, second, batch_size=3, path=tmp_path, progress=False))
     assert ordered(again[: len(rows)]) == ordered(rows)  # what was finished comes first
     assert sorted(first.finished + second.finished) == list(range(len(RECORDS)))
     assert ordered(again) == plain_loop() == on_disk(tmp_path)
-    third = sweep(10, RECORDS, never, path=tmp_path, progress=False)
-    assert ordered(third) == plain_loop()
+    third = Calls()
+    rows = sweep(10, RECORDS, third, path=tmp_path, progress=False)
+    assert ordered(rows) == plain_loop()
+    assert third.batches == []
 
 
 @pytest.mark.parametrize("n_rows", range(len(plain_loop())))
@@ -298,11 +312,12 @@ def test_an_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch, where):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        rows = sweep(10, RECORDS, count_characters, path=tmp_path, progress=False)
         patch.setattr(
             *(pq, where, half_a_file) if where == "write_table" else (os, where, no_replace)
         )
-        list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
-    assert list(tmp_path.iterdir()) == []
+        list(rows)
+    assert {file.name for file in tmp_path.iterdir()} == {".lock", "_provenance.json"}
 
 
 def test_what_a_killed_process_left_is_no_part_of_the_table(tmp_path):
@@ -371,7 +386,7 @@ def test_what_is_no_rows_is_refused(tmp_path, outcome, error, match, on):
     rows = sweep(10, RECORDS, lambda m, b: outcome(b), batch_size=3, path=path, progress=False)
     with pytest.raises(error, match=match):
         list(rows)
-    assert list(tmp_path.iterdir()) == []
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -381,7 +396,7 @@ def test_what_is_no_rows_is_refused(tmp_path, outcome, error, match, on):
 )
 def test_a_sweep_over_other_records_is_refused_at_once(tmp_path, others):
     list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
-    with pytest.raises(ValueError, match="holds a sweep over other records"):
+    with pytest.raises(ValueError, match="holds results of other records"):
         sweep(10, others, count_characters, path=tmp_path)
     assert on_disk(tmp_path) == plain_loop()
 
@@ -397,9 +412,9 @@ def test_a_folder_with_other_files_is_refused_at_once(tmp_path, what):
         other.mkdir()
     else:
         list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
-        file = next(tmp_path.iterdir())
+        file = files(tmp_path)[0]
         other.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"other\.parquet is damaged, or no part of a sweep"):
+    with pytest.raises(ValueError, match=r"other\.parquet is damaged, or not from tl_backward"):
         sweep(10, RECORDS, count_characters, path=tmp_path)
 
 
@@ -418,16 +433,38 @@ def test_a_record_that_was_written_twice_is_refused(tmp_path):
         sweep(10, RECORDS, Calls(), path=tmp_path / "3")
 
 
-def test_a_newer_format_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("version", "todo"), [(0, "delete the file"), (3, "upgrade it")])
+def test_another_format_is_refused(tmp_path, monkeypatch, version, todo):
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[sweep.__module__], "VERSION", 2)
+        patch.setattr(table_files, "VERSION", version)
         list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
-    with pytest.raises(ValueError, match="in version 2 of its format"):
+    with pytest.raises(ValueError, match=f"in version {version} of its format.*{todo}"):
         sweep(10, RECORDS, count_characters, path=tmp_path)
 
 
-class Opaque:
-    pass
+def test_the_first_format_is_refused(tmp_path):
+    """It did not note what had made the rows."""
+    metadata = {"version": 1, "fingerprint": "0", "records": [0]}
+    table = pa.table({"record": [0]})
+    pq.write_table(
+        table.replace_schema_metadata({"tl_backward.sweep": json.dumps(metadata)}),
+        tmp_path / "00000000.parquet",
+    )
+    with pytest.raises(ValueError, match="in version 1 of its format"):
+        sweep(10, RECORDS, count_characters, path=tmp_path)
+
+
+class Counted:
+    """Gives no rows, and counts the records."""
+
+    n = 0
+
+    def __call__(self, model: object, batch: list) -> list:
+        self.n += len(batch)
+        return [[]] * len(batch)
+
+    def __getstate__(self) -> dict:
+        return {}
 
 
 def test_records_are_known_by_their_contents(tmp_path):
@@ -437,14 +474,16 @@ def test_records_are_known_by_their_contents(tmp_path):
             {"nan": float("nan"), "bytes": b"1", "text": "\ud83d", "tuple": (1, Path("a"))},
         ]
 
-    fn = lambda model, batch: [[]] * len(batch)  # noqa: E731
-    list(sweep(None, records(1.0), fn, path=tmp_path, progress=False))
-    list(sweep(None, records(1.0), never, path=tmp_path, progress=False))
+    calls = Counted()
+    list(sweep(None, records(1.0), calls, path=tmp_path, progress=False))
+    list(sweep(None, records(1.0), calls, path=tmp_path, progress=False))
+    assert calls.n == 2
     with pytest.raises(ValueError, match="other records"):
-        sweep(None, records(2.0), fn, path=tmp_path)
-    with pytest.raises(TypeError, match=r"record 1 cannot be recognised .* address"):
-        sweep(None, [{}, {"it": Opaque()}], fn, path=tmp_path)
-    list(sweep(None, [{}, {"it": Opaque()}], fn, progress=False))
+        sweep(None, records(2.0), calls, path=tmp_path)
+    opaque = [{}, {"it": threading.Lock()}]
+    with pytest.raises(TypeError, match=r"record 1 cannot be recognised .* '_thread.lock'"):
+        sweep(None, opaque, calls, path=tmp_path)
+    list(sweep(None, opaque, calls, progress=False))
 
 
 # ----- several processes -----
@@ -509,8 +548,10 @@ def test_two_processes_share_the_records_and_have_the_same_table(two_processes, 
     folder, reports, finished, _ = two_processes
     if name != "memory":
         assert on_disk(folder / name) == plain_loop()
-        again = sweep(10, RECORDS, never, path=folder / name, progress=False)
+        calls = Calls()
+        again = sweep(10, RECORDS, calls, path=folder / name, progress=False)
         assert ordered(again) == plain_loop()
+        assert calls.batches == []
     shares = [report[name] for report in reports]
     assert all(share["ids"] and share["rows"] for share in shares)
     assert ordered(row for share in shares for row in share["rows"]) == plain_loop()

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from hashlib import sha256
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_backward import table_files
+from tl_backward.provenance import hash_of, only_writer, provenance, require_same
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Model = TypeVar("Model")
 Record = TypeVar("Record")
+Result = TypeVar("Result")
 Row = Mapping[str, Any]
 
-METADATA = b"tl_backward.sweep"
-VERSION = 1
 PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are: torchrun and accelerate, and those of MPI."""
 
@@ -46,8 +47,12 @@ def sweep(
     With a ``path``, the rows of each batch are written to a Parquet file in that folder before
     they are yielded, and ``pd.read_parquet(path)`` is the whole table. After an interruption call
     the function again: it yields what is in the folder, then runs the records that are not. The
-    batch size and the number of processes may change in between. The folder knows its records by
-    a hash of their contents, but neither ``fn`` nor the model: for another one take another folder.
+    batch size and the number of processes may change in between. The folder knows what made it:
+    the records; ``fn``, which is its code and all that it binds or refers to; the model's class,
+    config, weights, hooks and tokenizer; and the versions of Python, torch, TransformerLens,
+    transformers and this package. What differs is refused by name. Objects that ``fn`` refers to
+    are known by what ``pickle`` would store of them: leave out of ``__getstate__`` what has no part
+    in the rows, such as counters. One sweep at a time writes to a folder.
 
     Under ``accelerate launch`` or ``torchrun`` each process runs and yields its share of the
     batches, and the folder, which all of them must see, has the rows of all. Each process must
@@ -73,11 +78,13 @@ def sweep(
         index of the row's record in ``records``: sort by it to have their order.
 
     Raises:
-        TypeError: When ``records`` is a mapping, a string or a data frame, when a record cannot be
-            hashed for the folder, or when ``fn`` returns something else than rows.
-        ValueError: When ``batch_size`` is not a positive integer; when the folder belongs to a
-            sweep over other records, holds other files or a damaged one; when ``fn`` does not
-            return one entry for each record, or rows that fit into no common table.
+        TypeError: When ``records`` is a mapping, a string or a data frame; when a record, ``fn`` or
+            the model has a part that the folder could not recognise again; or when ``fn`` returns
+            something else than rows.
+        ValueError: When ``batch_size`` is not a positive integer; when the folder holds the rows of
+            other records, another function, model or version, other files or a damaged one; when
+            ``fn`` does not return one entry for each record, or rows that fit into no common table.
+        BlockingIOError: When another sweep is writing to the folder.
         RuntimeError: When several processes were launched, but each takes itself for the only one.
 
     Example:
@@ -98,28 +105,35 @@ def sweep(
     indexed: Any = records
     if not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
         indexed = list(records)
-    process, n_processes, wait = _processes()
-    parts = None
-    if path is not None:
-        parts = _Parts(Path(path), _fingerprint(indexed), alone=n_processes == 1)
-        wait()  # all have read the folder before one writes to it
+    processes = _processes()
+    with ExitStack() as stack:
+        parts = None
+        if path is not None:
+            made_by = processes.from_main(lambda: _claim(stack, Path(path), indexed, fn, model))
+            parts = _Parts(Path(path), made_by, len(indexed), alone=processes.size == 1)
+            processes.wait()  # all have read the folder before one writes to it
+        claim = stack.pop_all()
     finished = {} if parts is None else parts.finished
     done = {i for batch in finished.values() for i in batch}
     lengths = [(length or _prompt_length)(record) for record in indexed]
     todo = _batches(lengths, batch_size, done)
-    share = todo[process::n_processes]
-    finished_share = list(finished)[process::n_processes]
+    share = todo[processes.rank :: processes.size]
+    finished_share = list(finished)[processes.rank :: processes.size]
 
     def rows() -> Iterator[dict[str, Any]]:
+        with claim:
+            yield from rows_of_share()
+
+    def rows_of_share() -> Iterator[dict[str, Any]]:
         n_done = sum(len(finished[file]) for file in finished_share)
         for file in finished_share:
-            yield from _read(file).to_pylist()
+            yield from table_files.read(file)[0].to_pylist()
         with tqdm(
             desc="sweep",
             unit="record",
             initial=n_done,
             total=n_done + sum(map(len, share)),
-            disable=not progress or process > 0,
+            disable=not progress or processes.rank > 0,
         ) as bar:
             for batch in share:
                 rows = _run(fn, model, batch, [indexed[i] for i in batch])
@@ -128,19 +142,49 @@ def sweep(
                 bar.update(len(batch))
                 yield from rows
         if parts is not None:
-            wait()
-            if process == 0:
+            processes.wait()
+            if processes.rank == 0:
                 parts.align()
-            wait()
+            processes.wait()
 
     return rows()
 
 
-def _processes() -> tuple[int, int, Callable[[], None]]:
-    """The index of this process, the number of all, and a function that waits for them."""
+class _Processes(NamedTuple):
+    """Those that share a sweep.
+
+    Attributes:
+        rank: The number of this one; the main one has 0.
+        size: How many there are.
+        wait: Waits for all.
+    """
+
+    rank: int
+    size: int
+    wait: Callable[[], None]
+
+    def from_main(self, compute: Callable[[], Result]) -> Result:
+        """What the main process computes or raises, in all of them."""
+        if self.size == 1:
+            return compute()
+        from accelerate.utils import broadcast_object_list
+
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = compute()
+            except Exception as error:
+                outcome[1] = error
+        result, failure = broadcast_object_list(outcome)
+        if failure is not None:
+            raise failure
+        return result
+
+
+def _processes() -> _Processes:
     launched = max(int(os.environ.get(name, "1")) for name in PROCESSES)
     if launched <= 1:
-        return 0, 1, lambda: None
+        return _Processes(0, 1, lambda: None)
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -154,7 +198,7 @@ def _processes() -> tuple[int, int, Callable[[], None]]:
             "all would run all records; if they are to run on the CPU, make "
             "accelerate.PartialState(cpu=True) the first of its kind in the script"
         )
-    return state.process_index, state.num_processes, state.wait_for_everyone
+    return _Processes(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
 def _prompt_length(record: object) -> int:
@@ -171,33 +215,15 @@ def _batches(
     return [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
 
 
-def _fingerprint(records: Iterable[object]) -> str:
-    """A hash of all records that is the same in every process."""
-    digest = sha256()
-    for i, record in enumerate(records):
-        try:
-            text = json.dumps(record, default=_without_address, sort_keys=True)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"record {i} cannot be recognised when the sweep resumes ({error}); make it of "
-                "mappings, lists, strings and numbers, or sweep without a path"
-            ) from error
-        digest.update(f"{text}\n".encode())
-    return digest.hexdigest()
-
-
-def _without_address(value: Any) -> object:
-    """What stands for a value that JSON does not know."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, AbstractSet):
-        return sorted(value, key=repr)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    text = repr(value)
-    if " at 0x" in text:
-        raise TypeError(f"{text} is known by its address alone")
-    return text
+def _claim(stack: ExitStack, folder: Path, records: Any, fn: object, model: object) -> str:
+    """Become the only one to write there, if what is there has the provenance that is returned."""
+    stack.enter_context(only_writer(folder))
+    made_by = provenance(records, fn=fn, model=model)
+    found = [
+        contents.get("made_by") for _, contents in map(table_files.read_schema, _files(folder))
+    ]
+    require_same(folder, made_by, map(str, found))
+    return hash_of(made_by)
 
 
 def _run(
@@ -268,22 +294,21 @@ class _Parts:
         schema: The columns so far.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, alone: bool) -> None:
+    def __init__(self, folder: Path, made_by: str, n_records: int, alone: bool) -> None:
         import pyarrow as pa
 
-        self.folder, self.fingerprint, self.alone = folder, fingerprint, alone
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.made_by, self.alone = folder, made_by, alone
         self.finished: dict[Path, list[int]] = {}
         self.schema: pa.Schema = pa.schema([("record", pa.int64())])
         owners: dict[int, Path] = {}
-        for file, schema in self._schemas().items():
-            self.finished[file] = json.loads(schema.metadata[METADATA])["records"]
+        for file in _files(folder):
+            schema, contents = table_files.read_schema(file)
+            self.finished[file] = _finished_records(file, contents, n_records)
             self.schema = _common_schema([self.schema, schema])
             for i in self.finished[file]:
                 if i in owners:
                     raise ValueError(
-                        f"record {i} is in {owners[i]} and in {file}, so two sweeps have written "
-                        "here at the same time; delete one of the two files"
+                        f"record {i} is in {owners[i]} and in {file}; delete one of the two files"
                     )
                 owners[i] = file
 
@@ -292,14 +317,14 @@ class _Parts:
         import pyarrow as pa
 
         columns = dict.fromkeys(column for row in rows for column in row)
-        metadata = {"version": VERSION, "fingerprint": self.fingerprint, "records": batch}
+        contents = {"made_by": self.made_by, "records": batch}
         try:
             table = pa.table({name: [row.get(name) for row in rows] for name in columns})
             schema = _common_schema([self.schema, table.schema])
             if self.alone and not schema.equals(self.schema):
                 self.align(schema)
-            table = _widen(table, schema).replace_schema_metadata({METADATA: json.dumps(metadata)})
-            _write(table, self.folder / f"{batch[0]:08d}.parquet")
+            table = _widen(table, schema)
+            table_files.write(self.folder / f"{batch[0]:08d}.parquet", table, contents)
         except (NotImplementedError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
                 f"fn's rows for the records {batch} do not go into one table with those before: "
@@ -310,40 +335,26 @@ class _Parts:
 
     def align(self, schema: pa.Schema | None = None) -> None:
         """Give all files the same columns and types, those of ``schema`` among them."""
-        schemas = self._schemas()
+        schemas = {file: table_files.read_schema(file)[0] for file in _files(self.folder)}
         common = _common_schema([schema or self.schema, *schemas.values()])
         for file, own in schemas.items():
             if not own.equals(common):
-                _write(_widen(_read(file), common).replace_schema_metadata(own.metadata), file)
+                table, contents = table_files.read(file)
+                table_files.write(file, _widen(table, common), contents)
 
-    def _schemas(self) -> dict[Path, pa.Schema]:
-        """The columns and metadata of each file; no file is another sweep's."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        schemas = {}
-        for file in sorted(self.folder.iterdir()):
-            if file.name.startswith((".", "_")):  # as readers of Parquet do
-                continue
-            try:
-                schemas[file] = pq.read_schema(file)
-                metadata = json.loads(schemas[file].metadata[METADATA])
-            except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{file} is damaged, or no part of a sweep ({error!r}); delete it, which runs "
-                    "its records again, or pass a folder for this sweep alone"
-                ) from error
-            if metadata["version"] != VERSION:
-                raise ValueError(
-                    f"{file} is in version {metadata['version']} of its format, and this "
-                    f"tl_backward reads version {VERSION}; upgrade it, or pass a new folder"
-                )
-            if metadata["fingerprint"] != self.fingerprint:
-                raise ValueError(
-                    f"{self.folder} holds a sweep over other records; pass the same records in the "
-                    "same order, or a new folder"
-                )
-        return schemas
+def _files(folder: Path) -> list[Path]:
+    """What readers of Parquet would read."""
+    return sorted(file for file in folder.iterdir() if not file.name.startswith((".", "_")))
+
+
+def _finished_records(file: Path, contents: dict[str, Any], n_records: int) -> list[int]:
+    """The records that a file has the rows of."""
+    records: Any = contents.get("records")
+    is_list = isinstance(records, list) and all(type(i) is int for i in records)
+    if not is_list or not set(records) <= set(range(n_records)):
+        raise table_files.damaged(file, "it does not say of which records it is")
+    return records
 
 
 def _common_schema(schemas: list[pa.Schema]) -> pa.Schema:
@@ -360,22 +371,3 @@ def _widen(table: pa.Table, schema: pa.Schema) -> pa.Table:
     import pyarrow as pa
 
     return pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
-
-
-def _read(file: Path) -> pa.Table:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(file) as parquet:
-        return parquet.read()
-
-
-def _write(table: pa.Table, file: Path) -> None:
-    """Write a file that appears under its name only when it is whole."""
-    import pyarrow.parquet as pq
-
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    try:
-        pq.write_table(table, unfinished)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -84,5 +84,5 @@ def fingerprint(weight: Tensor) -> str:
     if type(plain) is not Tensor:
         plain = plain.dequantize()
     described = hashlib.sha256(f"{plain.dtype}{list(plain.shape)}".encode())
-    described.update(plain.cpu().contiguous().view(torch.uint8).numpy().data)
+    described.update(plain.cpu().flatten().view(torch.uint8).numpy().data)
     return described.hexdigest()

@@ -1,0 +1,6 @@
+"""Results on disk that know what made them: what differs is refused by name."""
+
+from tl_backward.provenance.descriptions import hash_of
+from tl_backward.provenance.folders import Provenance, only_writer, provenance, require_same
+
+__all__ = ["Provenance", "hash_of", "only_writer", "provenance", "require_same"]

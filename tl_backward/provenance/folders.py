@@ -1,0 +1,115 @@
+"""What made the results in a folder, and who writes there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tl_backward.provenance.descriptions import Parts, describe, describe_each, hash_of, text_of
+from tl_backward.provenance.modules import versions
+
+Provenance: TypeAlias = dict[str, Parts]
+"""By category: ``"versions"``, ``"records"``, ``"model"`` and what else made the results."""
+
+FILE, LOCK = "_provenance.json", ".lock"
+"""In a folder of results. Readers of Parquet skip names that begin so."""
+MOST_NAMED = 3
+MISSING = "missing"
+
+
+def provenance(records: Iterable[object], **others: Any) -> Provenance:
+    """What results are made by: versions, records, and by name a model, a function, options.
+
+    Raises:
+        TypeError: When a part cannot be recognised in another process; it is named.
+    """
+    parts = {"versions": versions(), "records": describe_each(records)}
+    return parts | describe(**others)
+
+
+def require_same(folder: Path, made_by: Provenance, found: Iterable[str]) -> None:
+    """Make sure that all results in a folder have one provenance, and note it there.
+
+    Args:
+        folder: The folder, which exists.
+        made_by: The provenance of the results that are to be added.
+        found: Hashes of the provenance of the results that are there.
+
+    Raises:
+        ValueError: When one differs; what differs is named.
+        OSError: When the folder cannot be written.
+    """
+    file, found, now = folder / FILE, set(found), hash_of(made_by)
+    noted, then = _noted(file)
+    if found <= {now}:
+        if then != now:
+            unfinished = folder / f".{FILE}.unfinished"
+            unfinished.write_text(json.dumps(made_by, indent=1), encoding="utf-8")
+            os.replace(unfinished, file)
+        return
+    if then in found:
+        differences = "; ".join(_differences(noted, made_by))
+    else:
+        differences = f"something else ({file.name}, which told what, is missing or damaged)"
+    raise ValueError(
+        f"{folder} holds results of {differences}. Use what they were made with, or pass a new "
+        "folder, or delete this one"
+    )
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep all others from writing there; the lock dies with the process.
+
+    Raises:
+        BlockingIOError: When somebody else is writing there.
+        OSError: When the folder cannot be made or written.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"{folder} is being written by another run; wait until it ends, or pass another "
+            "folder. A sweep in this process ends when its rows are exhausted or close()d"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _noted(file: Path) -> tuple[Provenance, str]:
+    """What a folder says of its results, and its hash; nothing if it cannot be read."""
+    try:
+        noted = json.loads(file.read_bytes() if file.is_file() else b"")
+        return noted, hash_of(noted)
+    except (OSError, RecursionError, ValueError):
+        return {}, ""
+
+
+def _differences(then: Provenance, now: Provenance) -> Iterator[str]:
+    for category in dict.fromkeys([*now, *then]):
+        before, after = then.get(category, {}), now.get(category, {})
+        names = [
+            name
+            for name in dict.fromkeys([*after, *before])
+            if text_of(before.get(name, MISSING)) != text_of(after.get(name, MISSING))
+        ]
+        if names:
+            named = [_difference(name, before, after) for name in names[:MOST_NAMED]]
+            more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+            yield f"other {category} ({', '.join(named + more)})"
+
+
+def _difference(name: str, before: Parts, after: Parts) -> str:
+    was, now = (text_of(parts.get(name, MISSING)) for parts in (before, after))
+    is_hash = name.startswith("weights.") or '"sha256:' in was + now
+    return name if is_hash else f"{name}: {was} then, {now} now"

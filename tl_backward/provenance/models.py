@@ -1,0 +1,82 @@
+"""What a torch module's outputs depend on: settings, weights, hooks and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from tl_backward.provenance.modules import is_installed
+
+WITHOUT_EFFECT = {
+    *("device", "init_mode", "init_weights", "model_name", "n_devices", "n_params", "seed"),
+    *("tokenizer_name", "transformers_version"),
+}
+"""What a config has that the outputs do not depend on, given the weights."""
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The configs of a model; of a module without one, the attributes of all its parts."""
+    holders: dict[str, Any] = {"cfg": module, "config": getattr(module, "original_model", module)}
+    configs = {
+        name: getattr(holder, name).to_dict()
+        for name, holder in holders.items()
+        if hasattr(getattr(holder, name, None), "to_dict")
+    }
+    if not configs:
+        for name, part in module.named_modules():
+            public = {key: value for key, value in vars(part).items() if not key.startswith("_")}
+            public.pop("training")
+            yield f"attributes.{name}", [type(part), public]
+    for name, config in configs.items():
+        for key, value in config.items():
+            if key not in WITHOUT_EFFECT and not key.startswith("_"):
+                yield f"{name}.{key}", value
+
+
+def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that a checkpoint would have, each once."""
+    seen = set()
+    for root in (getattr(module, "original_model", None), module):
+        for name, part in root.named_modules() if isinstance(root, nn.Module) else ():
+            derived = part._non_persistent_buffers_set
+            buffers = {key: value for key, value in part._buffers.items() if key not in derived}
+            for key, tensor in {**part._parameters, **buffers}.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"weights.{name}.{key}", _stored(part, key, tensor)
+
+
+def hooks(module: nn.Module) -> Iterator[tuple[str, list[Any]]]:
+    """The hooks that users put there: all at HookPoints, elsewhere those of no package."""
+    for name, part in module.named_modules():
+        found = [hook for kind in HOOKS for hook in getattr(part, kind).values()]
+        if type(part).__name__ != "HookPoint":
+            found = [hook for hook in found if not is_installed(_module_of(hook))]
+        if found:
+            yield f"hooks.{name}", found
+
+
+def tokenizer_settings(tokenizer: Any) -> list[Any]:
+    """A tokenizer, but not how it padded and truncated in its last call."""
+    every = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {key: every[key] for key in every if key not in ("padding", "truncation")}
+    return [type(tokenizer).__qualname__, str(tokenizer.special_tokens_map), kept]
+
+
+def _stored(part: nn.Module, key: str, tensor: Tensor) -> Tensor:
+    """The numbers of a weight, also where accelerate keeps them, or as they are quantised."""
+    elsewhere = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
+    if tensor.is_meta and elsewhere is not None:
+        return elsewhere[key]
+    return tensor if tensor.is_floating_point() else tensor.detach().as_subclass(Tensor)
+
+
+def _module_of(hook: Any) -> str | None:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return getattr(hook, "__module__", None)

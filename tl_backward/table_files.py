@@ -1,0 +1,111 @@
+"""Parquet files that say what they hold, and notice when they were damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+METADATA = b"tl_backward"
+VERSION = 2
+METADATA_OF_VERSION_1 = b"tl_backward.sweep"
+
+
+def write(file: Path, table: pa.Table, contents: dict[str, Any]) -> None:
+    """Write a table; the file appears under its name only when it is whole.
+
+    Args:
+        file: The file. Its folder must exist.
+        table: The table.
+        contents: What else the file says; anything that JSON takes.
+
+    Raises:
+        OSError: When the file cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    described = {"version": VERSION, "contents": contents, "checksum": _checksum(table, contents)}
+    metadata = {**_foreign_metadata(table.schema), METADATA: json.dumps(described)}
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    try:
+        pq.write_table(table.replace_schema_metadata(metadata), unfinished)
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read(file: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The table and the contents that :func:`write` has written, checked against their checksum.
+
+    Raises:
+        ValueError: When the file is damaged, of another version, or not from :func:`write`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema, contents = read_schema(file)
+    try:
+        with pq.ParquetFile(file) as parquet:
+            table = parquet.read()
+        actual = _checksum(table, contents)
+    except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
+        raise damaged(file, error) from error
+    if json.loads(schema.metadata[METADATA]).get("checksum") != actual:
+        raise damaged(file, "its checksum does not fit")
+    return table, contents
+
+
+def read_schema(file: Path) -> tuple[pa.Schema, dict[str, Any]]:
+    """The columns and the contents, without a look at the rows.
+
+    Raises:
+        ValueError: As :func:`read`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not file.is_file():
+        raise damaged(file, "it is no file")
+    try:
+        schema = pq.read_schema(file)
+        metadata = schema.metadata or {}
+        if METADATA_OF_VERSION_1 in metadata:
+            version, contents = 1, {}
+        else:
+            described = json.loads(metadata[METADATA])
+            version, contents = described["version"], described["contents"]
+    except (pa.ArrowException, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise damaged(file, error) from error
+    if version != VERSION:
+        todo = "upgrade it" if isinstance(version, int) and version > VERSION else "delete the file"
+        raise ValueError(
+            f"{file} is in version {version!r} of its format, and this tl_backward reads version "
+            f"{VERSION}; {todo}, or pass a new folder"
+        )
+    if not isinstance(contents, dict):
+        raise damaged(file, "it does not say what it holds")
+    return schema, contents
+
+
+def damaged(file: Path, why: object) -> ValueError:
+    """The error of a file that cannot be what it should be."""
+    return ValueError(
+        f"{file} is damaged, or not from tl_backward ({why}); delete it, or pass another folder"
+    )
+
+
+def _checksum(table: pa.Table, contents: dict[str, Any]) -> str:
+    """Of all that a reader sees of the file."""
+    metadata = {str(key): str(value) for key, value in _foreign_metadata(table.schema).items()}
+    seen = [contents, metadata, table.num_rows, table.to_pydict()]
+    return sha256(json.dumps(seen, default=repr).encode()).hexdigest()
+
+
+def _foreign_metadata(schema: pa.Schema) -> dict[bytes, bytes]:
+    """What others have noted in the file, such as pandas."""
+    return {key: value for key, value in (schema.metadata or {}).items() if key != METADATA}
