@@ -485,30 +485,71 @@ def test_bad_input(model):
 # resuming
 
 
+class Interrupted:
+    """Makes the edits of some cases, notes which, and is interrupted at one call.
+
+    Neither makes another method of it: ``pickle`` stores the edits only.
+    """
+
+    def __init__(self, edits: dict, fail_at: int | None = None) -> None:
+        self.edits, self.fail_at, self.calls = edits, fail_at, []
+
+    def __call__(self, model, record):
+        if len(self.calls) == self.fail_at:
+            raise KeyboardInterrupt
+        self.calls.append(record.case_id)
+        return self.edits[record.case_id]
+
+    def __getstate__(self):
+        return {"edits": {case: edit.factors for case, edit in self.edits.items()}}
+
+
 @pytest.mark.parametrize("fail_at", [1, 2])
 def test_an_interrupted_evaluation_goes_on_where_it_was(models, tmp_path, fail_at):
     model = models(MODELS[-1]) if HAS_BRIDGE else pytest.skip("there is no bridge")
-    edits, calls = random_edits(model), []
-
-    def method(model, record):
-        if len(calls) == fail_at:
-            calls.append(None)
-            raise KeyboardInterrupt
-        calls.append(record.case_id)
-        return edits[record.case_id]
-
+    edits, path = random_edits(model), tmp_path / "table"
+    first, second = Interrupted(edits, fail_at), Interrupted(edits)
     options = {"batch_size": 1, "progress": False, "perplexity_texts": TEXTS}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, RECORDS, method, path=tmp_path / "table", **options)
-    assert len(pd.read_parquet(tmp_path / "table")) == fail_at
-    resumed = evaluate(model, RECORDS, method, path=tmp_path / "table", **options)
-    assert sorted(case for case in calls if case) == [11, 22, 33]
-    at_once = evaluate(model, RECORDS, method, **options)
+        evaluate(model, RECORDS, first, path=path, **options)
+    assert len(pd.read_parquet(path)) == fail_at
+    resumed = evaluate(model, RECORDS, second, path=path, **options)
+    assert sorted(first.calls + second.calls) == [11, 22, 33]
+    at_once = evaluate(model, RECORDS, Interrupted(edits), **options)
     pd.testing.assert_frame_equal(resumed, at_once, check_dtype=False)
-    on_disk = pd.read_parquet(tmp_path / "table").sort_values("record", ignore_index=True)
+    on_disk = pd.read_parquet(path).sort_values("record", ignore_index=True)
     pd.testing.assert_frame_equal(on_disk, resumed, check_dtype=False)
-    with pytest.raises(ValueError, match="holds a sweep over other records"):
-        evaluate(model, RECORDS[:2], method, path=tmp_path / "table", **options)
+
+
+@pytest.mark.parametrize(
+    ("others", "what"),
+    [
+        ({"records": RECORDS[:2]}, "other records .number: 3 then, 2 now"),
+        ({"method": shift(layer=1, lr=-0.3)}, "other fn .method.lr: 0.3 then, -0.3 now"),
+        ({"method": shift(layer=-2, lr=0.3)}, "other fn .method.layer: 1 then, -2 now"),
+        ({"method": unedited}, 'other fn .method.__qualname__: ".*method" then, "unedited" now'),
+        ({"generation": True}, "other fn .*generation: false then, true now"),
+        ({"perplexity_texts": TEXTS[:1]}, "other fn .*perplexity_texts"),
+        ({"text_every": 2}, "other fn .*text_every: 1 then, 2 now"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_the_results_of_another_evaluation_are_refused(models, tmp_path, others, what):
+    model = models(MODELS[-1])
+    given = {"records": RECORDS, "method": shift(layer=1, lr=0.3), "perplexity_texts": TEXTS}
+    given |= {"path": tmp_path, "progress": False}
+    evaluate(model, **given)
+    with pytest.raises(ValueError, match=what):
+        evaluate(model, **given | others)
+
+
+def test_the_results_of_an_edited_model_are_refused(models, tmp_path):
+    model = models(MODELS[-1])
+    evaluate(model, RECORDS, unedited, path=tmp_path, progress=False)
+    edit = random_edits(model)[11]
+    with edit.applied(), pytest.raises(ValueError, match=r"other model \(weights\.\S+\)"):
+        evaluate(model, RECORDS, unedited, path=tmp_path, progress=False)
+    evaluate(model, RECORDS, unedited, path=tmp_path, progress=False)
 
 
 def test_progress_is_shown(models, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_backward.editing import StepNotFoundError, WeightEdit
 from tl_backward.evaluation.generation import generate_texts
@@ -55,8 +55,8 @@ def evaluate(
             :func:`wikitext_lines`. Costs far more than the rest: a pass over all texts for each
             edit, though through the edited and higher layers only.
         text_every: Measure these two for every ``k``-th record only, from the first.
-        path: A folder to write the table to and to resume from, as in :func:`sweep`. It knows its
-            records, but neither model nor method: take another folder for others.
+        path: A folder to write the table to and to resume from, as in :func:`sweep`. It knows the
+            records, method, options, model and versions that it is of, and refuses others.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -70,8 +70,9 @@ def evaluate(
 
     Raises:
         ValueError: For a model in training mode, no records, an argument that is not positive, and
-            a folder that belongs to other records.
-        TypeError: When the method returns something else than an edit or None.
+            a folder of something else.
+        TypeError: When the method returns something else than an edit or None; and as
+            :func:`sweep`, which also raises BlockingIOError.
 
     Example:
         >>> results = {
@@ -89,13 +90,15 @@ def evaluate(
     if not records:
         raise ValueError("records is empty; pass at least one record")
     with_texts = generation or perplexity_texts is not None
-    measured = set(map(id, records[::text_every])) if with_texts else set()
 
-    def run(model: Model, batch: list[Record]) -> list[dict[str, Any]]:
-        attempts = [_attempt(model, record, method) for record in batch]
+    def has_texts(task: _Task) -> bool:
+        return with_texts and task.place % text_every == 0
+
+    def run(model: Model, batch: list[_Task]) -> list[dict[str, Any]]:
+        attempts = [_attempt(model, task, method) for task in batch]
         done = [attempt for attempt in attempts if attempt.cases]
         _score(model, done)
-        chosen = [attempt for attempt in done if id(attempt.record) in measured]
+        chosen = [attempt for attempt in done if has_texts(attempt.task)]
         if chosen and generation:
             _generate(model, chosen)
         if chosen and perplexity_texts is not None:
@@ -108,11 +111,11 @@ def evaluate(
         rows = list(
             sweep(
                 model,
-                records,
+                list(map(_Task, range(len(records)), records)),
                 run,
                 batch_size=batch_size,
                 path=path,
-                length=lambda record: len(record.prompt) + (id(record) in measured) * TOGETHER,
+                length=lambda task: len(task.record.prompt) + has_texts(task) * TOGETHER,
                 progress=progress,
             )
         )
@@ -120,18 +123,26 @@ def evaluate(
     return frame.sort_values("record", ignore_index=True) if rows else frame
 
 
+class _Task(NamedTuple):
+    """A record and its place among all."""
+
+    place: int
+    record: Record
+
+
 @dataclass
 class _Attempt:
-    """A record, its edit, its prompts as tokens (none after an error), and its row of the table."""
+    """A task, its edit, its prompts as tokens (none after an error), and its row of the table."""
 
-    record: Record
+    task: _Task
     edit: WeightEdit
     cases: dict[str, list[Case]]
     row: dict[str, Any]
 
 
-def _attempt(model: Model, record: Record, method: Method) -> _Attempt:
+def _attempt(model: Model, task: _Task, method: Method) -> _Attempt:
     """Call the method; what it raises goes into the row."""
+    record = task.record
     row: dict[str, Any] = {"case_id": record.case_id, "error": None, "edit_norm": None}
     try:
         cases = _cases(model, record)
@@ -140,14 +151,14 @@ def _attempt(model: Model, record: Record, method: Method) -> _Attempt:
         except StepNotFoundError as error:
             edit, row["error"] = error.best, _described(error)
     except Exception as error:
-        return _Attempt(record, WeightEdit(model, {}), {}, row | {"error": _described(error)})
+        return _Attempt(task, WeightEdit(model, {}), {}, row | {"error": _described(error)})
     edit = WeightEdit(model, {}) if edit is None else edit
     if not isinstance(edit, WeightEdit):
         raise TypeError(
             f"method returned {edit!r} for case {record.case_id}; it must return a WeightEdit, or "
             "None for no edit"
         )
-    return _Attempt(record, edit, cases, row | {"edit_norm": float(edit.norm())})
+    return _Attempt(task, edit, cases, row | {"edit_norm": float(edit.norm())})
 
 
 def _described(error: Exception) -> str:
@@ -186,7 +197,7 @@ def _score(model: Model, attempts: Sequence[_Attempt]) -> None:
 
 def _generate(model: Model, attempts: Sequence[_Attempt]) -> None:
     """Put the n-gram entropy of what the edited models write into the rows."""
-    prompts = [(row, p) for row, a in enumerate(attempts) for p in a.record.generation_prompts]
+    prompts = [(row, p) for row, a in enumerate(attempts) for p in a.task.record.generation_prompts]
     texts = generate_texts(
         model,
         [prompt for _, prompt in prompts],
@@ -195,5 +206,5 @@ def _generate(model: Model, attempts: Sequence[_Attempt]) -> None:
     )
     entropies = iter(map(n_gram_entropy, texts))
     for attempt in attempts:
-        of_record = [next(entropies) for _ in attempt.record.generation_prompts]
+        of_record = [next(entropies) for _ in attempt.task.record.generation_prompts]
         attempt.row["ngram_entropy"] = sum(of_record) / len(of_record)

@@ -143,6 +143,8 @@ class _Describer:
             return self._plain(value.item())
         if isinstance(value, CellType):
             return self._plain(_contents(value))
+        if isinstance(value, type) and is_installed(value.__module__):
+            return {"<class>": f"{value.__module__}.{value.__qualname__}"}
         if isinstance(value, ModuleType):
             return {"<module>": known_module(value)}
         return self._hash(value)
@@ -220,9 +222,7 @@ class _Describer:
     # classes and objects
 
     def _class(self, kind: type) -> Any:
-        """A class by its name; one of no installed package by what it defines, too."""
-        if is_installed(kind.__module__):
-            return f"{kind.__module__}.{kind.__qualname__}"
+        """What a class defines and inherits."""
         members = {}
         for key, member in sorted(vars(kind).items()):
             if isinstance(member, staticmethod | classmethod):
