@@ -373,13 +373,6 @@ def test_bad_input_is_named_and_changes_nothing(model, arguments, error, message
     assert state(model) == before
 
 
-def test_training_mode_is_refused(model):
-    model.blocks[1].train()
-    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
-        tlb.run_with_backward_cache(model, PROMPT, TARGET)
-    assert model.blocks[1].training and not model.blocks[0].training
-
-
 def test_inference_mode_is_refused(model, boot, kind):
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         tlb.run_with_backward_cache(model, PROMPT, TARGET)

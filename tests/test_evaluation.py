@@ -476,10 +476,15 @@ def test_bad_input(model):
     with pytest.raises(ValueError, match="batch_size is 0"):
         evaluate(model, RECORDS, unedited, batch_size=0)
     assert state(model) == before
-    model.train()
-    with pytest.raises(ValueError, match="training mode"):
-        evaluate(model, RECORDS, unedited)
-    model.eval()
+
+
+def test_an_active_dropout_is_refused(model):
+    model.add_module("extra", torch.nn.Dropout(0.1))
+    try:
+        with pytest.raises(ValueError, match=r"training mode.* p=0\.1 of Dropout at extra"):
+            evaluate(model, RECORDS, unedited)
+    finally:
+        del model.extra
 
 
 # resuming

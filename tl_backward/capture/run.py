@@ -125,9 +125,10 @@ def run_with_backward_cache(
         TypeError: When the model is no TransformerLens model, or prompt, target or loss is
             malformed.
         ValueError: For an empty or too long prompt, targets that are not as many as the prompts, a
-            weight, layer or position that does not exist, a model in training mode, a loss that has
-            the wrong shape or is detached or not finite, VJPs that are not finite, and a backward
-            hook that returns something else than such a VJP.
+            weight, layer or position that does not exist, training mode where it changes something
+            (an active dropout, say), a loss that has the wrong shape or is detached or not finite,
+            VJPs that are not finite, and a backward hook that returns something else than such a
+            VJP.
         NotImplementedError: As :func:`weight_sites`, and for ``per_head=True`` with a backward hook
             between the beginning of a block and the outputs of its heads.
         RuntimeError: Under ``torch.inference_mode()``.

@@ -132,7 +132,7 @@ def forward_pass_shift(
             came nearest, with that edit as its attribute ``best``.
         TypeError: When model, prompt or target is malformed.
         ValueError: For a layer or position that does not exist, a step that is not finite,
-            arguments that do not go together, and a model in training mode.
+            arguments that do not go together, and training mode where it changes something.
         NotImplementedError: When W_out has no site (mixtures of experts), or the unembedding does
             not read what W_out writes.
 

@@ -69,8 +69,8 @@ def evaluate(
         edit that a search found is measured. Of several processes, each returns its share.
 
     Raises:
-        ValueError: For a model in training mode, no records, an argument that is not positive, and
-            a folder of something else.
+        ValueError: For training mode where it changes something, no records, an argument that is
+            not positive, and a folder of something else.
         TypeError: When the method returns something else than an edit or None; and as
             :func:`sweep`, which also raises BlockingIOError.
 

@@ -27,6 +27,7 @@ from tl_backward.sites.site import (
     select_sites,
     with_ties,
 )
+from tl_backward.sites.training_mode import training_mode_effects
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,16 +161,19 @@ def all_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
 
 
 def require_eval_mode(model: Model) -> None:
-    """Make sure that dropout is off.
+    """Make sure that the model computes what it computes in eval mode.
+
+    Training mode is no obstacle by itself: it matters where something is active that depends on it.
 
     Raises:
-        ValueError: When a module is in training mode.
+        ValueError: When it does; the message names what is active and where.
     """
-    training = [name for name, module in all_modules(model) if module.training]
-    if training:
+    effects = training_mode_effects(all_modules(model))
+    if effects:
+        more = f" and {len(effects) - 3} more" if len(effects) > 3 else ""
         raise ValueError(
-            f"the model is in training mode (at least its module {training[0] or 'root'!r}), where "
-            "dropout makes activations and gradients random; call model.eval() first"
+            "the model is in training mode, which changes what it computes: "
+            f"{', '.join(effects[:3])}{more}; call model.eval() first"
         )
 
 
