@@ -1,0 +1,3 @@
+"""What several test files share."""
+
+from helpers import shape_checks as shape_checks
