@@ -1,6 +1,6 @@
 """Edits, measured on CounterFact: records, metrics and a runner for many edits in one batch."""
 
-from tl_backward.evaluation.generation import generate_texts
+from tl_backward.evaluation.generation import generate_texts, generate_tokens
 from tl_backward.evaluation.methods import Method, fine_tuning, gradient, shift, unedited
 from tl_backward.evaluation.metrics import n_gram_entropy, prompt_metrics
 from tl_backward.evaluation.perplexity import perplexity
@@ -18,6 +18,7 @@ __all__ = [
     "evaluate",
     "fine_tuning",
     "generate_texts",
+    "generate_tokens",
     "gradient",
     "load_records",
     "n_gram_entropy",

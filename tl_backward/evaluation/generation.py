@@ -1,11 +1,18 @@
-"""Texts that edited models write."""
+"""Texts that models write, edited or not."""
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.distributions import Categorical
 
 from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.editing import WeightEdit, edit_hooks
@@ -14,6 +21,138 @@ from tl_backward.sites import Model, attached_hook_points
 TOP_K = 5
 MAX_TOKENS = 100
 SEED = 0
+N_PROBED = 3
+"""Tokens of each prompt, and tokens after them, on which the KV cache is tried."""
+
+_cache_is_right: WeakKeyDictionary[Model, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: Model, tokens: Int[Tensor, "batch pos"], n_new: int, *, top_k: int = 1
+) -> Int[Tensor, "batch longer"]:
+    """Continue texts of the same length by ``n_new`` tokens each.
+
+    Some versions of transformers and TransformerLens lose the KV cache, or misread it, and write
+    nonsense without an error. So the first call for a model compares its next-token logits with the
+    cache and without, on the beginnings of these texts. Where they differ, every token comes from a
+    forward pass over the whole text: that is slower, and the same in every version.
+
+    Args:
+        model: A TransformerLens model in eval mode. Its hooks take part; with the cache, they see
+            only the last token of a text.
+        tokens: Token ids, without padding.
+        n_new: How many tokens to add; an end-of-text token does not end a text.
+        top_k: Draw from that many of the most probable tokens. Default: take the most probable one.
+
+    Returns:
+        ``tokens`` and what follows them, on the model's device.
+
+    Raises:
+        ValueError: When ``n_new`` or ``top_k`` is not positive, there is no token to continue, or
+            the texts would be longer than the model's context.
+
+    Warns:
+        UserWarning: Once for each model whose KV cache is not used, with the versions.
+
+    Example:
+        >>> tokens = generate_tokens(model, model.to_tokens("Lionel Messi plays for"), 12)
+        >>> model.tokenizer.decode(tokens[0])
+    """
+    for name, value in (("n_new", n_new), ("top_k", top_k)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    length, n_ctx = tokens.shape[1], model.cfg.n_ctx
+    if not tokens.numel():
+        raise ValueError("tokens is empty; pass at least one token of each text")
+    if n_ctx and length + n_new > n_ctx:
+        raise ValueError(
+            f"n_new is {n_new}, but after {length} tokens the model's context of {n_ctx} has room "
+            f"for {n_ctx - length} more"
+        )
+    tokens = tokens.to(model.cfg.device)
+    if model not in _cache_is_right:
+        _cache_is_right[model] = _try_cache(model, tokens[:, :N_PROBED])
+    if _cache_is_right[model]:
+        return _generate_with_cache(model, tokens, n_new, top_k)
+    for _ in range(n_new):
+        chosen = _choose(model(tokens, return_type="logits")[:, -1], top_k)
+        tokens = torch.cat([tokens, chosen.to(tokens.device).unsqueeze(1)], dim=1)
+    return tokens
+
+
+def _choose(logits: Float[Tensor, "batch d_vocab"], top_k: int) -> Int[Tensor, "batch"]:
+    """The next tokens, by the random numbers that TransformerLens's own ``generate`` uses."""
+    if top_k == 1:
+        return logits.argmax(-1)
+    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+    return Categorical(logits=logits.masked_fill(logits < least, -torch.inf).float()).sample()
+
+
+def _generate_with_cache(
+    model: Model, tokens: Int[Tensor, "batch pos"], n_new: int, top_k: int
+) -> Int[Tensor, "batch longer"]:
+    return model.generate(
+        tokens,
+        max_new_tokens=n_new,
+        stop_at_eos=False,
+        do_sample=top_k > 1,
+        top_k=top_k,
+        use_past_kv_cache=True,
+        return_type="tokens",
+        verbose=False,
+    )
+
+
+def _try_cache(model: Model, prompts: Int[Tensor, "batch pos"]) -> bool:
+    """Whether generation with the KV cache has the logits of whole forward passes.
+
+    Warns:
+        UserWarning: When it has not.
+    """
+    try:
+        with _recorded_logits(model) as cached:
+            tokens = _generate_with_cache(model, prompts, N_PROBED, top_k=1)
+    except Exception as error:  # of any kind: it is TransformerLens's
+        complaint = f"fails with {type(error).__name__}: {error}"
+    else:
+        with _recorded_logits(model) as whole:
+            for length in range(prompts.shape[1], tokens.shape[1]):
+                model(tokens[:, :length])
+        difference = _relative_difference(torch.stack(cached), torch.stack(whole))
+        # transformers computes rotations and norms in float32, whatever the model's precision
+        eps = max(torch.finfo(dtype).eps for dtype in (cached[0].dtype, torch.float32))
+        if difference <= eps**0.5:
+            return True
+        complaint = f"gives other logits than whole forward passes (by {difference:.0%})"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers"))
+    warnings.warn(
+        f"generation with the KV cache {complaint} in {versions}; texts are generated without it, "
+        "which is right but slower",
+        stacklevel=3,
+    )
+    return False
+
+
+@contextmanager
+def _recorded_logits(model: Model) -> Iterator[list[Float[Tensor, "batch d_vocab"]]]:
+    """The logits of the last token in every forward pass, before any soft cap."""
+    logits: list[Tensor] = []
+    handle = model.unembed.register_forward_hook(
+        lambda module, args, output: logits.append(output[:, -1])
+    )
+    try:
+        yield logits
+    finally:
+        handle.remove()
+
+
+def _relative_difference(
+    a: Float[Tensor, "step batch d_vocab"], b: Float[Tensor, "step batch d_vocab"]
+) -> float:
+    """Of logits up to a constant, which no probability depends on."""
+    a, b = (logits.double() - logits.double().mean(-1, keepdim=True) for logits in (a, b))
+    return float((a - b).norm() / b.norm())
 
 
 @torch.no_grad()
@@ -45,6 +184,9 @@ def generate_texts(
 
     Raises:
         ValueError: When ``rows`` and ``prompts`` differ in number.
+
+    Warns:
+        UserWarning: As :func:`generate_tokens`.
     """
     of_prompt = [-1] * len(prompts) if rows is None else list(rows)
     if len(of_prompt) != len(prompts):
@@ -65,15 +207,7 @@ def generate_texts(
                 if n_new > 0:
                     hooks = edit_hooks(model, edits, [of_prompt[i] for i in batch])
                     with model.hooks(fwd_hooks=hooks):
-                        written = model.generate(
-                            written,
-                            max_new_tokens=n_new,
-                            stop_at_eos=False,
-                            do_sample=True,
-                            top_k=TOP_K,
-                            return_type="tokens",
-                            verbose=False,
-                        )
+                        written = generate_tokens(model, written, n_new, top_k=TOP_K)
                 decoded = model.tokenizer.batch_decode(written.tolist(), skip_special_tokens=True)
                 for i, text in zip(batch, decoded, strict=True):
                     texts[i] = text
