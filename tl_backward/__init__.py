@@ -1,5 +1,6 @@
 """Read a language model's backward pass in vocabulary space, and edit it, for TransformerLens."""
 
+from tl_backward._requirements import require_matching_packages
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.capture.objectives import kl_divergence, lm_cross_entropy_loss, logit_diff
@@ -46,3 +47,5 @@ __all__ = [
     "sweep",
     "weight_sites",
 ]
+
+require_matching_packages()
