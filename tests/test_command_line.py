@@ -216,7 +216,7 @@ def test_evaluate_does_not_mix_results_of_other_options(run, tmp_path):
     shown = run(*options, "--generation", command="evaluate")
     assert shown.exit_code == 2
     message = " ".join(shown.stderr.split())
-    assert "has results with --generation=False; take another folder" in message
+    assert "holds results of other fn (generation: false then, true now)" in message
 
 
 def test_reproduce_writes_tables_and_a_report(run, boot, tmp_path):
@@ -246,7 +246,7 @@ def test_reproduce_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(first, again, check_dtype=False)
     shown = run(*options, "--prepend-bos", command="reproduce")
     assert shown.exit_code == 2
-    assert "has results with --prepend-bos=False" in " ".join(shown.stderr.split())
+    assert "other options (prepend_bos: false then, true now)" in " ".join(shown.stderr.split())
 
 
 def test_reproduce_takes_texts_and_a_jacobian_lens(run, boot, tmp_path):

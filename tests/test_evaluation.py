@@ -532,7 +532,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(models, tmp_path, fail_a
         ({"method": unedited}, 'other fn .method.__qualname__: ".*method" then, "unedited" now'),
         ({"generation": True}, "other fn .*generation: false then, true now"),
         ({"perplexity_texts": TEXTS[:1]}, "other fn .*perplexity_texts"),
-        ({"text_every": 2}, "other fn .*text_every: 1 then, 2 now"),
+        ({"text_every": 2}, "other fn .has_texts.every: 1 then, 2 now"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import zlib
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 from rich.table import Table
@@ -16,7 +18,6 @@ from tl_backward.commands.shared import (
     console_for_output,
     exit_code_2_on_bad_input,
     load,
-    require_same_options,
 )
 
 
@@ -36,6 +37,7 @@ class Tokens(str, Enum):
     all = "all"
 
 
+LONGEST_NAME = 200
 KEY_LINES = 400
 """Lines for the whitened key: those behind the ones whose perplexity is measured."""
 
@@ -73,7 +75,8 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the results (Parquet), one for each method; to resume from.",
+            help="Folder for the results (Parquet), with one for each method; to resume from. It "
+            "refuses what has other records, options, model or versions.",
             metavar="FOLDER",
         ),
     ] = None,
@@ -91,14 +94,11 @@ def evaluate(
         methods = {"unedited": evaluation.unedited}
         if method is MethodName.shift:
             name = f"shift, layer {layer}, lr {lr}, {tokens.value} tokens"
-            name += "" if whiten is None else f", whitened by {Path(whiten).name}"
+            name += "" if whiten is None else f", whitened by {whiten}"
             methods[name] = _shift(bridge, layer, lr, tokens, whiten)
         elif method is not MethodName.unedited:
             name = f"{method.value}, layer {layer}, lr {lr}"
             methods[name] = _descent(method, layer, lr)
-        if out is not None:
-            measured = {"generation": generation, "perplexity": perplexity}
-            require_same_options(out, {"model": model, **measured, "text-every": text_every})
         results = {
             name: evaluation.evaluate(
                 bridge,
@@ -108,7 +108,7 @@ def evaluate(
                 generation=generation,
                 perplexity_texts=texts,
                 text_every=text_every,
-                path=None if out is None else out / re.sub(r"[^\w.]+", "-", name),
+                path=None if out is None else out / _folder(name),
             )
             for name, made in methods.items()
         }
@@ -155,6 +155,14 @@ def _step(lr: str) -> float:
         return float(lr)
     except ValueError:
         raise ValueError(f"--lr takes a number, or 'auto' for the shift, got {lr!r}") from None
+
+
+def _folder(name: str) -> str:
+    """A folder for each method, with the signs and paths that tell it from others."""
+    quoted = quote(re.sub("[, ]+", "-", name), safe="", errors="surrogateescape")
+    if len(quoted) <= LONGEST_NAME:
+        return quoted
+    return f"{quoted[:LONGEST_NAME]}-{zlib.crc32(quoted.encode()):08x}"
 
 
 def _shown(table: Any) -> Table:

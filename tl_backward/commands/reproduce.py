@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -15,8 +15,13 @@ from tl_backward.commands.shared import (
     console_for_output,
     exit_code_2_on_bad_input,
     load,
-    require_same_options,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tl_backward.plotting import Chapter
+    from tl_backward.provenance import Provenance
 
 N_LINES, N_WORDS = 5, 25
 
@@ -55,15 +60,20 @@ def reproduce(
     """Run the paper's experiments and its open questions on a model, and write one report.
 
     Each gives a table (Parquet) and a figure (plotly's JSON) in the folder, and a chapter of
-    `report.html`, which is written anew after every experiment. What an interrupted run has done
-    is kept in `rows`, and not done again.
+    `report.html`, which is written anew after every experiment and keeps those of earlier runs.
+    What an interrupted run has done is kept in `rows`, and not done again. A folder is for one
+    model, the same records and versions, and prompts with or without BOS; it refuses others.
     """
     console = console_for_output()
     with exit_code_2_on_bad_input():
         with console.status(f"loading {model or DEFAULT_MODEL}"):
+            import pyarrow as pa
+
+            from tl_backward import table_files
             from tl_backward.analysis import EXPERIMENTS
             from tl_backward.evaluation import load_records, wikitext_lines
-            from tl_backward.plotting import Chapter, report_page
+            from tl_backward.plotting import report_page
+            from tl_backward.provenance import hash_of, only_writer, provenance
 
             names = experiments or list(EXPERIMENTS)
             unknown = [name for name in names if name not in EXPERIMENTS]
@@ -77,26 +87,49 @@ def reproduce(
                 options["texts"] = [" ".join(line.split()[:N_WORDS]) for line in lines]
             if jacobian_lens is not None:
                 options["jacobian_lens"] = _jacobian_lens(jacobian_lens)
-        given = {"model": model, "perplexity": perplexity, "jacobian-lens": jacobian_lens}
-        given = {name: value and str(value) for name, value in given.items()}
-        require_same_options(out, given | {"prepend-bos": prepend_bos})
-        chapters = []
-        for name in names:
-            experiment = EXPERIMENTS[name]
-            start = time.monotonic()
-            own = {key: options[key] for key in experiment.options if key in options}
-            if experiment.resumes:
-                own["path"] = out / "rows" / name
-            table = experiment.run(bridge, records, prepend_bos=prepend_bos, **own)
-            seconds = time.monotonic() - start
-            table.to_parquet(out / f"{name}.parquet")
-            figure = experiment.plot(table)
-            figure.write_json(out / f"{name}.json")
-            chapters.append(Chapter(name, experiment.about, figure, seconds, len(table)))
-            console.print(f"{name}: {len(table)} rows, {seconds:.0f} s")
-            title = f"{model or DEFAULT_MODEL}, {len(records)} records"
-            (out / "report.html").write_text(report_page(title, chapters), encoding="utf-8")
+        title = f"{model or DEFAULT_MODEL}, {len(records)} records"
+        with only_writer(out):
+            made_by = provenance(records, model=bridge, options={"prepend_bos": prepend_bos})
+            chapters = _finished_chapters(out, made_by)
+            for name in names:
+                experiment = EXPERIMENTS[name]
+                start = time.monotonic()
+                own = {key: options[key] for key in experiment.options if key in options}
+                if experiment.resumes:
+                    own["path"] = out / "rows" / name
+                table = experiment.run(bridge, records, prepend_bos=prepend_bos, **own)
+                seconds = time.monotonic() - start
+                contents = {"made_by": hash_of(made_by), "seconds": seconds}
+                table_files.write(out / f"{name}.parquet", pa.Table.from_pandas(table), contents)
+                chapters[name] = _chapter(name, table, seconds)
+                chapters[name].figure.write_json(out / f"{name}.json")
+                console.print(f"{name}: {len(table)} rows, {seconds:.0f} s")
+                in_order = [chapters[each] for each in EXPERIMENTS if each in chapters]
+                (out / "report.html").write_text(report_page(title, in_order), encoding="utf-8")
         console.print(f"report: {escape((out / 'report.html').resolve().as_uri())}")
+
+
+def _finished_chapters(out: Path, made_by: Provenance) -> dict[str, Chapter]:
+    """The chapters of earlier runs, all of them made by the same as the new ones will be."""
+    from tl_backward import table_files
+    from tl_backward.analysis import EXPERIMENTS
+    from tl_backward.provenance import require_same
+
+    files = {name: out / f"{name}.parquet" for name in EXPERIMENTS}
+    there = {name: table_files.read(file) for name, file in files.items() if file.exists()}
+    require_same(out, made_by, [str(contents.get("made_by")) for _, contents in there.values()])
+    return {
+        name: _chapter(name, table.to_pandas(), contents["seconds"])
+        for name, (table, contents) in there.items()
+    }
+
+
+def _chapter(name: str, table: pd.DataFrame, seconds: float) -> Chapter:
+    from tl_backward.analysis import EXPERIMENTS
+    from tl_backward.plotting import Chapter
+
+    experiment = EXPERIMENTS[name]
+    return Chapter(name, experiment.about, experiment.plot(table), seconds, len(table))
 
 
 def _jacobian_lens(file: Path) -> Any:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -57,21 +55,6 @@ def exit_code_2_on_bad_input() -> Iterator[None]:
         message = " ".join(str(error).split())
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
         raise typer.Exit(2) from None
-
-
-def require_same_options(folder: Path, options: dict[str, Any]) -> None:
-    """Make sure that what is in the folder was measured as it is to be measured now."""
-    file = folder / "options.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(options), encoding="utf-8")
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    other = [name for name in options if options[name] != stored.get(name)]
-    if other:
-        raise ValueError(
-            f"--out: {folder} has results with --{other[0]}={stored.get(other[0])}; take another "
-            "folder"
-        )
 
 
 def split(text: str) -> list[str]:

@@ -89,10 +89,10 @@ def evaluate(
     records = list(records)
     if not records:
         raise ValueError("records is empty; pass at least one record")
-    with_texts = generation or perplexity_texts is not None
+    every = text_every if generation or perplexity_texts is not None else 1
 
     def has_texts(task: _Task) -> bool:
-        return with_texts and task.place % text_every == 0
+        return task.place % every == 0
 
     def run(model: Model, batch: list[_Task]) -> list[dict[str, Any]]:
         attempts = [_attempt(model, task, method) for task in batch]
