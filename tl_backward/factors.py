@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward._precision import in_full_precision, stable_norm
+
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
@@ -38,9 +40,9 @@ class GradientFactors:
 
     The matrix that the factors stand for is ``dense()``: the raw gradient ``dL/dW`` in the
     orientation ``[d_in, d_out]``, summed over tokens and over the batch if there is one.
-    Half-precision factors are kept as they are and computed with in float32. Examples of different
-    lengths have no batch axis: their rows follow each other, and ``lengths`` says how many each
-    has.
+    Half-precision factors are kept as they are and computed with in float32; autocast changes
+    nothing. Examples of different lengths have no batch axis: their rows follow each other, and
+    ``lengths`` says how many each has.
 
     Attributes:
         inputs: ``x_i``, the input of the weight matrix at each token.
@@ -88,10 +90,16 @@ class GradientFactors:
         return self.inputs.shape[-1], self.vjps.shape[-1]
 
     @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.inputs.device
+
+    @property
     def T(self) -> GradientFactors:
         """The transposed gradient: the factors change places."""
         return GradientFactors(self.vjps, self.inputs, self.lengths)
 
+    @in_full_precision
     def dense(self) -> Float[Tensor, "d_in d_out"]:
         """The gradient itself, summed over batch and tokens (Eq 6, 8). Costs ``n d_in d_out``."""
         X, D = self._rows()
@@ -110,10 +118,12 @@ class GradientFactors:
             rtol = max(self.shape) * torch.finfo(S.dtype).eps
         return int((rtol * S[:1] < S).sum())
 
+    @in_full_precision
     def singular_values(self) -> Float[Tensor, "k"]:
         """The ``k = min(n, d_in, d_out)`` largest singular values, in descending order."""
         return torch.linalg.svdvals(self._core())
 
+    @in_full_precision
     def svd(self) -> FactoredSVD:
         """Thin singular value decomposition, from two thin QRs and an SVD of the core between."""
         if self._is_smaller_dense:
@@ -124,30 +134,29 @@ class GradientFactors:
         U, S, Vh = torch.linalg.svd(R_X @ R_D.mT, full_matrices=False)
         return FactoredSVD(Q_X @ U, S, Vh @ Q_D.mT)
 
+    @in_full_precision
     def norm(self) -> Float[Tensor, ""]:
         """Frobenius norm.
 
         Taken from the QR core: it stays accurate to rounding where the outer products cancel,
-        where the root of :meth:`inner` with itself is off by the root of the machine epsilon.
+        where the root of :meth:`inner` with itself is off by the root of the machine epsilon. It
+        is finite wherever the norm is a number of the dtype.
         """
-        return torch.linalg.matrix_norm(self._core())
+        return stable_norm(self._core())
 
+    @in_full_precision
     def inner(self, other: GradientFactors) -> Float[Tensor, ""]:
         """Frobenius inner product with another gradient of the same shape, by Gram matrices."""
-        if self.shape != other.shape:
-            raise ValueError(
-                f"gradients of shapes {self.shape} and {other.shape} have no inner product"
-            )
-        if self._is_smaller_dense and other._is_smaller_dense:
-            return (self.dense() * other.dense()).sum()
-        X1, D1 = self._rows()
-        X2, D2 = other._rows()
-        return ((X1 @ X2.mT) * (D1 @ D2.mT)).sum()
+        (one, r1), (two, r2) = self._unit_rows(), other._unit_rows()
+        return one._gram_inner(two) * r1 * r2 * r1 * r2
 
+    @in_full_precision
     def cosine(self, other: GradientFactors) -> Float[Tensor, ""]:
         """Cosine of the angle to another gradient of the same shape; nan if one of them is 0."""
-        return (self.inner(other) / (self.norm() * other.norm())).clamp(-1, 1)
+        (one, _), (two, _) = self._unit_rows(), other._unit_rows()
+        return (one._gram_inner(two) / (one.norm() * two.norm())).clamp(-1, 1)
 
+    @in_full_precision
     def __matmul__(self, v: Float[Tensor, "d_out *m"]) -> Float[Tensor, "d_in *m"]:
         """The gradient applied to a vector or to the columns of a matrix."""
         if not isinstance(v, Tensor):
@@ -221,6 +230,32 @@ class GradientFactors:
     def _is_smaller_dense(self) -> bool:
         """Whether there are so many tokens that the gradient is smaller than its factors."""
         return self.vjps.numel() >= self.shape[1] * min(self.shape)
+
+    def _gram_inner(self, other: GradientFactors) -> Float[Tensor, ""]:
+        if self.shape != other.shape:
+            raise ValueError(
+                f"gradients of shapes {self.shape} and {other.shape} have no inner product"
+            )
+        if self._is_smaller_dense and other._is_smaller_dense:
+            return (self.dense() * other.dense()).sum()
+        X1, D1 = self._rows()
+        X2, D2 = other._rows()
+        return ((X1 @ X2.mT) * (D1 @ D2.mT)).sum()
+
+    def _unit_rows(self) -> tuple[GradientFactors, Float[Tensor, ""]]:
+        """The same up to a factor, and its root: no row is longer than 1, nor is its VJP.
+
+        Products of two such gradients neither overflow nor vanish.
+        """
+        X, D = self._rows()
+        x, d = stable_norm(X, dim=-1).unsqueeze(-1), stable_norm(D, dim=-1).unsqueeze(-1)
+        roots = x.sqrt() * d.sqrt()
+        largest = roots.amax() if len(roots) else roots.sum()
+        unit = torch.where(largest > 0, largest, 1)
+        unit_X, unit_D = (
+            (side / torch.where(n > 0, n, 1)) * (roots / unit) for side, n in ((X, x), (D, d))
+        )
+        return GradientFactors(unit_X, unit_D), unit
 
     def _core(self) -> Float[Tensor, "rows columns"]:
         """A matrix with the same singular values (but for zeros), as small as can be."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_backward import tensor_files
+from tl_backward._precision import full_precision
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing.files import fingerprints, model_name
 from tl_backward.editing.runs import weight_inputs
@@ -188,7 +189,8 @@ def key_statistics(
         for name, x in weight_inputs(model, sites, batch).items():
             rows = x[mask.bool().to(x.device)]
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            moments[name] += (rows.mT @ rows).cpu()
+            with full_precision(rows.device):
+                moments[name] += (rows.mT @ rows).cpu()
     n_tokens = sum(map(len, tokens))
     dtype = torch.promote_types(model.cfg.dtype, torch.float32)
     statistics = KeyStatistics(

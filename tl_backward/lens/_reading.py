@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_backward._integers import is_integer
+from tl_backward._precision import full_precision, stable_norm
 from tl_backward.capture.tokens import decode_each, each_token_id
 from tl_backward.lens._vocabulary import ReturnType, read_vocabulary
 from tl_backward.lens.result import READ_FORWARD, VALUE_COLUMNS, Readout
@@ -124,15 +125,16 @@ def read_vectors(
         ValueError: When a vector is not finite, or the translator returns another shape.
     """
     layers = [layer_of(label) for label in labels]
-    norms = vectors.norm(dim=-1)
+    norms = stable_norm(vectors, dim=-1)
     zero_mask = norms == 0
     if options.lens is not None:
         each = zip(vectors, layers, strict=True)
-        vectors = torch.stack([_translated(options.lens, of, layer) for of, layer in each])
+        with full_precision(vectors.device):
+            vectors = torch.stack([_translated(options.lens, of, layer) for of, layer in each])
     ids = targets.per_row.expand(*vectors.shape[:-1], -1)
     rows = vectors[~zero_mask]
     if options.normalize:
-        rows = rows / rows.norm(dim=-1, keepdim=True)
+        rows = rows / stable_norm(rows, dim=-1).unsqueeze(-1)
     if not rows.isfinite().all():
         by_lens = "" if options.lens is None else " that lens returned"
         raise ValueError(f"{kind}: the vectors{by_lens} are not finite")

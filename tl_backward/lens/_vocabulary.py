@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_backward._precision import full_precision
+
 BLOCK = 64
 UNDERFLOW = -80.0
 """Exponents below it add nothing to a sum, and their exponentials are slow, subnormal numbers."""
@@ -70,14 +72,15 @@ def read_vocabulary(
 ) -> VocabularyReadout:
     """Read vectors by the logit lens ``softmax(unembed(v))`` (Eq 7), ``chunk_size`` rows at a time.
 
-    At most ``chunk_size x d_vocab`` logits exist at once, and one more such matrix. Shows a
-    progress bar when it takes longer than two seconds.
+    Autocast changes nothing. At most ``chunk_size x d_vocab`` logits exist at once, and one more
+    such matrix. Shows a progress bar when it takes longer than two seconds.
     """
     rows = zip(vectors.split(chunk_size), targets.split(chunk_size), strict=True)
     n_chunks = -(-len(vectors) // chunk_size)
     chunks, scratch = [], vectors.new_empty(0)
     for part, wanted in tqdm(rows, desc="reading", total=n_chunks, delay=2, leave=False):
-        logits = unembed(part)
+        with full_precision(part.device):
+            logits = unembed(part)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not len(scratch):
             scratch = torch.empty_like(logits)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_backward._integers import is_integer
+from tl_backward._precision import stable_norm
 from tl_backward.cache import BackwardCache
 from tl_backward.cache.residual import SliceInput
 from tl_backward.cache.rows import Positions
@@ -221,7 +222,7 @@ class BackwardLogitLens:
         for kind in weights:
             names = self._names(cache, kind, layers)
             readout = read(kind, names, [residual_side(cache, name, vjps) for name in names])
-            norms = [texts.rows(cache[name].vjps).norm(dim=-1).cpu() for name in names]
+            norms = [stable_norm(texts.rows(cache[name].vjps), dim=-1).cpu() for name in names]
             readouts[kind] = replace(readout, vjp_norms=torch.stack(norms))
         if residual is not None:
             parts = parts_of_residual(cache, residual, incl_mid, numbers)
