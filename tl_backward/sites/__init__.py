@@ -25,8 +25,8 @@ from tl_backward.sites.site import (
     final_norm,
     layer_numbers,
     select_sites,
-    with_ties,
 )
+from tl_backward.sites.ties import with_ties
 from tl_backward.sites.training_mode import training_mode_effects
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ def coverage(model: Model) -> pd.DataFrame:
 
     Returns:
         One row per parameter with the columns ``parameter``, ``shape`` (as it is stored), ``site``
-        (two names, joined by ``+``, where tied embeddings share it) and ``reason``.
+        (several names, joined by ``+``, where tied weights share it) and ``reason``: why there is
+        none, or why the gradient of the parameter is not that of the site alone.
 
     Raises:
         TypeError, NotImplementedError: For other models, as :func:`weight_sites`.
@@ -145,7 +146,11 @@ def coverage(model: Model) -> pd.DataFrame:
     """
     backend = _backend(model)
     sites, obstacles = _surveyed(model)
-    reasons = {id(o.parameter): f"{o.name}: {o.reason}" for o in obstacles}
+    reasons = {
+        id(o.parameter): f"{o.name}: {o.reason}"
+        for o in obstacles
+        if isinstance(o.parameter, nn.Parameter)
+    }
     return coverage_table(backend.named_parameters(model), sites, reasons | backend.reasons(model))
 
 

@@ -30,6 +30,7 @@ from tl_backward.sites.site import (
     final_norm,
     unchanged,
 )
+from tl_backward.sites.ties import told_apart
 
 UNGROUPED = "ungroup_grouped_query_attention"
 
@@ -49,6 +50,10 @@ def accepts(model: object) -> bool:
 def survey(model: Any) -> Iterator[WeightSite | Obstacle]:
     """Every weight matrix of the model: its site, or what keeps it from having one."""
     _refuse_quantized(model)
+    return told_apart(_matrices(model))
+
+
+def _matrices(model: Any) -> Iterator[WeightSite | Obstacle]:
     yield _lookup_site(model, "embed", "W_E")
     if _reads_positions(model):
         yield _lookup_site(model, "pos_embed", "W_pos")
@@ -57,7 +62,7 @@ def survey(model: Any) -> Iterator[WeightSite | Obstacle]:
             yield _attention_site(model, layer, kind)
         mlp = block._modules.get("mlp")
         for kind, projection in MLP_PROJECTIONS.items():
-            if mlp is not None and _is_dense(mlp) and kind in mlp._parameters:
+            if mlp is not None and _is_dense(mlp) and _has_matrix(mlp, kind):
                 yield _behind_post_norm(
                     _matrix_site(model, f"blocks.{layer}.mlp", kind, layer, f".{projection}"), block
                 )
@@ -100,7 +105,7 @@ def reasons(model: Any) -> dict[int, str]:
     for name, module, parameter in named_parameters(model):
         path, _, end = name.rpartition(".")
         weight = f"{path}.W_{end.removeprefix('_').removeprefix('b_')}"
-        if end == "b_in" and "W_gate" in module._parameters:
+        if end == "b_in" and _has_matrix(module, "W_gate"):
             point = f"{path}.out.hook_in"
             found[id(parameter)] = (
                 f"bias behind the gate: its gradient is the sum of the VJPs at {point}"
@@ -223,7 +228,7 @@ def _attention_site(model: Any, layer: int, kind: str) -> WeightSite | Obstacle:
     """A weight with an axis of heads; with grouped queries, keys and values have fewer of them."""
     path = f"blocks.{layer}.attn"
     attention = model.get_submodule(path)
-    stored = f"_{kind}" if f"_{kind}" in attention._parameters else kind
+    stored = f"_{kind}" if _has_matrix(attention, f"_{kind}") else kind
     heads, rows, columns = getattr(attention, stored).shape
     if kind == "W_O":
         d_in, d_out, pattern = heads * rows, columns, "(h d) m -> h d m"
@@ -264,7 +269,7 @@ def _site(
         d_out=d_out,
         x_tap=lambda: Tap(model.get_submodule(hook_in), "output"),
         y_tap=lambda: Tap(model.get_submodule(hook_out), "input"),
-        read_parameter=lambda: getattr(module, stored),
+        holder=(module, stored),
         layout=layout,
         **fields,
     )
@@ -283,7 +288,12 @@ def _reads_positions(model: Any) -> bool:
 
 
 def _is_dense(mlp: Any) -> bool:
-    return "W_in" in mlp._parameters
+    return _has_matrix(mlp, "W_in")
+
+
+def _has_matrix(module: nn.Module, kind: str) -> bool:
+    """Whether there is such a weight, as a parameter or recomputed from others."""
+    return isinstance(getattr(module, kind, None), Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -461,6 +471,6 @@ def _passings(model: Any) -> Iterator[tuple[nn.Module, _Passing]]:
         yield block.attn, ATTENTION
         mlp = block._modules.get("mlp")
         if mlp is not None and _is_dense(mlp):
-            yield mlp, GATED_MLP if "W_gate" in mlp._parameters else MLP
+            yield mlp, GATED_MLP if _has_matrix(mlp, "W_gate") else MLP
     if "hook_in" not in model.unembed._modules:
         yield model.unembed, LINEAR

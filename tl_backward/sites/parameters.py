@@ -30,31 +30,40 @@ def coverage_table(
     import pandas as pd
 
     by_parameter: dict[int, list[str]] = {}
+    by_module: dict[int, str] = {}
+    behind: dict[int, str] = {}
     for site in sites:
-        by_parameter.setdefault(id(site.parameter), []).append(site.name)
+        module, _ = site.holder
+        by_module.setdefault(id(module), site.name)
+        how = site.recomputed
+        if how is None:
+            by_parameter.setdefault(id(site.parameter), []).append(site.name)
+            continue
+        for source in how.sources:
+            behind[id(source)] = f"{site.name} is recomputed from it by {how.by}"
 
     def rows() -> Iterator[dict[str, object]]:
         for name, module, parameter in parameters:
             site_names = by_parameter.get(id(parameter), [])
+            reason = behind.get(id(parameter))
+            if reason is None and not site_names:
+                reason = reasons.get(id(parameter))
+                reason = reason or _reason(name, module, parameter, by_module)
             yield {
                 "parameter": name,
                 "shape": tuple(parameter.shape),
                 "site": " + ".join(site_names) or None,
-                "reason": None
-                if site_names
-                else reasons.get(id(parameter)) or _reason(name, module, parameter, by_parameter),
+                "reason": reason,
             }
 
     return pd.DataFrame(rows(), columns=["parameter", "shape", "site", "reason"])
 
 
-def _reason(
-    name: str, module: nn.Module, parameter: Tensor, by_parameter: dict[int, list[str]]
-) -> str:
+def _reason(name: str, module: nn.Module, parameter: Tensor, by_module: dict[int, str]) -> str:
     kind = type(module).__name__
-    beside = by_parameter.get(id(getattr(module, "weight", None)))
+    beside = by_module.get(id(module))
     if beside and parameter.ndim == 1:
-        return f"bias: its gradient is cache.bias_gradient({beside[0]!r})"
+        return f"bias: its gradient is cache.bias_gradient({beside!r})"
     if "Norm" in kind or ".ln" in name:
         return f"gain or bias of a norm ({kind})"
     if "experts" in name:

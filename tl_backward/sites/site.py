@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tl_backward._integers import is_integer
 from tl_backward.sites.protocols import Model
+from tl_backward.sites.recomputed import Recomputation, recomputation
 
 FORKED_INPUT = ("use_split_qkv_input", "use_attn_in")
 PER_HEAD = {**dict.fromkeys(("W_Q", "W_K", "W_V"), FORKED_INPUT), "W_O": ("use_attn_result",)}
@@ -47,7 +48,10 @@ class WeightSite:
         hook_residual: Name of the HookPoint that ``y`` passes behind a post-norm, on its way into
             the residual stream; ``None`` where ``y`` goes there as it is, or not at all.
         tied_to: Names of other sites with the same parameter (tied embeddings). Each site has its
-            own factors; the gradient of the parameter is the sum over all of them.
+            own factors; the gradient of the parameter is the sum over all of them, each in the
+            layout of its own site.
+        feeds: Names of other sites whose weights are recomputed from this parameter, so that it has
+            gradients through them, too.
     """
 
     name: str
@@ -61,8 +65,10 @@ class WeightSite:
     """Where ``x`` is read, after the hooks of ``hook_in``."""
     y_tap: Callable[[], Tap] = field(repr=False)
     """Where ``y`` is read, before the hooks of ``hook_out``."""
-    read_parameter: Callable[[], Tensor] = field(repr=False)
+    holder: tuple[nn.Module, str] = field(repr=False)
+    """The module that uses the weight, and the weight's name there."""
     layout: Callable[[Tensor], Tensor] = field(repr=False)
+    """The view of a ``[d_in, d_out]`` matrix that is shaped like the parameter."""
     encode: Callable[[Tensor], Tensor] = field(repr=False, default=unchanged)
     """What makes ``x`` of that which is read: one-hot rows of token ids."""
     padding_row: int | None = field(repr=False, default=None)
@@ -73,15 +79,26 @@ class WeightSite:
     hook_out_scale: float = field(repr=False, default=1.0)
     """What the hooks of ``hook_out`` see is this many times ``y`` (not 1 for Granite's W_E)."""
     tied_to: tuple[str, ...] = ()
+    feeds: tuple[str, ...] = ()
+    in_storage_with: tuple[str, ...] = field(repr=False, default=())
+    """Names of other sites whose parameters may share memory with this one, tied or not."""
 
     @property
     def parameter(self) -> Tensor:
         """The live tensor that the forward pass multiplies by, in its own layout.
 
         Where a library stores it quantised as a tensor subclass (torchao), the gradient is the one
-        with respect to its dequantised value.
+        with respect to its dequantised value. Where :attr:`recomputed` says that it is computed
+        from other parameters, it is its present value: no parameter itself, and of pruning and
+        other hooks as old as the last forward pass.
         """
-        return self.read_parameter()
+        module, name = self.holder
+        return getattr(module, name)
+
+    @property
+    def recomputed(self) -> Recomputation | None:
+        """How the weight is computed anew in each forward pass; None where it is stored."""
+        return recomputation(*self.holder)
 
     def to_parameter_layout(self, matrix: Float[Tensor, "d_in d_out"]) -> Tensor:
         """A matrix in the orientation ``[d_in, d_out]`` as a tensor shaped like ``parameter``.
@@ -113,23 +130,6 @@ def final_norm(
     if model.cfg.normalization_type is None:
         return vectors
     return model.ln_final(vectors.unsqueeze(0)).squeeze(0)
-
-
-def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
-    """The same sites, knowing of each other where they share a parameter."""
-    sites = list(sites)
-    sharers: dict[int, list[str]] = {}
-    for site in sites:
-        sharers.setdefault(id(site.parameter), []).append(site.name)
-    others = {
-        name: tuple(other for other in names if other != name)
-        for names in sharers.values()
-        if len(names) > 1
-        for name in names
-    }
-    return [
-        replace(site, tied_to=others[site.name]) if site.name in others else site for site in sites
-    ]
 
 
 def select_sites(

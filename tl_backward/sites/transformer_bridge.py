@@ -28,6 +28,7 @@ from tl_backward.sites.site import (
     final_norm,
     unchanged,
 )
+from tl_backward.sites.ties import told_apart
 
 PROJECTIONS = {
     "attn": {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"},
@@ -67,6 +68,10 @@ def accepts(model: object) -> bool:
 
 def survey(model: Any) -> Iterator[WeightSite | Obstacle]:
     """Every weight matrix of the model: its site, or what keeps it from having one."""
+    return told_apart(_matrices(model))
+
+
+def _matrices(model: Any) -> Iterator[WeightSite | Obstacle]:
     for kind, path in LOOKUPS.items():
         component = model._modules.get(path)
         if _weight(component) is not None:
@@ -95,7 +100,7 @@ def _lookup(kind: str, path: str, component: Any) -> WeightSite | Obstacle:
         d_out=module.weight.shape[1],
         x_tap=lambda: Tap(module, "input"),
         y_tap=lambda: Tap(module, "output"),
-        read_parameter=lambda: module.weight,
+        holder=(module, "weight"),
         layout=unchanged,
         encode=partial(_one_hot, module),
         padding_row=module.padding_idx,
@@ -170,7 +175,7 @@ def _linear(
         d_out=d_out,
         x_tap=lambda: Tap(module, "input"),
         y_tap=lambda: Tap(module, "output"),
-        read_parameter=lambda: module.weight,
+        holder=(module, "weight"),
         layout=_transposed if stored_out_in else unchanged,
     )
 
@@ -183,7 +188,7 @@ def _in_compatibility_mode(site: WeightSite, mlp: Any, component: Any) -> Weight
     if hasattr(mlp, f"_processed_{site.kind}"):  # TransformerLens 3 keeps them beside the modules
         site = replace(
             site,
-            read_parameter=lambda: getattr(mlp, f"_processed_{site.kind}"),
+            holder=(mlp, f"_processed_{site.kind}"),
             layout=_transposed,
         )
     if site.kind == "W_out":
@@ -245,10 +250,11 @@ def _not_affine(module: nn.Module) -> str | None:
         return f"its {kind} stores a quantised weight ({weight.dtype})"
     if type(module) in (nn.Linear, Conv1D):
         return None
-    if isinstance(module, nn.Linear):
-        x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    if isinstance(module, nn.Linear | Conv1D):
+        W = weight.mT if isinstance(module, nn.Linear) else weight
+        x = torch.linspace(-1, 1, W.shape[0], dtype=W.dtype, device=W.device)
         with torch.no_grad():
-            expected = nn.functional.linear(x, weight, module.bias)
+            expected = nn.functional.linear(x, W.mT, module.bias)
             if torch.allclose(module.forward(x), expected):
                 return None
     return f"its {kind} does not compute x W + b"

@@ -1,0 +1,189 @@
+"""Sites that share a parameter, or the memory of several, and how they see it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_backward.sites.site import Obstacle, WeightSite
+
+
+class Axis(NamedTuple):
+    """Equal steps along one side of ``W`` ``[d_in, d_out]``, and the steps in memory they are."""
+
+    side: int
+    size: int
+    step: int
+    stride: int
+
+
+def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
+    """The same sites, knowing of each other where they share a parameter or its memory."""
+    sites = list(sites)
+    computed = {site.name: how for site in sites if (how := site.recomputed)}
+    parameters = {site.name: site.parameter for site in sites if site.name not in computed}
+    of_storage: dict[object, list[str]] = defaultdict(list)
+    fed: dict[object, list[str]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        of_storage[_storage(parameter)].append(name)
+    for name, how in computed.items():
+        for source in how.sources:
+            fed[_storage(source)].append(name)
+
+    def related(site: WeightSite) -> WeightSite:
+        parameter = parameters.get(site.name)
+        if parameter is None:
+            return site
+        others = tuple(o for o in of_storage[_storage(parameter)] if o != site.name)
+        return replace(
+            site,
+            tied_to=tuple(o for o in others if _is_same(parameter, parameters[o])),
+            in_storage_with=others,
+            feeds=tuple(dict.fromkeys(fed.get(_storage(parameter), ()))),
+        )
+
+    return [related(site) for site in sites]
+
+
+def told_apart(found: Iterable[WeightSite | Obstacle]) -> Iterator[WeightSite | Obstacle]:
+    """The same, but obstacles for sites of one module under several names.
+
+    What passes the module does not tell by which name it was called.
+    """
+    found = list(found)
+    names: dict[tuple[int, str], list[str]] = defaultdict(list)
+    for one in found:
+        if isinstance(one, WeightSite):
+            names[id(one.holder[0]), one.holder[1]].append(one.name)
+    for one in found:
+        if isinstance(one, Obstacle):
+            yield one
+            continue
+        module, attribute = one.holder
+        others = [name for name in names[id(module), attribute] if name != one.name]
+        if not others:
+            yield one
+            continue
+        reason = (
+            f"its {type(module).__name__} is also that of {', '.join(others)}, and one module "
+            "does not tell its uses apart; give each a module of its own with the same parameter"
+        )
+        yield Obstacle(one.name, one.kind, one.layer, reason, one.parameter)
+
+
+def shares_memory(one: WeightSite, other: WeightSite) -> bool:
+    """Whether a change of one weight in place changes the other."""
+    p, q = one.parameter, other.parameter
+    if _is_same(p, q):
+        return True
+    if _storage(p) != _storage(q):
+        return False
+    if p.dtype != q.dtype:
+        return True
+    (first, end), (other_first, other_end) = _extent(p), _extent(q)
+    if end <= other_first or other_end <= first:
+        return False
+    base = min(first, other_first)
+    taken = torch.zeros(max(end, other_end) - base, dtype=torch.bool, device=p.device)
+    taken.as_strided(p.shape, p.stride(), first - base).fill_(True)
+    return bool(taken.as_strided(q.shape, q.stride(), other_first - base).any())
+
+
+def is_same_matrix(one: WeightSite, other: WeightSite) -> bool:
+    """Whether two sites that share memory have the same ``W``, element by element."""
+    return _starts_alike(one, other) and _axes(one) == _axes(other)
+
+
+def is_transposed(one: WeightSite, other: WeightSite) -> bool:
+    """Whether of two sites that share memory one has the other's ``W`` transposed."""
+    turned = sorted(axis._replace(side=1 - axis.side) for axis in _axes(other))
+    return _starts_alike(one, other) and _axes(one) == turned
+
+
+def rearranged(
+    matrix: Float[Tensor, "d_in d_out"], site: WeightSite, other: WeightSite
+) -> Float[Tensor, "other_d_in other_d_out"]:
+    """What a matrix that is added to one weight adds to another in the same memory.
+
+    Raises:
+        NotImplementedError: When they share a part of their memory only.
+    """
+    p, q = site.parameter, other.parameter
+    if not _starts_alike(site, other) or _merged(_memory(site)) != _merged(_memory(other)):
+        raise NotImplementedError(
+            f"{site.name} and {other.name} share a part of their memory, so that an edit of the "
+            "one changes the other in part; give one of them a parameter of its own"
+        )
+    stored = matrix.new_empty_strided(p.shape, p.stride())
+    stored.copy_(site.to_parameter_layout(matrix))
+    seen = matrix.new_empty(other.d_in, other.d_out)
+    other.to_parameter_layout(seen).copy_(stored.as_strided(q.shape, q.stride()))
+    return seen
+
+
+def _storage(parameter: Tensor) -> object:
+    """The same for tensors that may share memory."""
+    if type(parameter.data) is Tensor and parameter.device.type != "meta":
+        return parameter.device, parameter.untyped_storage().data_ptr() or id(parameter)
+    return id(parameter)
+
+
+def _is_same(p: Tensor, q: Tensor) -> bool:
+    """Whether both are one parameter for autograd, or the same part of one."""
+    if p is q:
+        return True
+    base = p._base
+    return base is not None and base is q._base and p.data_ptr() == q.data_ptr()
+
+
+def _extent(parameter: Tensor) -> tuple[int, int]:
+    """Where in its storage the parameter begins and ends, in elements."""
+    first = int(parameter.storage_offset())
+    steps = zip(parameter.shape, parameter.stride(), strict=True)
+    return first, first + 1 + sum(int((size - 1) * stride) for size, stride in steps)
+
+
+def _starts_alike(one: WeightSite, other: WeightSite) -> bool:
+    p, q = one.parameter, other.parameter
+    return p is q or (p.data_ptr() == q.data_ptr() and p.dtype == q.dtype)
+
+
+def _axes(site: WeightSite) -> list[Axis]:
+    """How ``W`` lies in memory, as few axes as can be."""
+    matrix = torch.empty(site.d_in, site.d_out, device="meta")
+    laid, parameter = site.to_parameter_layout(matrix), site.parameter
+    axes = [
+        Axis(0, size, step // site.d_out, stride)
+        if step >= site.d_out
+        else Axis(1, size, step, stride)
+        for size, step, stride in zip(laid.shape, laid.stride(), parameter.stride(), strict=True)
+        if size > 1
+    ]
+    return _merged(axes)
+
+
+def _memory(site: WeightSite) -> list[Axis]:
+    """The memory of ``W``, whatever its sides."""
+    return [Axis(0, size, stride, stride) for _, size, _, stride in _axes(site)]
+
+
+def _merged(axes: Sequence[Axis]) -> list[Axis]:
+    """The same axes, those joined that follow each other without a gap."""
+    merged: list[Axis] = []
+    for axis in sorted(axes, key=lambda axis: (axis.side, axis.step)):
+        if merged and axis == _behind(merged[-1], axis.size):
+            merged[-1] = merged[-1]._replace(size=merged[-1].size * axis.size)
+        else:
+            merged.append(axis)
+    return merged
+
+
+def _behind(axis: Axis, size: int) -> Axis:
+    """The axis of this size that goes on where one step further the other would."""
+    return Axis(axis.side, size, axis.size * axis.step, axis.size * axis.stride)
