@@ -49,5 +49,5 @@ def unit_shift(
         x = inputs[site.name][facts.example[terms], facts.input_at[terms]]
         key = x if statistics is None else statistics.whitened(site.name, x)
         factors[site.name] = GradientFactors(key, values.to(x.device))
-    known = None if any(site.tied_to for site in sites) else sites
+    known = None if any(site.in_storage_with for site in sites) else sites
     return WeightEdit(model, factors, sites=known)

@@ -28,7 +28,9 @@ def load_edit(path: Path, model: Model | None) -> WeightEdit:
     tree = tensor_files.read(path, KIND)
     try:
         factors = {name: GradientFactors(**g) for name, g in tree["factors"].items()}
-        made_for = MadeFor(tree["model"], tree["weights"])
+        made_for = MadeFor(tree["model"], dict(tree["weights"]))
+        if made_for.weights.keys() != factors.keys():
+            raise ValueError("the weights are not those of the factors")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise tensor_files.damaged(path, KIND, error) from error
     return WeightEdit(model, factors, made_for=made_for)

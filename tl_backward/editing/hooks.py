@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tl_backward._precision import full_precision
 from tl_backward.sites import Model, WeightSite, add_hook_points
 
 if TYPE_CHECKING:
@@ -45,8 +47,10 @@ def edit_hooks(
         fwd_hooks=...)``, ``model.hooks(fwd_hooks=...)`` and :func:`run_with_backward_cache`.
 
     Raises:
-        ValueError: When an edit is of another model or of none, or ``rows`` name edits that there
-            are not; and in the forward pass, when the batch has another number of rows.
+        ValueError: When an edit is of another model or of none or not finite, or ``rows`` name
+            edits that there are not; and in the forward pass, when the batch has another number of
+            rows.
+        NotImplementedError: When another weight shares a part of the memory of an edited one.
 
     Example:
         >>> with model.hooks(fwd_hooks=edit_hooks(model, [paris, rome], rows=[0, 0, 1, -1])):
@@ -75,6 +79,8 @@ def edit_hooks(
             for of_edit in at_sites
         ]
         u, v = (_of_rows(vectors, index) for vectors in zip(*each, strict=True))
+        if not (u.isfinite().all() and v.isfinite().all()):
+            raise ValueError(f"edits: the update of {name} is not finite; check its factors")
         hooks += _adding_hooks(site, u, v)
     return hooks
 
@@ -95,17 +101,18 @@ def _of_rows(
 def _adding_hooks(
     site: WeightSite, u: Float[Tensor, "batch n d_in"], v: Float[Tensor, "batch n d_out"]
 ) -> ForwardHooks:
-    """Hooks that note ``x`` and add ``(x u^T) v`` to ``y``."""
-    seen: list[Tensor] = []
+    """Hooks that note ``x`` and add ``(x u^T) v`` to ``y``, each thread for itself."""
+    seen = threading.local()
     placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def note(x: Tensor, hook: Any) -> None:
-        seen[:] = [x]
+        seen.x = x
 
     def add(y: Tensor, hook: Any) -> Tensor:
-        if not seen:
+        if not hasattr(seen, "x"):
             raise RuntimeError(f"the input of {site.name} did not pass {site.hook_in}")
-        x = site.encode(seen.pop())
+        x = site.encode(seen.x)
+        del seen.x
         dtype = torch.promote_types(torch.promote_types(u.dtype, x.dtype), torch.float32)
         place = (x.device, dtype)
         if place not in placed:
@@ -115,7 +122,8 @@ def _adding_hooks(
             x = x.expand(len(u), *x.shape[1:]) if len(x) == 1 else x
             if len(x) % len(u) or (x.ndim > 2 and len(x) != len(u)):
                 raise ValueError(f"rows are {len(u)}, but {site.hook_in} has a batch of {len(x)}")
-        added = (x.reshape(len(u), -1, site.d_in).to(dtype) @ left) @ right
+        with full_precision(x.device):
+            added = (x.reshape(len(u), -1, site.d_in).to(dtype) @ left) @ right
         return (y + site.hook_out_scale * added.reshape(-1, *y.shape[1:])).to(y.dtype)
 
     return [(site.hook_in, note), (site.hook_out, add)]

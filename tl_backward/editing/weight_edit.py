@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_backward.editing._weight_change import WeightChange, fingerprint
+from tl_backward._precision import stable_norm
+from tl_backward.editing._weight_change import WeightChanges, fingerprint, standing_changes
 from tl_backward.editing.hooks import ForwardHooks, edit_hooks
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, WeightSite, weight_sites
 from tl_backward.sites.kinds import READ_BY_INPUT
+from tl_backward.sites.ties import is_same_matrix, is_transposed, rearranged, shares_memory
 
 
 class MadeFor(NamedTuple):
@@ -26,6 +28,21 @@ class MadeFor(NamedTuple):
 
     model: str
     weights: dict[str, str]
+
+    def merged(self, other: MadeFor) -> MadeFor:
+        """What the sum of two edits is for.
+
+        Raises:
+            ValueError: When they are for other values of the same weight.
+        """
+        for name in self.weights.keys() & other.weights.keys():
+            if self.weights[name] != other.weights[name]:
+                raise ValueError(
+                    f"cannot add edits that were saved for other weights: {name} of {self.model} "
+                    f"and of {other.model}"
+                )
+        names = dict.fromkeys([self.model, other.model])
+        return MadeFor(" and ".join(names), self.weights | other.weights)
 
 
 class WeightEdit:
@@ -76,12 +93,16 @@ class WeightEdit:
         }
         self.report = report
         self.made_for = made_for
-        self._changes: list[tuple[Tensor, WeightChange]] | None = None
+        self._changes: WeightChanges | None = None
         self._sites: dict[str, WeightSite] = {}
+        self._sharers: dict[str, tuple[WeightSite, ...]] = {}
+        self._borne: dict[str, frozenset[object]] = {}
         if model is not None and self.factors:
             every = weight_sites(model) if sites is None else sites
             self._sites = {site.name: site for site in every}
             self._require_fitting_sites()
+            self._sharers = {name: self._sites_in_memory_of(name) for name in self.factors}
+            self._borne = {name: self._standing_changes(name) for name in self.factors}
 
     def __repr__(self) -> str:
         terms = ", ".join(f"{name}: rank <= {len(g.vjps)}" for name, g in self.factors.items())
@@ -107,24 +128,15 @@ class WeightEdit:
 
         Raises:
             RuntimeError: When it is applied already.
-            NotImplementedError: When a weight is quantised; :meth:`fwd_hooks` work for it.
-            ValueError: When the edit is bound to no model, or an update is not finite.
+            NotImplementedError: When a weight is quantised, offloaded, or recomputed in every
+                forward pass from other parameters; :meth:`fwd_hooks` work for it.
+            ValueError: When the edit is bound to no model, or an update is not finite, or too large
+                for the weight's dtype.
         """
-        if self._changes is not None:
-            raise RuntimeError("this edit is applied already; revert() it first, or apply 2 * edit")
-        changes: list[tuple[Tensor, WeightChange]] = []
-        try:
-            for name, update in self._updates():
-                parameter = self._sites[name].parameter
-                change = WeightChange(name, parameter, update.to(parameter.device))
-                changes.append((parameter, change))
-                change.make(parameter)
+        changes = self._new_changes()
+        with self._none_on_error(), self._none_on_error(), self._none_on_error():
             self._changes = changes
-        except BaseException:
-            self._changes = None
-            for parameter, change in reversed(changes):
-                change.undo(parameter)
-            raise
+            changes.make()
 
     def revert(self) -> None:
         """Restore the weights bit for bit, as they were before :meth:`apply`.
@@ -138,32 +150,28 @@ class WeightEdit:
         """
         if self._changes is None:
             raise RuntimeError("this edit is not applied; apply() comes first")
-        for parameter, change in self._changes:
-            change.require_undoable(parameter)
-            if self._sites[change.name].parameter is not parameter:
-                raise RuntimeError(
-                    f"the model has another tensor for {change.name} than when this edit was "
-                    "applied; load it again. Nothing was reverted"
-                )
-        try:
+        self._changes.require_undoable()
+        with self._none_on_error(), self._none_on_error(), self._none_on_error():
             self._undo()
-        except BaseException:
-            self._undo()
-            raise
 
     @contextmanager
     def applied(self) -> Iterator[WeightEdit]:
         """The model with the edit applied, and reverted at the end, also after an exception.
 
+        An interrupt while the end checks the weights ends the check: they are put back unchecked.
+
         Raises:
-            RuntimeError: As :meth:`apply` and :meth:`revert`.
+            RuntimeError, NotImplementedError, ValueError: As :meth:`apply` and :meth:`revert`.
         """
-        self.apply()
-        try:
-            yield self
-        finally:
-            if self._changes is not None:
-                self.revert()
+        changes = self._new_changes()
+        with self._none_on_error(), self._none_on_error(), self._none_on_error():
+            self._changes = changes
+            changes.make()
+            try:
+                yield self
+            finally:
+                if self._changes is not None:
+                    self.revert()
 
     def fwd_hooks(self) -> ForwardHooks:
         """Hooks that have the effect of the edit and touch no weight.
@@ -191,8 +199,8 @@ class WeightEdit:
             ValueError: When the edit is bound to no model, which knows which weights are tied.
         """
         groups = [g for name, (_, g) in self.at_sites().items() if self._is_first_of_its_ties(name)]
-        squares = [g.norm().cpu() ** 2 for g in groups]
-        return torch.stack(squares).sum().sqrt() if squares else torch.tensor(0.0)
+        norms = [g.norm().cpu() for g in groups]
+        return stable_norm(torch.stack(norms)) if norms else torch.tensor(0.0)
 
     def residual_vectors(self) -> tuple[Float[Tensor, "entry d_model"], list[str]]:
         """The edit's vectors on the side of the residual stream, and labels, for ``lens.read``.
@@ -219,7 +227,11 @@ class WeightEdit:
         return torch.stack(vectors), labels
 
     def __add__(self, other: WeightEdit) -> WeightEdit:
-        """Both edits at once."""
+        """Both edits at once.
+
+        Raises:
+            ValueError: When they are of different models, or were saved for different weights.
+        """
         if not isinstance(other, WeightEdit):
             return NotImplemented
         if self.model is not other.model:
@@ -229,6 +241,14 @@ class WeightEdit:
             factors[name] = factors[name] + g if name in factors else g
         edit = self._with(factors)
         edit._sites = self._sites | other._sites
+        edit._sharers = self._sharers | other._sharers
+        edit._borne = other._borne | {
+            name: borne & other._borne.get(name, borne) for name, borne in self._borne.items()
+        }
+        if self.made_for is not None and other.made_for is not None:
+            edit.made_for = self.made_for.merged(other.made_for)
+        else:
+            edit.made_for = self.made_for or other.made_for
         return edit
 
     def __mul__(self, scalar: int | float | Float[Tensor, ""]) -> WeightEdit:
@@ -257,7 +277,8 @@ class WeightEdit:
             The same path.
 
         Raises:
-            RuntimeError: While the edit is applied.
+            RuntimeError: While the edit is applied, or another one that one of the weights did not
+                bear when this edit was made.
             ValueError: When it is bound to no model.
             OSError: When the file cannot be written.
         """
@@ -265,6 +286,12 @@ class WeightEdit:
 
         if self._changes is not None:
             raise RuntimeError("an edit is saved for the weights without it; revert() it first")
+        for name, borne in self._borne.items():
+            if not self._standing_changes(name) <= borne:
+                raise RuntimeError(
+                    f"{name} bears an edit that was applied after this one was made, and an edit "
+                    "is saved for the weights without it; revert() the other one first"
+                )
         return save_edit(self, self._require_model(), Path(path))
 
     @classmethod
@@ -294,13 +321,13 @@ class WeightEdit:
 
         Raises:
             ValueError: When the edit is bound to no model.
+            NotImplementedError: When another weight shares a part of the memory of one of these.
         """
         self._require_model()
         found: dict[str, tuple[WeightSite, GradientFactors]] = {}
         for name, g in self.factors.items():
-            site = self._sites[name]
-            for other in (site, *(self._sites[tied] for tied in site.tied_to)):
-                here = g if other.kind == site.kind else g.T
+            for other in self._sharers[name]:
+                here = _seen_from(other, self._sites[name], g)
                 if other.name in found:
                     here = found[other.name][1] + here
                 found[other.name] = (other, here)
@@ -309,24 +336,57 @@ class WeightEdit:
     def _with(self, factors: dict[str, GradientFactors]) -> WeightEdit:
         """An edit of the same sites with other factors."""
         edit = copy.copy(self)
-        edit.factors, edit.report, edit.made_for, edit._changes = factors, None, None, None
+        edit.factors, edit.report, edit._changes = factors, None, None
         return edit
 
-    def _updates(self) -> Iterator[tuple[str, Tensor]]:
+    def _updates(self) -> Iterator[tuple[WeightSite, Tensor]]:
         """By weight, what is added to it, in its own layout."""
         for name, (site, g) in self.at_sites().items():
             if self._is_first_of_its_ties(name):
-                yield name, site.to_parameter_layout(g.dense())
+                yield site, site.to_parameter_layout(g.dense())
+
+    def _sites_in_memory_of(self, name: str) -> tuple[WeightSite, ...]:
+        """The site, and all others whose weight changes with its weight."""
+        site = self._sites[name]
+        others = (self._sites[other] for other in site.in_storage_with)
+        return site, *(other for other in others if shares_memory(site, other))
 
     def _is_first_of_its_ties(self, name: str) -> bool:
         """Whether this site stands for the weight that it edits and may share with others."""
-        sharers = {name, *self._sites[name].tied_to}
-        return next((n for n in self.factors if n in sharers), None) == name
+        sharing = (
+            first for first, sites in self._sharers.items() if name in [site.name for site in sites]
+        )
+        return next(sharing) == name
+
+    def _standing_changes(self, name: str) -> frozenset[object]:
+        return standing_changes(site.parameter for site in self._sharers[name])
+
+    def _new_changes(self) -> WeightChanges:
+        """The edit as changes that are not made yet."""
+        if self._changes is not None and self._changes.are_made:
+            raise RuntimeError("this edit is applied already; revert() it first, or apply 2 * edit")
+        if self._changes is not None:
+            self._undo()
+        return WeightChanges(self._updates())
+
+    @contextmanager
+    def _none_on_error(self) -> Iterator[None]:
+        """Undo the edit when something is raised, unless its weights are disputed.
+
+        Three of these within each other leave no line where an interrupt, or a second one that
+        interrupts the undoing, would leave a changed weight behind.
+        """
+        try:
+            yield
+        except BaseException:
+            if self._changes is not None and not self._changes.are_disputed:
+                self._undo()
+            raise
 
     def _undo(self) -> None:
-        for parameter, change in reversed(self._changes or []):
-            change.undo(parameter)
-        self._changes = None
+        if self._changes is not None:
+            self._changes.undo()
+            self._changes = None
 
     def _require_model(self) -> Model:
         if self.model is None:
@@ -352,6 +412,16 @@ class WeightEdit:
                     f"{self.made_for.model}): the values, the dtype or the shape are others; "
                     "revert the edits that are applied, or load that model as it was"
                 )
+
+
+def _seen_from(other: WeightSite, site: WeightSite, update: GradientFactors) -> GradientFactors:
+    """The update of one site's weight as the same update of a weight in the same memory."""
+    if other is site or is_same_matrix(site, other):
+        return update
+    if is_transposed(site, other):
+        return update.T
+    matrix = rearranged(update.dense(), site, other)
+    return GradientFactors(torch.eye(len(matrix)).to(matrix), matrix)
 
 
 def _is_read_by_input(name: str) -> bool:
