@@ -56,6 +56,17 @@ def test_json_holds_every_position(run, boot, tmp_path):
     assert written["loss"] == pytest.approx(float(result.loss))
 
 
+def test_a_target_of_several_tokens_is_ranked_by_its_last_at_the_last_token(run, boot, tmp_path):
+    path = tmp_path / "lens.json"
+    shown = run(PROMPT, "--target", " Paris Rome", "--weights", "W_out", "--json", str(path))
+    assert shown.exit_code == 0, shown.output
+    result = tlb.BackwardLogitLens(boot("llama"))(PROMPT, " Paris Rome", weights="W_out")
+    assert "rank of '·Rome'" in shown.output and "-> ' Paris Rome'" in shown.output
+    written = json.loads(path.read_text())
+    assert written["target_id"] == result.target_ids.tolist()
+    assert {row["target"] for row in written["rows"]} == {" Paris", " Rome"}
+
+
 def test_page_is_written_and_announced(run, tmp_path):
     path = tmp_path / "a page.html"
     shown = run(PROMPT, "--target", TARGET, "--html", str(path))

@@ -132,9 +132,8 @@ def test_rank_trajectory_takes_the_first_weight_where_w_out_was_not_read(model):
 
 def test_rank_trajectory_takes_the_strings_that_the_lens_was_given(model):
     lens, prompts = tlb.BackwardLogitLens(model), [PROMPT, "The Eiffel Tower"]
-    for target in (TARGET, [TARGET, " Paris Rome"]):  # of several tokens, the first one is ranked
-        result = lens(prompts, target)
-        assert torch.equal(result.rank_trajectory(TARGET), result["W_out"].target_ranks)
+    result = lens(prompts, TARGET)
+    assert torch.equal(result.rank_trajectory(TARGET), result["W_out"].target_ranks)
     several = lens(PROMPT, TARGET, targets=[" Rome", model.to_single_token(TARGET)])
     for i, name in enumerate((" Rome", TARGET)):
         expected = several["W_out"].target_ranks[..., i]
@@ -145,6 +144,82 @@ def test_rank_trajectory_takes_the_strings_that_the_lens_was_given(model):
     with pytest.raises(ValueError, match=r"run with \[' Paris', ' Rome'\]"):
         two.rank_trajectory(TARGET)
     assert torch.equal(two.example(1).rank_trajectory(" Rome"), two["W_out"].target_ranks[:, 1, :4])
+
+
+LONG = [" Paris Rome", TARGET, [7, 9, 1]]
+"""Targets of two tokens, of one and of three."""
+OF_LONG = [PROMPT, "The Eiffel Tower", " located in"]
+
+
+def test_each_position_has_the_token_that_it_predicts(model):
+    """And any other the first; ranks are counted in the readouts of all tokens."""
+    result = tlb.BackwardLogitLens(model)(
+        OF_LONG[2], [7, 9, 1], vocab=list(range(model.cfg.d_vocab))
+    )
+    n = len(model.to_tokens(OF_LONG[2])[0])
+    expected = [*[7] * n, 9, 1]
+    assert result.target_ids.tolist() == expected
+    assert result.target == model.tokenizer.batch_decode([[i] for i in expected])
+    assert result.prompt_tokens == result.str_tokens[:n] == model.to_str_tokens(OF_LONG[2])
+    assert result.loss_target_ids == [7, 9, 1]
+    for read in result.values():
+        seen = ~read.zero_mask
+        values = read.vocab_values.double()
+        own = values.gather(-1, result.target_ids.expand(3, -1)[..., None])
+        assert torch.equal(read.target_ranks[seen], (values > own).sum(-1)[seen])
+        torch.testing.assert_close(
+            read.target_values[seen], own[seen].squeeze(-1).to(read.target_values)
+        )
+
+
+@pytest.mark.parametrize("positions", [None, -1, [0, -2]], ids=str)
+def test_an_example_has_the_targets_that_it_has_alone(model, positions):
+    lens = tlb.BackwardLogitLens(model)
+    batch = lens(OF_LONG, LONG, positions=positions)
+    read = {name: frame for name, frame in batch.to_dataframe().groupby("example")}
+    for b, (prompt, target) in enumerate(zip(OF_LONG, LONG, strict=True)):
+        one, alone = batch.example(b), lens(prompt, target, positions=positions)
+        assert torch.equal(one.target_ids, alone.target_ids)
+        assert one.target == alone.target and one.loss_target == alone.loss_target
+        assert one.ranks_by_token == alone.ranks_by_token == (b != 1)
+        assert one.prompt_tokens == alone.prompt_tokens == batch.prompt_tokens[b]
+        assert one["W_out"].target_ranks.shape == alone["W_out"].target_ranks.shape
+        assert f"target={alone.loss_target!r}" in repr(one)
+        assert {*read[b].target} == {*([alone.target] if b == 1 else alone.target)}
+        of_cache = lens(
+            cache=tlb.run_with_backward_cache(model, prompt, target)[1], positions=positions
+        )
+        assert torch.equal(of_cache.target_ids, alone.target_ids)
+        assert torch.equal(of_cache["W_in"].target_ranks, alone["W_in"].target_ranks)
+
+
+def test_the_frame_names_the_target_of_a_row(model):
+    frame = tlb.BackwardLogitLens(model)(OF_LONG[2], [7, 9, 1], top_k=1).to_dataframe()
+    names = dict(zip(frame.position, frame.target, strict=True))
+    assert [*names.values()][-3:] == model.tokenizer.batch_decode([[7], [9], [1]])
+    assert "target" not in tlb.BackwardLogitLens(model)(PROMPT, TARGET).to_dataframe()
+
+
+def test_rank_trajectory_of_a_target_of_several_tokens(model):
+    lens = tlb.BackwardLogitLens(model)
+    one = lens(PROMPT, " Paris Rome")
+    for name in (None, " Paris Rome"):
+        assert torch.equal(one.rank_trajectory(name), one["W_out"].target_ranks)
+    for name in (TARGET, model.to_single_token(TARGET), " Rome"):
+        with pytest.raises(ValueError, match="run with ' Paris Rome'"):
+            one.rank_trajectory(name)
+    mixed = lens(OF_LONG[:2], LONG[:2])
+    with pytest.raises(ValueError, match=r"run with \[' Paris Rome', ' Paris'\]"):
+        mixed.rank_trajectory(TARGET)
+    assert torch.equal(mixed.rank_trajectory(), mixed["W_out"].target_ranks)
+    for b, name in enumerate(LONG[:2]):
+        example = mixed.example(b)
+        assert torch.equal(example.rank_trajectory(name), example["W_out"].target_ranks)
+    same = lens(OF_LONG[:2], " Paris Rome")
+    assert torch.equal(same.rank_trajectory(" Paris Rome"), same["W_out"].target_ranks)
+    asked = lens(PROMPT, " Paris Rome", targets=TARGET)
+    assert torch.equal(asked.rank_trajectory(TARGET), asked["W_out"].target_ranks)
+    assert not asked.ranks_by_token and "target=' Paris'" in repr(asked)
 
 
 def test_rank_trajectory_where_the_tokenizer_strips_spaces(tmp_path):

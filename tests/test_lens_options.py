@@ -14,7 +14,7 @@ from conftest import CLASSES, MODELS
 from transformer_lens.ActivationCache import Slice
 
 import tl_backward as tlb
-from tl_backward import lens_reading
+from tl_backward.lens import _reading
 
 PROMPT, TARGET = [3, 17, 3, 9, 8], 11
 BATCH, TARGETS = [[3, 17, 3, 9, 8], [6, 2], [12, 1, 20, 6, 9, 4, 13]], [11, 4, 7]
@@ -132,9 +132,9 @@ def test_any_vectors(model, lens):
 
 def test_vectors_that_several_weights_share_are_read_once(model, monkeypatch):
     rows = []
-    kernel = lens_reading.read_vocabulary
+    kernel = _reading.read_vocabulary
     monkeypatch.setattr(
-        lens_reading,
+        _reading,
         "read_vocabulary",
         lambda vectors, *rest, **options: (
             rows.append(len(vectors)) or kernel(vectors, *rest, **options)
@@ -400,7 +400,7 @@ def test_slices_of_transformer_lens_and_scalars_select(lens, index):
 def test_a_target_of_several_tokens(lens, model):
     result = lens(PROMPT, [11, 4, 7])
     assert len(result.str_tokens) == len(PROMPT) + 2
-    assert result.target_ids == 11
+    assert result.target_ids.tolist() == [11] * len(PROMPT) + [4, 7]
     cache = captured(model, target=[11, 4, 7])
     torch.testing.assert_close(result["W_out"].norms[0], cache["W_out", 0].vjps.norm(dim=-1))
 

@@ -61,9 +61,11 @@ def result_of(*readouts: Readout) -> BackwardLensResult:
         positions=torch.tensor(POSITIONS),
         target_ids=torch.tensor(3),
         target=" <b>",
-        target_names={" <b>": 3},
+        target_names={" <b>": (3,)},
+        target_positions=torch.tensor([5]),
         loss=torch.tensor(4.0),
         loss_target=" <b>",
+        loss_target_ids=[3],
         d_vocab=D_VOCAB,
         normalize=False,
         return_type="log_probs",
@@ -214,6 +216,54 @@ def test_the_head_of_the_page():
     assert "normalised" not in page.body
     normalised = lens_page(replace(result_of(small()), normalize=True))
     assert "normalised" in Page(normalised).body
+
+
+def of_several_tokens() -> BackwardLensResult:
+    """Four tokens of prompt; `` linebacker`` is predicted at positions 3, 4 and 5."""
+    marked = small()
+    marked.target_ranks[1, 2] = marked.target_ranks[0, 3] = D_VOCAB - 1
+    return replace(
+        result_of(marked),
+        str_tokens=[*PROMPT[:4], " line", "back"],
+        target_ids=torch.tensor([3, 3, 3, 5]),
+        target=[" line", " line", " line", "er"],
+        target_names={" linebacker": (3, 4, 5)},
+        target_positions=torch.tensor([3, 4, 5]),
+        loss_target=" linebacker",
+        loss_target_ids=[3, 4, 5],
+    )
+
+
+def test_a_target_of_several_tokens_is_no_part_of_the_prompt():
+    page = Page(lens_page(of_several_tokens()))
+    assert words(page.prompt) == "<bos> Old ·Rome ⏎ → ·linebacker"
+    assert page.title == "Backward lens: <bos>Old·Rome⏎ → ·linebacker"
+    assert "at a position that predicts one of them" in words(page.body)
+    assert "at a position that predicts one of them" not in page_of(small()).body
+
+
+def test_each_position_of_a_target_of_several_tokens_has_its_own():
+    result = of_several_tokens()
+    table = Page(lens_page(result)).tables[0]
+    cards = [[words(cell.card) for cell in row[1:]] for row in table[1:]]
+    for row, ranks in zip(
+        cards, (range(508, 512), [504, 505, 999, 507], [500, 501, 502, 999]), strict=True
+    ):
+        for card, name, rank in zip(row, ["·line"] * 3 + ["er"], ranks, strict=True):
+            assert f"target {name}: rank {rank} of 1000" in card
+    assert [[cell.is_hit for cell in row[1:]] for row in table[1:]] == [
+        [False] * 4,
+        [False, False, True, False],
+        [False, False, False, True],
+    ]
+    (heatmap,) = result.plot().data
+    assert "target \u2068er\u2069: rank 999 of 1000" in heatmap.customdata[2][3]
+    assert [text.count("<b>") for text in heatmap.text[2]] == [0, 0, 0, 1]
+    assert [plain(line.name) for line in result.plot("ranks").data][2:] == [
+        "⏎ 3 → ·line",
+        "back 5 → er",
+    ]
+    assert plain(result.plot().layout.title.text).startswith("Backward lens → ·linebacker")
 
 
 def test_a_loss_without_a_target_is_no_likelihood():
@@ -558,7 +608,9 @@ def test_several_prompts_are_shown_one_by_one():
         str_tokens=[PROMPT, PROMPT],
         positions=[torch.tensor(POSITIONS)] * 2,
         loss=torch.tensor([4.0, 2.0]),
+        target_positions=[torch.tensor([5])] * 2,
         loss_target=[" <b>", " Rome"],
+        loss_target_ids=[[3], [4]],
     )
     for show in (lambda result: result.plot(), lens_page):
         with pytest.raises(ValueError, match=r"take result.example\(b\)"):

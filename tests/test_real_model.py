@@ -19,6 +19,14 @@ def test_the_target_is_the_least_probable_token_in_late_layers(smollm2):
     assert [token == TARGET for token in first] == at_the_bottom.tolist()
 
 
+def test_each_token_of_a_target_is_the_least_probable_where_it_is_predicted(smollm2):
+    prompt, target = "The American football player is a", " linebacker"
+    result = tlb.BackwardLogitLens(smollm2)(prompt, target, layers=[24, 27], top_k=1)
+    bottom = [[token[0] for token in layer[-3:]] for layer in result["W_out"].bottom_tokens()]
+    assert bottom == [[" line", "back", "er"]] * 2
+    assert result["W_out"].target_ranks[:, -3:].eq(result.d_vocab - 1).all()
+
+
 def test_the_last_layer_has_a_vjp_at_the_last_token_only(smollm2):
     _, cache = tlb.run_with_backward_cache(
         smollm2, PROMPT, TARGET, weights=("W_in", "W_gate", "W_out"), layers=-1

@@ -64,7 +64,8 @@ def lens(
     """Show what the gradient of -log p(target | prompt) would write into each layer.
 
     Prints a table for the last token; `--html` and `--json` keep all positions. Of a target of
-    several tokens all but the last are appended to the prompt, and ranks are those of the first.
+    several tokens all but the last are appended to the prompt. Ranks are then those of the token
+    that a position predicts, so of the last one in the table, and elsewhere of the first.
     """
     console = console_for_output()
     with exit_code_2_on_bad_input():
@@ -103,10 +104,11 @@ def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
     from tl_backward.sites.kinds import READ_BY_INPUT
 
     readout = result[kind]
+    ranked = result.target if isinstance(result.target, str) else result.target[-1]
     table = Table(
         title=f"{kind} at the last token {visible(result.str_tokens[-1])!r}",
         caption=(
-            f"{BY_INPUT if kind in READ_BY_INPUT else BY_VJP}\nrank of {visible(result.target)!r}: "
+            f"{BY_INPUT if kind in READ_BY_INPUT else BY_VJP}\nrank of {visible(ranked)!r}: "
             f"0 is the most probable token, {result.d_vocab - 1} the least"
         ),
         header_style="bold",
@@ -136,7 +138,7 @@ def _as_json(
         "prompt": prompt,
         "str_tokens": result.str_tokens,
         "target": target,
-        "target_id": int(result.target_ids),
+        "target_id": result.target_ids.tolist(),
         "loss": result.loss.item(),
         "rows": rows,
     }

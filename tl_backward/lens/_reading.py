@@ -99,11 +99,12 @@ def checked_options(
 
 
 def targets_for(
-    model: Model, targets: Any, rows: Sequence[int], of_prompts: Int[Tensor, "*batch"] | None = None
+    model: Model, targets: Any, rows: Sequence[int], of_loss: Int[Tensor, "..."] | None = None
 ) -> Targets:
-    """Those that are asked for, or else those of the prompts, for rows ``[*batch, pos]``."""
-    if targets is None and of_prompts is not None:
-        return Targets(of_prompts, of_prompts[..., None, None], several=False)
+    """Those that are asked for, or else the loss's, of prompts or of rows ``[*batch, pos]``."""
+    if targets is None and of_loss is not None:
+        of_rows = of_loss if of_loss.ndim == len(rows) else of_loss.unsqueeze(-1)
+        return Targets(of_loss, of_rows.unsqueeze(-1), several=False)
     ids = each_token_id(model, "targets", [] if targets is None else targets)
     if isinstance(targets, Tensor) and targets.ndim:
         of_rows = _for_rows(ids, rows)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -40,13 +40,30 @@ class Texts:
         n_rows = max(map(len, self._kept))
         self.shape = [n_rows] if self._single else [len(self._kept), n_rows]
         self.loss = self.whole(cache.loss.reshape(-1)[self.chosen])
-        self.target_ids = cache.target_ids.reshape(len(every), -1)
-        has_targets = self.target_ids.shape[1] > 0
-        self.first_targets = self.whole(self.target_ids[self.chosen, 0]) if has_targets else None
+        predicting = cache.target_positions if batched else [cache.target_positions]
+        self.target_positions = [predicting[b] for b in self.chosen]
+        ids = cache.target_ids.reshape(len(every), -1)[self.chosen]
+        self.target_ids = [of_text[of_text >= 0] for of_text in ids]
+        self.targets = self._targets(n_rows) if ids.shape[1] else None
 
     def whole(self, each: Any) -> Any:
         """What there is for each prompt, or that of the only one."""
         return each[0] if self._single else each
+
+    def _targets(self, n_rows: int) -> Int[Tensor, "..."]:
+        """The target of each text, or of each row, if one has several tokens.
+
+        A row has the token that its position predicts, and elsewhere the first.
+        """
+        if all(len(ids) == 1 for ids in self.target_ids):
+            return self.whole(torch.cat(self.target_ids))
+        of_rows = torch.stack([ids[0].repeat(n_rows) for ids in self.target_ids])
+        for row, ids, predicting, positions in zip(
+            of_rows, self.target_ids, self.target_positions, self.positions, strict=True
+        ):
+            for token, position in zip(ids, predicting, strict=True):
+                row[: len(positions)][positions == position] = token
+        return self.whole(of_rows)
 
     def rows(self, tensor: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*chosen pos d"]:
         """The rows that are read, filled up with zeros behind the end of shorter texts."""

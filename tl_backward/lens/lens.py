@@ -122,7 +122,8 @@ class BackwardLogitLens:
                 ids.
             targets: Tokens whose ranks and values to keep: one, several for every row, or in a
                 tensor one for each row, aligned with the ``[batch, pos]`` that are read from the
-                right. Default: the (first) token of the target.
+                right. Default: the target's. Of a target of several tokens, a position that
+                predicts one of them has that token, and any other position the first.
             return_type: What values are: log-probabilities, logits or probabilities.
             top_k: How many of the most probable tokens to keep. Default: 10, or none with
                 ``vocab``.
@@ -199,7 +200,7 @@ class BackwardLogitLens:
                 )
             require_same_model(self.model, cache)
         texts = Texts(cache, batch_slice, cut)
-        wanted = targets_for(self.model, targets, texts.shape, texts.first_targets)
+        wanted = targets_for(self.model, targets, texts.shape, texts.targets)
         done: list[tuple[bool, Tensor, Readout]] = []
 
         def read(kind: str, labels: list[str], vectors: list[Tensor]) -> Readout:
@@ -237,12 +238,14 @@ class BackwardLogitLens:
             target_ids=wanted.shown,
             target=self._strings(wanted.shown),
             target_names=(
-                self._target_names(texts.target_ids[:, :1], target)
+                self._target_names(texts.target_ids, target)
                 if targets is None
-                else self._target_names(wanted.shown, targets)
+                else self._target_names(wanted.shown.reshape(-1, 1), targets)
             ),
+            target_positions=texts.whole(texts.target_positions),
             loss=texts.loss.cpu(),
             loss_target=self._loss_target(texts),
+            loss_target_ids=texts.whole([ids.tolist() for ids in texts.target_ids]),
             d_vocab=int(self.model.cfg.d_vocab),
             normalize=normalize,
             return_type=return_type,
@@ -400,20 +403,21 @@ class BackwardLogitLens:
             raise ValueError(f"weights={kind!r}, layers={layers!r}: {missing} is not in the cache")
         return names
 
-    def _target_names(self, ids: Int[Tensor, "..."], given: Any) -> dict[str, int]:
+    def _target_names(
+        self, targets: Iterable[Int[Tensor, "_"]], given: Any
+    ) -> dict[str, tuple[int, ...]]:
         """Token ids by the strings that they were given as, if they were, and by their own."""
-        flat = ids.flatten().tolist()
-        unique = sorted(set(flat))
-        given = [given] * len(flat) if isinstance(given, str) else given
-        pairs = zip(given, flat, strict=False) if isinstance(given, Sequence) else ()
-        own = dict(zip(decode_each(self.model, unique), unique, strict=True))
-        return own | {name: token for name, token in pairs if isinstance(name, str)}
+        ids = [tuple(of_target.tolist()) for of_target in targets]
+        given = [given] * len(ids) if isinstance(given, str) else given
+        pairs = zip(given, ids, strict=False) if isinstance(given, Sequence) else ()
+        own = {"".join(decode_each(self.model, one)): one for one in sorted(set(ids)) if one}
+        return own | {name: one for name, one in pairs if isinstance(name, str)}
 
     def _loss_target(self, texts: Texts) -> Any:
-        if texts.first_targets is None:
+        if texts.targets is None:
             return None
-        targets = [ids[ids >= 0].tolist() for ids in texts.target_ids[texts.chosen]]
-        return texts.whole(["".join(decode_each(self.model, ids)) for ids in targets])
+        each = ["".join(decode_each(self.model, ids.tolist())) for ids in texts.target_ids]
+        return texts.whole(each)
 
     def _strings(self, ids: Int[Tensor, "..."]) -> Any:
         unique = ids.unique().tolist()

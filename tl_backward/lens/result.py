@@ -130,12 +130,18 @@ class BackwardLensResult(Mapping[str, Readout]):
         str_tokens: The tokens of the text, or a list of them for several.
         positions: The positions that were read, or a list of them.
         target_ids: The tokens that ranks are of. If ranks have an axis of several targets, these;
-            else one, or one for each prompt, ``[batch]``, or for each row, ``[*batch, pos]``.
+            else one, or one for each prompt, ``[batch]``, or for each row, ``[*batch, pos]``. By
+            default the loss's target: where it has several tokens, a position that predicts one
+            of them has that token, and any other position the first.
         target: The same as strings.
-        target_names: Their ids by the strings that ask for them: as they were given, and decoded.
+        target_names: The ids of a target by the strings that ask for it: as it was given, and
+            decoded.
+        target_positions: The positions that predict the loss's target, or a list of them, as in
+            :class:`BackwardCache`. Empty for a ``loss_fn``.
         loss: The loss that was differentiated, of every prompt; a target's is in nats.
         loss_target: The target whose negative log-likelihood the loss is, as a string, or a list of
             them for several prompts; None for a ``loss_fn``.
+        loss_target_ids: Its tokens, or a list of them; empty for a ``loss_fn``.
         d_vocab: Size of the vocabulary.
         normalize: Whether vectors were scaled to unit length before they were read.
         return_type: What values are: ``"logits"``, ``"log_probs"`` or ``"probs"``.
@@ -148,9 +154,11 @@ class BackwardLensResult(Mapping[str, Readout]):
     positions: Int[Tensor, "pos"] | list[Int[Tensor, "_"]]
     target_ids: Int[Tensor, "..."]
     target: Any
-    target_names: dict[str, int]
+    target_names: dict[str, tuple[int, ...]]
+    target_positions: Int[Tensor, "k"] | list[Int[Tensor, "_"]]
     loss: Float[Tensor, "*batch"]
     loss_target: str | list[str] | None
+    loss_target_ids: list[int] | list[list[int]]
     d_vocab: int
     normalize: bool
     return_type: ReturnType
@@ -174,7 +182,8 @@ class BackwardLensResult(Mapping[str, Readout]):
         if isinstance(self.positions, list):
             of = f"{len(self.positions)} prompts, mean loss={self.loss.mean().item():.4f}"
         else:
-            of = f"{len(self.positions)} positions, target={self.target!r}, loss={self.loss:.4f}"
+            target = self.loss_target if self.ranks_by_token else self.target
+            of = f"{len(self.positions)} positions, target={target!r}, loss={self.loss:.4f}"
         return f"BackwardLensResult({', '.join(self)}; {n_layers} layers, {of})"
 
     def _repr_html_(self) -> str:
@@ -215,9 +224,13 @@ class BackwardLensResult(Mapping[str, Readout]):
         has_several = next(iter(self.values())).has_several_targets
         axes = 0 if has_several else self.target_ids.ndim
 
+        ids = self._loss_targets[b]
+        is_one = self.ranks_by_token and len(ids) == 1
+
         def targets(each: Any) -> Any:
             of_prompt = each[b] if axes else each
-            return of_prompt[:n] if axes == 2 else of_prompt
+            of_rows = of_prompt[:n] if axes == 2 else of_prompt
+            return of_rows[0] if is_one else of_rows
 
         return replace(
             self,
@@ -226,8 +239,10 @@ class BackwardLensResult(Mapping[str, Readout]):
             positions=positions,
             target_ids=targets(self.target_ids),
             target=targets(self.target),
+            target_positions=self.target_positions[b],
             loss=self.loss[b],
             loss_target=None if self.loss_target is None else self.loss_target[b],
+            loss_target_ids=list(ids),
         )
 
     def rank_trajectory(
@@ -237,8 +252,8 @@ class BackwardLensResult(Mapping[str, Readout]):
 
         Args:
             target: Which one, as a string or an id, if the lens was run with several. The string is
-                that which the lens was given (of a target of several tokens, for its first one),
-                or the token's own.
+                that which the lens was given, or the token's own. Of a target of several tokens,
+                the whole one: each position has the rank of the token that it predicts.
             weight: The kind of weight, or of what else was read. Default: W_out, or else the first.
 
         Raises:
@@ -247,17 +262,39 @@ class BackwardLensResult(Mapping[str, Readout]):
         """
         readout = self[weight or default_kind(self)]
         ids = self.target_ids.reshape(-1).tolist()
-        token = self.target_names.get(target) if isinstance(target, str) else target
+        wanted: Any = self.target_names.get(target) if isinstance(target, str) else (target,)
         if not ids:
             raise ValueError("the lens was run without a target; pass it targets=")
+        each = [(token,) for token in ids]
         if readout.has_several_targets:
             if target is None and len(ids) > 1:
                 raise ValueError(f"pass target=, one of {self.target}")
-            if target is None or token in ids:
-                return readout.target_ranks[..., 0 if target is None else ids.index(token)]
-        elif target is None or set(ids) == {token}:
+            if target is None or wanted in each:
+                return readout.target_ranks[..., 0 if target is None else each.index(wanted)]
+        elif target is None or {wanted} == set(self._loss_targets if self.ranks_by_token else each):
             return readout.target_ranks
-        raise ValueError(f"target={target!r}: the lens was run with {self.target!r}")
+        shown = self.loss_target if self.ranks_by_token else self.target
+        raise ValueError(f"target={target!r}: the lens was run with {shown!r}")
+
+    @property
+    def prompt_tokens(self) -> list[Any]:
+        """``str_tokens`` without those of the target that were appended to the prompt."""
+        if isinstance(self.target_positions, list):
+            each = zip(self.str_tokens, self.target_positions, strict=True)
+            return [tokens[: _length_of_prompt(predicting)] for tokens, predicting in each]
+        return self.str_tokens[: _length_of_prompt(self.target_positions)]
+
+    @property
+    def ranks_by_token(self) -> bool:
+        """Whether a target of the loss has several tokens, and each position its own of them."""
+        ranked = set(self.target_names.values())
+        return any(len(ids) > 1 and ids in ranked for ids in self._loss_targets)
+
+    @property
+    def _loss_targets(self) -> list[tuple[int, ...]]:
+        """The loss's target of every prompt."""
+        ids: list[Any] = self.loss_target_ids
+        return [tuple(one) for one in (ids if isinstance(self.positions, list) else [ids])]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per weight, layer, (prompt,) position and token that was kept.
@@ -266,16 +303,20 @@ class BackwardLensResult(Mapping[str, Readout]):
         norm, vjp_norm, entropy, target_rank``, ``end``, ``k``, ``token_id, token``, and the token's
         value: ``log_prob``, ``logit`` or ``probability``. ``end`` is ``top`` or ``bottom``, where
         ``k`` is 0 for the outermost token, or ``vocab`` for the tokens of ``vocab`` in their order.
-        Of one target (for all, or for each prompt or row), all rows have the rank. Each of several
-        has a row of its own, ``end`` ``target``, with its rank and value, and other rows have no
-        rank. A zero row gives one line without token.
+        Of one target (for all, or for each prompt or row), all rows have the rank; where rows have
+        targets of their own, ``target`` before it names them. Each of several has a row of its own,
+        ``end`` ``target``, with its rank and value, and other rows have no rank. A zero row gives
+        one line without token.
         """
         import pandas as pd
 
         if isinstance(self.positions, list):
-            frames = [self.example(b).to_dataframe() for b in range(len(self.positions))]
-            for b, frame in enumerate(frames):
+            examples = [self.example(b) for b in range(len(self.positions))]
+            frames = [example.to_dataframe() for example in examples]
+            for b, (example, frame) in enumerate(zip(examples, frames, strict=True)):
                 frame.insert(3, "example", b)
+                if self.ranks_by_token and "target" not in frame:
+                    frame.insert(list(frame).index("target_rank"), "target", example.target)
             return pd.concat(frames, ignore_index=True)
         lines = [
             {"weight": kind, "label": label, "layer": layer, **line}
@@ -329,6 +370,7 @@ class BackwardLensResult(Mapping[str, Readout]):
     def _lines(self, readout: Readout, i: int) -> Iterator[dict[str, Any]]:
         value = VALUE_COLUMNS[self.return_type]
         several = readout.has_several_targets
+        of_rows = self.target_ids.ndim == 1 and not several
         for j, position in enumerate(torch.as_tensor(self.positions).tolist()):
             is_zero = bool(readout.zero_mask[i, j])
             line = {
@@ -337,6 +379,7 @@ class BackwardLensResult(Mapping[str, Readout]):
                 "norm": float(readout.norms[i, j]),
                 "vjp_norm": float(readout.vjp_norms[i, j]),
                 "entropy": float(readout.entropy[i, j]),
+                **({"target": self.target[j]} if of_rows else {}),
                 "target_rank": None if several or is_zero else int(readout.target_ranks[i, j]),
             }
             if is_zero:
@@ -360,3 +403,8 @@ class BackwardLensResult(Mapping[str, Readout]):
                         "token": readout.vocabulary[token],
                         value: v,
                     }
+
+
+def _length_of_prompt(predicting: Int[Tensor, "k"]) -> int | None:
+    """The first token of a target is predicted by the last one of its prompt."""
+    return int(predicting[0]) + 1 if len(predicting) else None
