@@ -9,8 +9,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from tl_backward.lens.result import BackwardLensResult, Readout
-from tl_backward.plotting import lens_figure, lens_page, visible
+from tl_backward import plotting
+from tl_backward.lens.readout import Readout
+from tl_backward.lens.result import BackwardLensResult
+from tl_backward.lens.tables import lens_tables
+from tl_backward.plotting import visible
 
 LAYERS = [1, 4, 6]
 POSITIONS = [0, 2, 3, 5]
@@ -162,6 +165,10 @@ class Page(HTMLParser):
             self.cell.text += data
             if tags[-1] == "bdi":
                 self.cell.tokens[-1] += data
+
+
+def lens_page(result: BackwardLensResult) -> str:
+    return plotting.lens_page(lens_tables(result))
 
 
 def page_of(*readouts: Readout) -> Page:
@@ -477,7 +484,7 @@ def plain(text: str) -> str:
 
 
 def figure_of(kind: str, *readouts: Readout, weight: str | None = None):
-    return lens_figure(result_of(*readouts), kind, weight)
+    return result_of(*readouts).plot(kind, weight)
 
 
 def test_the_table_figure_has_the_page_s_cells():

@@ -1,6 +1,7 @@
 """Vectors of the backward pass, read in the model's vocabulary."""
 
 from tl_backward.lens.lens import BackwardLogitLens
-from tl_backward.lens.result import BackwardLensResult, Readout
+from tl_backward.lens.readout import Readout
+from tl_backward.lens.result import BackwardLensResult
 
 __all__ = ["BackwardLensResult", "BackwardLogitLens", "Readout"]

@@ -16,7 +16,7 @@ from tl_backward._integers import is_integer
 from tl_backward._precision import full_precision, stable_norm
 from tl_backward.capture.tokens import decode_each, each_token_id
 from tl_backward.lens._vocabulary import ReturnType, read_vocabulary
-from tl_backward.lens.result import READ_FORWARD, VALUE_COLUMNS, Readout
+from tl_backward.lens.readout import READ_FORWARD, VALUE_COLUMNS, Readout
 from tl_backward.sites import Model, unembed
 from tl_backward.translators import Translator
 

@@ -21,7 +21,8 @@ from tl_backward.capture.tokens import Prompt, Target, decode_each
 from tl_backward.lens._reading import checked_options, layer_of, read_vectors, targets_for
 from tl_backward.lens._selection import Texts, parts_of_residual, require_same_model, residual_side
 from tl_backward.lens._vocabulary import ReturnType
-from tl_backward.lens.result import READ_FORWARD, BackwardLensResult, Readout
+from tl_backward.lens.readout import READ_FORWARD, Readout
+from tl_backward.lens.result import BackwardLensResult
 from tl_backward.sites import (
     Model,
     layer_numbers,

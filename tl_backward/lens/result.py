@@ -1,121 +1,26 @@
-"""What the backward lens saw."""
+"""What the lens saw in one run."""
 
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_backward.lens._vocabulary import ReturnType
+from tl_backward.lens.readout import VALUE_COLUMNS, Readout
+from tl_backward.lens.tables import data_frame, lens_tables
 from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-READ_FORWARD = (*READ_BY_INPUT, "forward")
 FigureKind: TypeAlias = Literal["table", "ranks", "norms", "forward_and_backward"]
-VALUE_COLUMNS = {"logits": "logit", "log_probs": "log_prob", "probs": "probability"}
-
-
-@dataclass(frozen=True, eq=False)
-class Readout:
-    """Vectors of one kind, read in the vocabulary at every layer and position.
-
-    Matrices that read the residual stream (W_in, W_gate, W_Q, W_K, W_V) are read by their inputs
-    ``x_i``, of which the *most* probable tokens are what the update imprints (Eq 9). Those that
-    write to it (W_out, W_O) are read by their VJPs ``delta_i``, of which the *least* probable
-    tokens are what a descent step shifts the output towards, and the most probable ones what it
-    takes away (Eq 10). Signs are raw; no vector is ever negated.
-
-    Rows whose vector is zero are not read: their ids and ranks are -1 and their values nan. So are
-    the places behind the end of the shorter ones of several texts.
-
-    Attributes:
-        kind: ``"W_out"``, say.
-        labels: What each entry of the first axis is: the name of a weight's site, or of a point of
-            the residual stream.
-        layers: The layer that each entry belongs to; None outside the blocks.
-        top_ids: The most probable tokens, most probable first.
-        top_values: Their values: log-probabilities in nats, or what ``return_type`` says.
-        bottom_ids: The least probable tokens, least probable first.
-        bottom_values: Their values.
-        target_ranks: Rank of the target: 0 is the most probable token, ``d_vocab - 1`` the least.
-            Of several targets for every row, there is an axis of them at the end.
-        target_values: Their values.
-        vocab_ids: The tokens in ``vocab``, if some were asked for.
-        vocab_values: Their values.
-        entropy: Entropy of the distribution over the vocabulary, in nats.
-        norms: Norm of each vector that was read, before any normalisation.
-        vjp_norms: Norm of ``delta_i`` at the weight's own output; of another vector, its own.
-        zero_mask: Where the vector that was to be read is zero, or where there is none.
-        vocabulary: The strings of all token ids above, and of the targets.
-    """
-
-    kind: str
-    labels: list[str]
-    layers: list[int | None]
-    top_ids: Int[Tensor, "entry *batch_and_pos top_k"]
-    top_values: Float[Tensor, "entry *batch_and_pos top_k"]
-    bottom_ids: Int[Tensor, "entry *batch_and_pos bottom_k"]
-    bottom_values: Float[Tensor, "entry *batch_and_pos bottom_k"]
-    target_ranks: Int[Tensor, "entry *batch_pos_and_target"]
-    target_values: Float[Tensor, "entry *batch_pos_and_target"]
-    vocab_ids: Int[Tensor, "entry *batch_and_pos v"]
-    vocab_values: Float[Tensor, "entry *batch_and_pos v"]
-    entropy: Float[Tensor, "entry *batch_and_pos"]
-    norms: Float[Tensor, "entry *batch_and_pos"]
-    vjp_norms: Float[Tensor, "entry *batch_and_pos"]
-    zero_mask: Bool[Tensor, "entry *batch_and_pos"]
-    vocabulary: dict[int, str]
-
-    def __repr__(self) -> str:
-        shape = [*self.norms.shape]
-        entries = self.labels if len(self.labels) < 4 else [self.labels[0], "...", self.labels[-1]]
-        ends = {"top": self.top_ids, "bottom": self.bottom_ids, "vocab": self.vocab_ids}
-        kept = ", ".join(f"{ids.shape[-1]} {end}" for end, ids in ends.items() if ids.shape[-1])
-        return f"Readout({self.kind} {shape}: {', '.join(entries)}; {kept} tokens)"
-
-    @property
-    def has_several_targets(self) -> bool:
-        """Whether ``target_ranks`` has an axis of several targets for every row."""
-        return self.target_ranks.ndim > self.entropy.ndim
-
-    def top_tokens(self) -> list[Any]:
-        """The most probable tokens as strings, ``[layer]([batch])[position][k]``.
-
-        There are none for a zero row.
-        """
-        return self._strings(self.top_ids.tolist())
-
-    def bottom_tokens(self) -> list[Any]:
-        """The least probable tokens as strings, ``[layer]([batch])[position][k]``."""
-        return self._strings(self.bottom_ids.tolist())
-
-    def example(self, b: int, n: int) -> Readout:
-        """One prompt of several, of which ``n`` positions were read."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        of_prompt: dict[str, Any] = {
-            name: tensor[:, b, :n] for name, tensor in tensors.items() if isinstance(tensor, Tensor)
-        }
-        return replace(self, **of_prompt)
-
-    def _strings(self, ids: list[Any]) -> list[Any]:
-        if ids and isinstance(ids[0], int):
-            return [self.vocabulary[i] for i in ids if i >= 0]
-        return [self._strings(inner) for inner in ids]
-
-
-def default_kind(result: Mapping[str, Readout]) -> str:
-    """What is shown of a result when nothing else is asked for: W_out, or else the first."""
-    return "W_out" if "W_out" in result else next(iter(result))
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,25 +213,7 @@ class BackwardLensResult(Mapping[str, Readout]):
         ``end`` ``target``, with its rank and value, and other rows have no rank. A zero row gives
         one line without token.
         """
-        import pandas as pd
-
-        if isinstance(self.positions, list):
-            examples = [self.example(b) for b in range(len(self.positions))]
-            frames = [example.to_dataframe() for example in examples]
-            for b, (example, frame) in enumerate(zip(examples, frames, strict=True)):
-                frame.insert(3, "example", b)
-                if self.ranks_by_token and "target" not in frame:
-                    frame.insert(list(frame).index("target_rank"), "target", example.target)
-            return pd.concat(frames, ignore_index=True)
-        lines = [
-            {"weight": kind, "label": label, "layer": layer, **line}
-            for kind, readout in self.items()
-            for i, (label, layer) in enumerate(zip(readout.labels, readout.layers, strict=True))
-            for line in self._lines(readout, i)
-        ]
-        whole = {"layer": "Int64", "target_rank": "Int64", "k": "Int64", "token_id": "Int64"}
-        frame = pd.DataFrame(lines)
-        return frame.astype({k: v for k, v in whole.items() if k in frame})
+        return data_frame(self)
 
     def plot(self, kind: FigureKind = "table", weight: str | None = None) -> Figure:
         """A plotly figure of what the lens saw of one prompt.
@@ -347,7 +234,7 @@ class BackwardLensResult(Mapping[str, Readout]):
         """
         from tl_backward.plotting import lens_figure
 
-        return lens_figure(self, kind, weight)
+        return lens_figure(lens_tables(self), kind, weight or default_kind(self))
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page with a layer x token table for each weight.
@@ -364,45 +251,13 @@ class BackwardLensResult(Mapping[str, Readout]):
         from tl_backward.plotting import lens_page
 
         path = Path(path)
-        path.write_text(lens_page(self), encoding="utf-8")
+        path.write_text(lens_page(lens_tables(self)), encoding="utf-8")
         return path
 
-    def _lines(self, readout: Readout, i: int) -> Iterator[dict[str, Any]]:
-        value = VALUE_COLUMNS[self.return_type]
-        several = readout.has_several_targets
-        of_rows = self.target_ids.ndim == 1 and not several
-        for j, position in enumerate(torch.as_tensor(self.positions).tolist()):
-            is_zero = bool(readout.zero_mask[i, j])
-            line = {
-                "position": position,
-                "str_token": self.str_tokens[position],
-                "norm": float(readout.norms[i, j]),
-                "vjp_norm": float(readout.vjp_norms[i, j]),
-                "entropy": float(readout.entropy[i, j]),
-                **({"target": self.target[j]} if of_rows else {}),
-                "target_rank": None if several or is_zero else int(readout.target_ranks[i, j]),
-            }
-            if is_zero:
-                yield line | dict.fromkeys(("end", "k", "token_id", "token")) | {value: math.nan}
-                continue
-            ends = [
-                ("top", readout.top_ids[i, j], readout.top_values[i, j]),
-                ("bottom", readout.bottom_ids[i, j], readout.bottom_values[i, j]),
-                ("vocab", readout.vocab_ids[i, j], readout.vocab_values[i, j]),
-            ]
-            if several:
-                ends.append(("target", self.target_ids, readout.target_values[i, j]))
-            for end, ids, values in ends:
-                for k, (token, v) in enumerate(zip(ids.tolist(), values.tolist(), strict=True)):
-                    if end == "target":
-                        line["target_rank"] = int(readout.target_ranks[i, j, k])
-                    yield line | {
-                        "end": end,
-                        "k": k,
-                        "token_id": token,
-                        "token": readout.vocabulary[token],
-                        value: v,
-                    }
+
+def default_kind(result: Mapping[str, Readout]) -> str:
+    """What is shown of a result when nothing else is asked for: W_out, or else the first."""
+    return "W_out" if "W_out" in result else next(iter(result))
 
 
 def _length_of_prompt(predicting: Int[Tensor, "k"]) -> int | None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_backward.lens.result import VALUE_COLUMNS, BackwardLensResult, FigureKind, default_kind
-from tl_backward.plotting.table import Cell, Table
+from tl_backward.plotting.tables import Cell, LensTables, Table
 from tl_backward.plotting.tokens import visible
 
 if TYPE_CHECKING:
@@ -27,29 +26,31 @@ NAME_HEIGHT = {LEVEL: 24, UPRIGHT: 100}
 SHOWN_CHARACTERS = 10
 
 
-def lens_figure(result: BackwardLensResult, kind: FigureKind, weight: str | None) -> Figure:
+def lens_figure(shown: LensTables, kind: str, weight: str) -> Figure:
     """The figure of a kind, as :meth:`BackwardLensResult.plot` describes them."""
     try:
         import plotly.graph_objects  # noqa: F401
     except ImportError as error:
         raise ImportError("figures need plotly: pip install 'tl-backward[plot]'") from error
-    weight = weight or default_kind(result)
-    if kind == "table":
-        return _tables([Table(result, weight)])
-    if kind == "ranks":
-        return _ranks(Table(result, weight))
+    if kind not in ("table", "ranks", "norms", "forward_and_backward"):
+        raise ValueError(
+            f"kind must be 'table', 'ranks', 'norms' or 'forward_and_backward', got {kind!r}"
+        )
     if kind == "norms":
-        return _norms([Table(result, each) for each in result])
-    if kind == "forward_and_backward":
-        if "forward" not in result:
-            raise ValueError("kind='forward_and_backward' needs a lens run with forward=True")
-        return _tables([Table(result, "forward"), Table(result, weight)])
-    raise ValueError(
-        f"kind must be 'table', 'ranks', 'norms' or 'forward_and_backward', got {kind!r}"
-    )
+        return _norms(shown, list(shown.tables.values()))
+    if weight not in shown.tables:
+        raise KeyError(f"{weight!r} was not read; there is {', '.join(shown.tables)}")
+    table = shown.tables[weight]
+    if kind == "ranks":
+        return _ranks(shown, table)
+    if kind == "table":
+        return _tables(shown, [table])
+    if "forward" not in shown.tables:
+        raise ValueError("kind='forward_and_backward' needs a lens run with forward=True")
+    return _tables(shown, [shown.tables["forward"], table])
 
 
-def _tables(tables: list[Table]) -> Figure:
+def _tables(shown: LensTables, tables: list[Table]) -> Figure:
     """Layer x token tables, side by side."""
     figure = _panels(tables)
     for column, table in enumerate(tables, start=1):
@@ -61,7 +62,7 @@ def _tables(tables: list[Table]) -> Figure:
             text=[[_short(table, cell) if cell else "" for cell in row] for row in rows],
             customdata=[
                 [
-                    _details(table, header, j, cell) if cell else "no update: exactly zero"
+                    _details(shown, table, header, j, cell) if cell else "no update: exactly zero"
                     for j, cell in enumerate(row)
                 ]
                 for header, row in zip(headers, rows, strict=True)
@@ -81,14 +82,14 @@ def _tables(tables: list[Table]) -> Figure:
             col=column,
         )
     hover = {"align": "left", "bgcolor": "#ffffff", "font": {"family": "monospace", "color": TEXT}}
-    return _laid_out(figure, tables, COLUMN_WIDTH, LEVEL).update_layout(hoverlabel=hover)
+    return _laid_out(shown, figure, tables, COLUMN_WIDTH, LEVEL).update_layout(hoverlabel=hover)
 
 
-def _norms(tables: list[Table]) -> Figure:
+def _norms(shown: LensTables, tables: list[Table]) -> Figure:
     """The norm of every vector that was read, on a scale of each table's own."""
     figure = _panels(tables)
     for column, table in enumerate(tables, start=1):
-        norms = table.readout.norms.double().flip(0)
+        norms = torch.tensor(table.norms[::-1], dtype=torch.float64)
         figure.add_heatmap(
             x=_columns(table),
             y=table.headers[::-1],
@@ -102,28 +103,27 @@ def _norms(tables: list[Table]) -> Figure:
             row=1,
             col=column,
         )
-    return _laid_out(figure, tables, COLUMN_WIDTH // 2, UPRIGHT)
+    return _laid_out(shown, figure, tables, COLUMN_WIDTH // 2, UPRIGHT)
 
 
-def _ranks(table: Table) -> Figure:
+def _ranks(shown: LensTables, table: Table) -> Figure:
     """The rank of each target through the layers, a line for each position."""
     import plotly.graph_objects as go
 
-    ranks = table.readout.target_ranks
-    if not ranks.numel():
+    if not shown.has_targets:
         raise ValueError("kind='ranks' needs targets=, in the lens")
-    by_target = ranks.reshape(*ranks.shape[:2], -1)
     figure = go.Figure()
     for j, column in enumerate(_columns(table)):
-        for target, of_target in zip(table.targets(j), by_target[:, j].unbind(-1), strict=True):
+        for t, target in enumerate(table.targets[j]):
+            ranks = [of_entry[j][t] for of_entry in table.ranks]
             figure.add_scatter(
                 x=table.headers,
-                y=[rank if rank >= 0 else None for rank in of_target.tolist()],
+                y=[rank if rank >= 0 else None for rank in ranks],
                 name=f"{column} → {_escaped(target)}",
                 mode="lines+markers",
                 visible=True if j == len(table.positions) - 1 else "legendonly",
             )
-    last = table.result.d_vocab - 1
+    last = shown.d_vocab - 1
     figure.update_yaxes(
         title=f"rank: 0 {table.ends[0]}, {last} {table.ends[1]} probable",
         range=[1.03 * last, -0.03 * last],
@@ -140,7 +140,9 @@ def _panels(tables: list[Table]) -> Figure:
     return make_subplots(1, len(tables))
 
 
-def _laid_out(figure: Figure, tables: list[Table], column_width: int, angle: int) -> Figure:
+def _laid_out(
+    shown: LensTables, figure: Figure, tables: list[Table], column_width: int, angle: int
+) -> Figure:
     """Columns are named on top, and panels at their left, where a wide figure begins."""
     n_columns = sum(len(table.positions) for table in tables)
     figure.update_xaxes(side="top", tickangle=angle, type="category", ticks="", showgrid=False)
@@ -160,13 +162,11 @@ def _laid_out(figure: Figure, tables: list[Table], column_width: int, angle: int
             col=column,
         )
     top = TITLES + NAME_HEIGHT[angle]
-    result = tables[0].result
-    target = result.loss_target
-    aim = f" → {_escaped(target)}" if isinstance(target, str) else ""
+    aim = "" if shown.loss_target is None else f" → {_escaped(shown.loss_target)}"
     return figure.update_layout(
         template="plotly_white",
         title={
-            "text": f"Backward lens{aim}, loss {result.loss:.4f}",
+            "text": f"Backward lens{aim}, loss {shown.loss:.4f}",
             "x": 0,
             "xref": "paper",
             "y": 1,
@@ -196,9 +196,9 @@ def _short(table: Table, cell: Cell) -> str:
     return " \\<br>".join(ends)
 
 
-def _details(table: Table, header: str, j: int, cell: Cell) -> str:
+def _details(shown: LensTables, table: Table, header: str, j: int, cell: Cell) -> str:
     where = f"layer {header}" if table.is_weight else header
-    value = VALUE_COLUMNS[table.result.return_type].replace("_", " ")
+    value = shown.value.replace("_", " ")
     lines: list[Any] = [
         f"<b>{where}, {_escaped(table.tokens[j])} at {table.positions[j]}</b>",
         f"norm {cell.norm:.3g}, of the VJP {cell.vjp_norm:.3g}"
@@ -206,8 +206,7 @@ def _details(table: Table, header: str, j: int, cell: Cell) -> str:
         else f"norm {cell.norm:.3g}",
     ]
     lines += [
-        f"target {_escaped(target)}: rank {rank} of {table.result.d_vocab}"
-        for target, rank in cell.ranks
+        f"target {_escaped(target)}: rank {rank} of {shown.d_vocab}" for target, rank in cell.ranks
     ]
     for end, tokens in zip(table.ends, (cell.top, cell.bottom), strict=True):
         lines.append(f"<b>{end} probable</b> ({value})")

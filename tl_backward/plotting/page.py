@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tl_backward.lens.result import BackwardLensResult
-from tl_backward.plotting.table import Table
+from tl_backward.plotting.tables import LensTables
 from tl_backward.plotting.tokens import visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-VALUE_NAMES = {"logits": "logit", "log_probs": "log prob", "probs": "prob"}
+VALUE_NAMES = {"logit": "logit", "log_prob": "log prob", "probability": "prob"}
 """No longer than the numbers below them, so that a card fits on a narrow screen."""
 
 
-def lens_page(result: BackwardLensResult) -> str:
+def lens_page(shown: LensTables) -> str:
     """One self-contained HTML page with a layer x token table for each weight.
 
     The last layer is on top. A cell shows the token at the top and at the bottom and is coloured by
@@ -24,18 +23,10 @@ def lens_page(result: BackwardLensResult) -> str:
 
     Raises:
         ImportError: Without the extra ``plot``.
-        ValueError: For several prompts, or a lens that kept no tokens.
+        ValueError: When the lens kept no tokens.
     """
-    return (
-        environment()
-        .get_template("lens.html.j2")
-        .render(
-            result=result,
-            tables=[Table(result, kind) for kind in result],
-            has_targets=result.target_ids.numel() > 0,
-            value=VALUE_NAMES[result.return_type],
-        )
-    )
+    template = environment().get_template("lens.html.j2")
+    return template.render(shown=shown, value=VALUE_NAMES[shown.value])
 
 
 def environment() -> Environment:
