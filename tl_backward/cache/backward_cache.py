@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,10 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_backward import tensor_files
+from tl_backward._integers import as_ranges
 from tl_backward.cache._attribution import attribution
 from tl_backward.cache.residual import Residual, SliceInput, Stack, stacked
 from tl_backward.cache.rows import of_example
 from tl_backward.factors import GradientFactors
+from tl_backward.sites.names import parse_site_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -324,9 +327,41 @@ class BackwardCache(Mapping[str, GradientFactors]):
             prefix = "" if layer is None else f"blocks.{layer}."
             names = [n for n in self.factors if n.startswith(prefix) and n.endswith(f".{kind}")]
         if len(names) != 1:
-            problem = "is in several layers" if names else "was not captured"
-            raise KeyError(f"{key!r} {problem}; there is {', '.join(names or self.factors)}")
+            raise KeyError(f"{key!r} {self._no_single_weight(key, names)}")
         return names[0]
+
+    def _no_single_weight(self, key: str | tuple[str, int | None], names: list[str]) -> str:
+        """What is wrong with a key that names no weight, or several, and what to ask for."""
+        kind, layer = (key, None) if isinstance(key, str) else key
+        if isinstance(key, str) and "." in key:
+            with suppress(ValueError):
+                layer, kind = parse_site_name(key)
+        layers: dict[str, list[int | None]] = {}
+        for name in map(parse_site_name, self.factors):
+            layers.setdefault(name.kind, []).append(name.layer)
+        if kind not in layers:
+            kinds: dict[str, list[str]] = {}
+            for one, of_one in layers.items():
+                kinds.setdefault(_where(of_one), []).append(one)
+            every = "; ".join(f"{', '.join(some)} {where}" for where, some in kinds.items())
+            return f"was not captured; there is {every}"
+        if names and layer is not None:
+            return f"is the key of several weights: {', '.join(names)}"
+        of_kind = layers[kind]
+        wrong = "was not captured" if layer is not None else "names no layer"
+        if layer is None and len(of_kind) > 1:
+            wrong = "is in several layers"
+        return (
+            f"{wrong}; {kind} was captured {_where(of_kind)}: take cache[{kind!r}, {of_kind[-1]}], "
+            "say"
+        )
+
+
+def _where(layers: list[int | None]) -> str:
+    inside = [layer for layer in layers if layer is not None]
+    if not inside:
+        return "outside the blocks"
+    return f"in layer{'s' * (len(inside) > 1)} {as_ranges(inside)}"
 
 
 def _fields_of(instance: Any) -> dict[str, Any]:
