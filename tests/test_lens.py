@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -233,6 +234,24 @@ def test_rank_trajectory_where_the_tokenizer_strips_spaces(tmp_path):
     assert result.target == "Paris"
     for name in (TARGET, "Paris"):
         assert torch.equal(result.rank_trajectory(name), result["W_out"].target_ranks)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "read", "left_out"),
+    [("deepseek_v3", "W_out", [0], "layer 1"), ("jamba", "W_O", [1, 3], "layers 0, 2")],
+)
+def test_layers_without_a_site_are_named(tokenizer, family, kind, read, left_out):
+    """Experts in the place of an MLP, and state-space mixers in that of attention."""
+    model = make(family, tokenizer)
+    lens, (_, cache) = tlb.BackwardLogitLens(model), tlb.run_with_backward_cache(model, PROMPT, 5)
+    for arguments in ({"prompt": PROMPT, "target": 5}, {"cache": cache}):
+        with pytest.warns(UserWarning, match=f"{kind} in {left_out}; tl_backward.coverage"):
+            result = lens(**arguments, weights=kind)
+        assert result[kind].layers == read
+        assert result.left_out == {kind: [i for i in range(model.cfg.n_layers) if i not in read]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lens(PROMPT, 5, weights=kind, layers=read).left_out == {}
 
 
 def test_dataframe_is_tidy(result):

@@ -273,6 +273,14 @@ def test_each_position_of_a_target_of_several_tokens_has_its_own():
     assert plain(result.plot().layout.title.text).startswith("Backward lens → ·linebacker")
 
 
+def test_layers_without_a_site_are_named():
+    result = replace(result_of(small("W_in"), small()), left_out={"W_out": [0, 2, 3, 5, 7, 8, 9]})
+    page = Page(lens_page(result))
+    assert page.body.count("layers without a site of") == 1
+    assert "layers without a site of W_out: 0, 2, 3, 5, 7 to 9" in page.body
+    assert "no W_out in 0, 2, 3, 5, 7 to 9" in repr(result)
+
+
 def test_a_loss_without_a_target_is_no_likelihood():
     w_out = small()
     loss_fn = replace(result_of(w_out), loss_target=None)  # ranks of a target all the same

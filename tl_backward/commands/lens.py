@@ -140,5 +140,6 @@ def _as_json(
         "target": target,
         "target_id": result.target_ids.tolist(),
         "loss": result.loss.item(),
+        "left_out": result.left_out,
         "rows": rows,
     }

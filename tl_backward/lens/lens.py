@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_backward._integers import is_integer
+from tl_backward._integers import as_ranges, is_integer
 from tl_backward._precision import stable_norm
+from tl_backward._user_warnings import warn_user
 from tl_backward.cache import BackwardCache
 from tl_backward.cache.residual import SliceInput
 from tl_backward.cache.rows import Positions
@@ -143,6 +144,10 @@ class BackwardLogitLens:
                 lacks what is asked for, and as :func:`run_with_backward_cache` does.
             TypeError: When prompt, cache, weights, lens or tokens are something else.
             NotImplementedError: For blocks that run several times in one forward pass.
+
+        Warns:
+            UserWarning: When layers have no site of a weight, as where experts replace the MLP;
+                ``result.left_out`` has them. And as :func:`run_with_backward_cache` does.
         """
         options = checked_options(
             self.model,
@@ -221,6 +226,7 @@ class BackwardLogitLens:
             return replace(readout, kind=kind, labels=labels, layers=layers)
 
         readouts = {}
+        left_out = self._left_out(weights, numbers)
         for kind in weights:
             names = self._names(cache, kind, layers)
             readout = read(kind, names, [residual_side(cache, name, vjps) for name in names])
@@ -252,6 +258,7 @@ class BackwardLogitLens:
             return_type=return_type,
             direction=direction,
             weights_processing=cache.weights_processing,
+            left_out=left_out,
         )
 
     def read(
@@ -392,6 +399,27 @@ class BackwardLogitLens:
         if len(sites) > 1:
             raise ValueError(f"layer={layer!r}: {weight} is in {len(sites)} layers; pass one")
         return sites[0].name
+
+    def _left_out(
+        self, kinds: Sequence[str], layers: Collection[int] | None
+    ) -> dict[str, list[int]]:
+        """By kind, the layers that were asked for and have no site of it, with a warning."""
+        asked_for = range(self.model.cfg.n_layers) if layers is None else layers
+        left_out = {
+            kind: sorted({*asked_for} - {site.layer for site in weight_sites(self.model, kind)})
+            for kind in kinds
+        }
+        left_out = {kind: missing for kind, missing in left_out.items() if missing}
+        if left_out:
+            which = "; ".join(
+                f"{kind} in layer{'s' * (len(missing) > 1)} {as_ranges(missing)}"
+                for kind, missing in left_out.items()
+            )
+            warn_user(
+                f"weights: not read, as there is no site: {which}; "
+                "tl_backward.coverage(model) says why"
+            )
+        return left_out
 
     def _names(
         self, cache: BackwardCache, kind: str, layers: int | Iterable[int] | None

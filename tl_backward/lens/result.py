@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_backward._integers import as_ranges
 from tl_backward.lens._vocabulary import ReturnType
 from tl_backward.lens.readout import VALUE_COLUMNS, Readout
 from tl_backward.lens.tables import data_frame, lens_tables
@@ -52,6 +53,7 @@ class BackwardLensResult(Mapping[str, Readout]):
         return_type: What values are: ``"logits"``, ``"log_probs"`` or ``"probs"``.
         direction: ``"gradient"``, or ``"descent"`` if the ends of VJPs' readouts were exchanged.
         weights_processing: As in :class:`BackwardCache`.
+        left_out: By kind of weight, the layers that were asked for and have no site of it.
     """
 
     readouts: dict[str, Readout]
@@ -69,6 +71,7 @@ class BackwardLensResult(Mapping[str, Readout]):
     return_type: ReturnType
     direction: Literal["gradient", "descent"]
     weights_processing: str
+    left_out: dict[str, list[int]] = field(default_factory=dict)
 
     def __getitem__(self, kind: str) -> Readout:
         try:
@@ -89,7 +92,10 @@ class BackwardLensResult(Mapping[str, Readout]):
         else:
             target = self.loss_target if self.ranks_by_token else self.target
             of = f"{len(self.positions)} positions, target={target!r}, loss={self.loss:.4f}"
-        return f"BackwardLensResult({', '.join(self)}; {n_layers} layers, {of})"
+        without = "".join(
+            f"; no {kind} in {as_ranges(layers)}" for kind, layers in self.left_out.items()
+        )
+        return f"BackwardLensResult({', '.join(self)}; {n_layers} layers{without}, {of})"
 
     def _repr_html_(self) -> str:
         """What was kept at the last position as tables for a notebook: weights by layer, the rest.

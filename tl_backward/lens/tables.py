@@ -111,6 +111,7 @@ def _table(result: BackwardLensResult, kind: str) -> Table:
         scale=scale,
         has_tokens=bool(readout.top_ids.shape[-1] and readout.bottom_ids.shape[-1]),
         cells=[[cell(i, j) for j in range(len(positions))] for i in range(len(readout.labels))],
+        left_out=result.left_out.get(kind, []),
     )
 
 

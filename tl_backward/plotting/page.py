@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tl_backward._integers import as_ranges
 from tl_backward.plotting.tables import LensTables
 from tl_backward.plotting.tokens import visible
 
@@ -48,5 +49,6 @@ def environment() -> Environment:
         undefined=jinja2.StrictUndefined,
     )
     templates.filters["visible"] = visible
+    templates.filters["ranges"] = as_ranges
     templates.globals["zip"] = zip
     return templates

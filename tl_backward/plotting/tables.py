@@ -52,6 +52,7 @@ class Table:
         scale: The largest norm of a VJP, which has the level 1.
         has_tokens: Whether tokens of both ends were kept.
         cells: ``[entry][position]``; None where the update is zero.
+        left_out: The layers that were asked for and have no site of this weight.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Table:
     scale: float
     has_tokens: bool
     cells: list[list[Cell | None]]
+    left_out: list[int]
 
     def rows(self) -> Iterator[tuple[str, list[Cell | None]]]:
         """Each header and its cells, the last layer first.
