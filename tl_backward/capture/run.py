@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -51,6 +51,16 @@ from tl_backward.sites import (
 )
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+
+
+class CaptureOptions(TypedDict, total=False):
+    """Arguments of :func:`run_with_backward_cache` that other functions pass on to it."""
+
+    loss_fn: Loss | None
+    prepend_bos: bool | None
+    padding_side: Literal["left", "right"] | None
+    fwd_hooks: Hooks
+    bwd_hooks: Hooks
 
 
 def run_with_backward_cache(

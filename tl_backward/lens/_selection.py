@@ -13,12 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tl_backward.cache import BackwardCache
 from tl_backward.cache.residual import SliceInput
 from tl_backward.cache.rows import Positions, kept_positions, plain_index, selected
-from tl_backward.sites import Model, weight_sites, weights_processing
+from tl_backward.sites import FoundSites, Model, weights_processing
 from tl_backward.sites.kinds import READ_BY_INPUT
 from tl_backward.sites.names import parse_site_name
 
 
-class Texts:
+class Selection:
     """The prompts and positions of a cache that are read."""
 
     def __init__(self, cache: BackwardCache, batch_slice: SliceInput, positions: Positions) -> None:
@@ -80,7 +80,7 @@ class Texts:
         return chosen[0] if self._single else pad_sequence(chosen, batch_first=True)
 
 
-def require_same_model(model: Model, cache: BackwardCache) -> None:
+def require_same_model(model: Model, found: FoundSites, cache: BackwardCache) -> None:
     """Refuse a cache that another model, or this one with other weights, has left.
 
     Raises:
@@ -95,7 +95,7 @@ def require_same_model(model: Model, cache: BackwardCache) -> None:
     cfg, layers = model.cfg, cache.residual.n_layers
     tokens = cache.tokens if isinstance(cache.tokens, list) else [cache.tokens]
     last = int(torch.cat([*tokens, cache.target_ids.flatten()]).max())
-    sites = {site.name: site for site in weight_sites(model)}
+    sites = {site.name: site for site in found.sites}
     differences = [
         f"its {name} is {g.shape}"
         for name, g in cache.items()

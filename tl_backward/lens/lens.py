@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_backward._integers import as_ranges, is_integer
 from tl_backward._precision import stable_norm
@@ -16,20 +17,27 @@ from tl_backward._user_warnings import warn_user
 from tl_backward.cache import BackwardCache
 from tl_backward.cache.residual import SliceInput
 from tl_backward.cache.rows import Positions
-from tl_backward.capture import Hooks, run_with_backward_cache
-from tl_backward.capture.objectives import Loss
+from tl_backward.capture import CaptureOptions, run_with_backward_cache
 from tl_backward.capture.tokens import Prompt, Target, decode_each
-from tl_backward.lens._reading import checked_options, layer_of, read_vectors, targets_for
-from tl_backward.lens._selection import Texts, parts_of_residual, require_same_model, residual_side
+from tl_backward.lens._options import (
+    ReadKeywords,
+    ReadoutKeywords,
+    ReadoutOptions,
+    VocabularyTokens,
+    readout_options,
+)
+from tl_backward.lens._reading import layer_of_entry, read_vectors
+from tl_backward.lens._selection import (
+    Selection,
+    parts_of_residual,
+    require_same_model,
+    residual_side,
+)
+from tl_backward.lens._targets import Targets, TargetTokens, targets_for
 from tl_backward.lens._vocabulary import ReturnType
 from tl_backward.lens.readout import READ_FORWARD, Readout
 from tl_backward.lens.result import BackwardLensResult
-from tl_backward.sites import (
-    Model,
-    layer_numbers,
-    require_model,
-    weight_sites,
-)
+from tl_backward.sites import FoundSites, Model, find_sites, layer_numbers, require_model
 from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP
 from tl_backward.translators import Translator
 
@@ -63,7 +71,6 @@ class BackwardLogitLens:
         target: Target | None = None,
         *,
         cache: BackwardCache | None = None,
-        loss_fn: Loss | None = None,
         weights: str | Iterable[str] = ("W_in", "W_out"),
         residual: Literal["accumulated", "decomposed", "heads"] | None = None,
         incl_mid: bool = False,
@@ -75,17 +82,14 @@ class BackwardLogitLens:
         lens: Translator | None = None,
         apply_ln: bool = True,
         normalize: bool = False,
-        vocab: str | int | Sequence[str | int] | Int[Tensor, "v"] | None = None,
-        targets: str | int | Sequence[Any] | Int[Tensor, "..."] | None = None,
+        vocab: VocabularyTokens | None = None,
+        targets: TargetTokens | None = None,
         return_type: ReturnType = "log_probs",
         top_k: int | None = None,
         bottom_k: int | None = None,
         direction: Literal["gradient", "descent"] = "gradient",
-        prepend_bos: bool | None = None,
-        padding_side: Literal["left", "right"] | None = None,
         chunk_size: int = 64,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
+        **run: Unpack[CaptureOptions],
     ) -> BackwardLensResult:
         """Run the model forward and backward once and read what arrives at its weights.
 
@@ -96,7 +100,6 @@ class BackwardLogitLens:
             prompt: Text or token ids, of one prompt or of several.
             target: What is differentiated towards, as in :func:`run_with_backward_cache`.
             cache: What such a run has left, instead of a prompt.
-            loss_fn: Instead of a target, as in :func:`run_with_backward_cache`.
             weights: Kinds of weights to read.
             residual: Read VJPs of the residual stream, too: ``"accumulated"``, ``"decomposed"`` or
                 what every head adds, ``"heads"``; ``result["accumulated"]`` and so on.
@@ -132,11 +135,9 @@ class BackwardLogitLens:
             bottom_k: How many of the least probable ones. Default: as many.
             direction: ``"descent"`` has at the top what a descent step moves towards: for VJPs the
                 other end of the same readout. Inputs ``x_i`` are read as they are.
-            prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
-            padding_side: As in :func:`run_with_backward_cache`.
             chunk_size: Rows that are unembedded at once.
-            fwd_hooks: As in :func:`run_with_backward_cache`.
-            bwd_hooks: The same.
+            run: ``loss_fn`` instead of a target, ``prepend_bos``, ``padding_side``, ``fwd_hooks``
+                and ``bwd_hooks``, as in :func:`run_with_backward_cache`.
 
         Raises:
             ValueError: When an argument is out of range, when ``vocab`` and ``top_k`` are both
@@ -149,110 +150,66 @@ class BackwardLogitLens:
             UserWarning: When layers have no site of a weight, as where experts replace the MLP;
                 ``result.left_out`` has them. And as :func:`run_with_backward_cache` does.
         """
-        options = checked_options(
+        options = readout_options(
             self.model,
-            apply_ln,
-            normalize,
-            lens,
-            vocab,
-            return_type,
-            top_k,
-            bottom_k,
-            direction,
-            chunk_size,
+            lens=lens,
+            apply_ln=apply_ln,
+            normalize=normalize,
+            vocab=vocab,
+            return_type=return_type,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            direction=direction,
+            chunk_size=chunk_size,
         )
-        if weights is None:
-            raise TypeError("weights must be kinds such as ('W_in', 'W_out'), or () for none")
-        weights = [weights] if isinstance(weights, str) else list(weights)
-        _require_readable(weights, vjps, residual, incl_mid, forward)
-        if isinstance(prompt, BackwardCache):
-            raise TypeError("prompt is a BackwardCache; pass it as cache=")
-        numbers = layer_numbers(self.model.cfg.n_layers, layers)
-        cut: Positions = positions
+        kinds = _readable_kinds(weights, vjps, residual, incl_mid, forward)
+        found = find_sites(self.model)
         if cache is None:
-            if prompt is None:
-                raise ValueError("pass a prompt and a target, or a cache")
             below = residual is not None or forward  # the stream before the first layer
-            _, cache = run_with_backward_cache(
-                self.model,
+            cache = self._capture(
                 prompt,
                 target,
-                loss_fn=loss_fn,
-                weights=weights or "W_out",
+                run,
+                weights=kinds or "W_out",
                 layers=None if below else layers,
                 positions=positions,
                 per_head=residual == "heads",
-                prepend_bos=prepend_bos,
-                padding_side=padding_side,
-                fwd_hooks=fwd_hooks,
-                bwd_hooks=bwd_hooks,
             )
-            cut = None
+            positions = None
         else:
-            of_a_run = {
-                "prompt": prompt,
-                "target": target,
-                "loss_fn": loss_fn,
-                "prepend_bos": prepend_bos,
-                "padding_side": padding_side,
-                "fwd_hooks": fwd_hooks or None,
-                "bwd_hooks": bwd_hooks or None,
-            }
-            useless = [name for name, value in of_a_run.items() if value is not None]
-            if useless:
-                raise ValueError(
-                    "pass either a prompt or a cache; the run of a cache is over, so leave out "
-                    f"{', '.join(useless)}"
-                )
-            require_same_model(self.model, cache)
-        texts = Texts(cache, batch_slice, cut)
-        wanted = targets_for(self.model, targets, texts.shape, texts.targets)
-        done: list[tuple[bool, Tensor, Readout]] = []
-
-        def read(kind: str, labels: list[str], vectors: list[Tensor]) -> Readout:
-            """Vectors that several weights share are read once."""
-            stack = torch.stack([texts.rows(v).to(vectors[0].device) for v in vectors])
-            forward = kind in READ_FORWARD
-            same = (
-                readout
-                for same_direction, other, readout in done
-                if same_direction == forward and torch.equal(other, stack)
-            )
-            readout = next(same, None)
-            if readout is None:
-                readout = read_vectors(self.model, kind, labels, stack, wanted, options)
-                done.append((forward, stack, readout))
-            layers = [layer_of(label) for label in labels]
-            return replace(readout, kind=kind, labels=labels, layers=layers)
-
+            _require_no_run(prompt=prompt, target=target, **run)
+            require_same_model(self.model, found, cache)
+        selection = Selection(cache, batch_slice, positions)
+        wanted = targets_for(self.model, targets, selection.shape, selection.targets)
+        reader = _Reader(self.model, selection, wanted, options)
+        numbers = layer_numbers(self.model.cfg.n_layers, layers)
+        left_out = _left_out(found, kinds, numbers)
         readouts = {}
-        left_out = self._left_out(weights, numbers)
-        for kind in weights:
-            names = self._names(cache, kind, layers)
-            readout = read(kind, names, [residual_side(cache, name, vjps) for name in names])
-            norms = [stable_norm(texts.rows(cache[name].vjps), dim=-1).cpu() for name in names]
-            readouts[kind] = replace(readout, vjp_norms=torch.stack(norms))
+        for kind in kinds:
+            names = _captured_names(found, cache, kind, layers)
+            vectors = {name: residual_side(cache, name, vjps) for name in names}
+            norms = [stable_norm(selection.rows(cache[name].vjps), dim=-1).cpu() for name in names]
+            readouts[kind] = replace(reader.read(kind, vectors), vjp_norms=torch.stack(norms))
         if residual is not None:
             parts = parts_of_residual(cache, residual, incl_mid, numbers)
-            readouts[residual] = read(residual, [*parts], [*parts.values()])
+            readouts[residual] = reader.read(residual, parts)
         if forward:
-            parts = cache.residual.forward_stream(numbers)
-            readouts["forward"] = read("forward", [*parts], [*parts.values()])
+            readouts["forward"] = reader.read("forward", cache.residual.forward_stream(numbers))
         return BackwardLensResult(
             readouts=readouts,
-            str_tokens=texts.whole(texts.str_tokens),
-            positions=texts.whole(texts.positions),
+            str_tokens=selection.whole(selection.str_tokens),
+            positions=selection.whole(selection.positions),
             target_ids=wanted.shown,
             target=self._strings(wanted.shown),
             target_names=(
-                self._target_names(texts.target_ids, target)
+                self._target_names(selection.target_ids, target)
                 if targets is None
                 else self._target_names(wanted.shown.reshape(-1, 1), targets)
             ),
-            target_positions=texts.whole(texts.target_positions),
-            loss=texts.loss.cpu(),
-            loss_target=self._loss_target(texts),
-            loss_target_ids=texts.whole([ids.tolist() for ids in texts.target_ids]),
+            target_positions=selection.whole(selection.target_positions),
+            loss=selection.loss.cpu(),
+            loss_target=self._loss_target(selection),
+            loss_target_ids=selection.whole([ids.tolist() for ids in selection.target_ids]),
             d_vocab=int(self.model.cfg.d_vocab),
             normalize=normalize,
             return_type=return_type,
@@ -266,52 +223,26 @@ class BackwardLogitLens:
         vectors: Float[Tensor, "entry *lead d_model"],
         labels: Sequence[str] | None = None,
         *,
-        targets: str | int | Sequence[Any] | Int[Tensor, "..."] | None = None,
-        lens: Translator | None = None,
-        apply_ln: bool = True,
-        normalize: bool = False,
-        vocab: str | int | Sequence[str | int] | Int[Tensor, "v"] | None = None,
-        return_type: ReturnType = "log_probs",
-        top_k: int | None = None,
-        bottom_k: int | None = None,
-        direction: Literal["gradient", "descent"] = "gradient",
-        chunk_size: int = 64,
+        targets: TargetTokens | None = None,
+        **options: Unpack[ReadoutKeywords],
     ) -> Readout:
         """Read any vectors of width ``d_model``, such as steering vectors or an edit's.
 
         Args:
             vectors: What to read; the first axis is that of ``labels``.
             labels: What the entries are. Default: their numbers.
-            targets: Tokens whose ranks and values to keep: one, several for every row, or in a
-                tensor one for each row, aligned with ``[entry, ...]`` from the right.
-            lens: A translator, as in :meth:`__call__`; it gets the layer of a label such as
-                ``3_pre``, and None for others.
-            apply_ln: As in :meth:`__call__`.
-            normalize: The same.
-            vocab: The same.
-            return_type: The same.
-            top_k: The same.
-            bottom_k: The same.
-            direction: The same.
-            chunk_size: The same.
+            targets: As in :meth:`__call__`; a tensor is aligned with ``[entry, ...]`` from the
+                right.
+            options: ``lens`` (which gets the layer of a label such as ``3_pre``, and None for
+                others), ``apply_ln``, ``normalize``, ``vocab``, ``return_type``, ``top_k``,
+                ``bottom_k``, ``direction`` and ``chunk_size``, as in :meth:`__call__`.
 
         Raises:
             TypeError: When the vectors are no floating-point tensor.
             ValueError: When the vectors have another width, are none or not finite, and as
                 :meth:`__call__`.
         """
-        options = checked_options(
-            self.model,
-            apply_ln,
-            normalize,
-            lens,
-            vocab,
-            return_type,
-            top_k,
-            bottom_k,
-            direction,
-            chunk_size,
-        )
+        checked = readout_options(self.model, **options)
         d_model = self.model.cfg.d_model
         if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
             got = vectors.dtype if isinstance(vectors, Tensor) else type(vectors).__name__
@@ -325,10 +256,15 @@ class BackwardLogitLens:
         if len(labels) != len(vectors):
             raise ValueError(f"{len(labels)} labels are given for {len(vectors)} entries")
         wanted = targets_for(self.model, targets, vectors.shape[:-1])
-        return read_vectors(self.model, "vectors", labels, vectors.detach(), wanted, options)
+        return read_vectors(self.model, "vectors", labels, vectors.detach(), wanted, checked)
 
     def singular_vectors(
-        self, cache: BackwardCache, weight: str, layer: int | None, k: int = 1, **options: Any
+        self,
+        cache: BackwardCache,
+        weight: str,
+        layer: int | None,
+        k: int = 1,
+        **options: Unpack[ReadKeywords],
     ) -> Readout:
         """The singular vectors on the residual side of a weight's gradient.
 
@@ -360,7 +296,7 @@ class BackwardLogitLens:
         weight: str,
         layer: int | None,
         neurons: int | Sequence[int],
-        **options: Any,
+        **options: Unpack[ReadKeywords],
     ) -> Readout:
         """Single neurons of a weight's gradient, each a vector of the residual side (Eq 9, 10).
 
@@ -390,47 +326,27 @@ class BackwardLogitLens:
         labels = [f"{name} neuron {j}" for j in neurons]
         return self.read((g @ one_hot).mT, labels, **options)
 
+    def _capture(
+        self, prompt: Prompt | None, target: Target | None, run: CaptureOptions, **what: Any
+    ) -> BackwardCache:
+        """The cache of a run of its own."""
+        if prompt is None:
+            raise ValueError("pass a prompt and a target, or a cache")
+        if isinstance(prompt, BackwardCache):
+            raise TypeError("prompt is a BackwardCache; pass it as cache=")
+        _, cache = run_with_backward_cache(self.model, prompt, target, **what, **run)
+        return cache
+
     def _site_name(self, cache: BackwardCache, weight: str, layer: int | None) -> str:
         """The one weight whose gradient has vectors of the residual stream on one side."""
-        require_same_model(self.model, cache)
+        found = find_sites(self.model)
+        require_same_model(self.model, found, cache)
         if weight == "W_U":
             raise ValueError("weight='W_U' neither reads the residual stream nor writes to it")
-        sites = weight_sites(self.model, weight, layer)
+        sites = found.select(weight, layer)
         if len(sites) > 1:
             raise ValueError(f"layer={layer!r}: {weight} is in {len(sites)} layers; pass one")
         return sites[0].name
-
-    def _left_out(
-        self, kinds: Sequence[str], layers: Collection[int] | None
-    ) -> dict[str, list[int]]:
-        """By kind, the layers that were asked for and have no site of it, with a warning."""
-        asked_for = range(self.model.cfg.n_layers) if layers is None else layers
-        left_out = {
-            kind: sorted({*asked_for} - {site.layer for site in weight_sites(self.model, kind)})
-            for kind in kinds
-        }
-        left_out = {kind: missing for kind, missing in left_out.items() if missing}
-        if left_out:
-            which = "; ".join(
-                f"{kind} in layer{'s' * (len(missing) > 1)} {as_ranges(missing)}"
-                for kind, missing in left_out.items()
-            )
-            warn_user(
-                f"weights: not read, as there is no site: {which}; "
-                "tl_backward.coverage(model) says why"
-            )
-        return left_out
-
-    def _names(
-        self, cache: BackwardCache, kind: str, layers: int | Iterable[int] | None
-    ) -> list[str]:
-        """The sites of one kind in the layers that are asked for; by default those in the cache."""
-        wanted = [site.name for site in weight_sites(self.model, kind, layers)]
-        names = [name for name in wanted if name in cache]
-        if not names or (layers is not None and names != wanted):
-            missing = next(name for name in wanted if name not in cache)
-            raise ValueError(f"weights={kind!r}, layers={layers!r}: {missing} is not in the cache")
-        return names
 
     def _target_names(
         self, targets: Iterable[Int[Tensor, "_"]], given: Any
@@ -442,11 +358,11 @@ class BackwardLogitLens:
         own = {"".join(decode_each(self.model, one)): one for one in sorted(set(ids)) if one}
         return own | {name: one for name, one in pairs if isinstance(name, str)}
 
-    def _loss_target(self, texts: Texts) -> Any:
-        if texts.targets is None:
+    def _loss_target(self, selection: Selection) -> Any:
+        if selection.targets is None:
             return None
-        each = ["".join(decode_each(self.model, ids.tolist())) for ids in texts.target_ids]
-        return texts.whole(each)
+        each = ["".join(decode_each(self.model, ids.tolist())) for ids in selection.target_ids]
+        return selection.whole(each)
 
     def _strings(self, ids: Int[Tensor, "..."]) -> Any:
         unique = ids.unique().tolist()
@@ -458,11 +374,43 @@ class BackwardLogitLens:
         return named(ids.tolist())
 
 
-def _require_readable(
-    weights: Sequence[str], vjps: str, residual: str | None, incl_mid: bool, forward: bool
-) -> None:
+class _Reader:
+    """Reads the selected rows of vectors; those that several weights share are read once."""
+
+    def __init__(
+        self, model: Model, selection: Selection, targets: Targets, options: ReadoutOptions
+    ) -> None:
+        self._model, self._selection = model, selection
+        self._targets, self._options = targets, options
+        self._done: list[tuple[bool, Tensor, Readout]] = []
+
+    def read(self, kind: str, vectors: Mapping[str, Float[Tensor, "*batch n d_model"]]) -> Readout:
+        """The readout of the vectors under some labels, on the device of the first."""
+        labels, each = list(vectors), [self._selection.rows(of) for of in vectors.values()]
+        stack = torch.stack([of.to(each[0].device) for of in each])
+        forward = kind in READ_FORWARD
+        for same_direction, other, readout in self._done:
+            if same_direction == forward and torch.equal(other, stack):
+                layers = [layer_of_entry(label) for label in labels]
+                return replace(readout, kind=kind, labels=labels, layers=layers)
+        readout = read_vectors(self._model, kind, labels, stack, self._targets, self._options)
+        self._done.append((forward, stack, readout))
+        return readout
+
+
+def _readable_kinds(
+    weights: str | Iterable[str],
+    vjps: str,
+    residual: str | None,
+    incl_mid: bool,
+    forward: bool,
+) -> list[str]:
+    """The kinds of weights that are asked for, if they and the rest can be read."""
+    if weights is None:
+        raise TypeError("weights must be kinds such as ('W_in', 'W_out'), or () for none")
+    kinds = [weights] if isinstance(weights, str) else list(weights)
     for kind in ("W_E", "W_pos", "W_U"):
-        if kind in weights:
+        if kind in kinds:
             raise ValueError(
                 f"weights={kind!r} is not between two residual streams; the lens reads "
                 f"{', '.join(READ_BY_INPUT + READ_BY_VJP)}"
@@ -478,5 +426,48 @@ def _require_readable(
             "incl_mid=True is for residual='accumulated'; the middle of the forward stream is "
             "not kept"
         )
-    if not weights and residual is None and not forward:
+    if not kinds and residual is None and not forward:
         raise ValueError("weights is empty and residual None: there is nothing to read")
+    return kinds
+
+
+def _require_no_run(**given: Any) -> None:
+    """Raise when a cache is read and something is given that only a run can use."""
+    useless = [name for name, value in given.items() if value is not None and value != ()]
+    if useless:
+        raise ValueError(
+            "pass either a prompt or a cache; the run of a cache is over, so leave out "
+            f"{', '.join(useless)}"
+        )
+
+
+def _captured_names(
+    found: FoundSites, cache: BackwardCache, kind: str, layers: int | Iterable[int] | None
+) -> list[str]:
+    """The sites of one kind in the layers that are asked for; by default those in the cache."""
+    wanted = [site.name for site in found.select(kind, layers)]
+    names = [name for name in wanted if name in cache]
+    if not names or (layers is not None and names != wanted):
+        missing = next(name for name in wanted if name not in cache)
+        raise ValueError(f"weights={kind!r}, layers={layers!r}: {missing} is not in the cache")
+    return names
+
+
+def _left_out(
+    found: FoundSites, kinds: Sequence[str], layers: Collection[int] | None
+) -> dict[str, list[int]]:
+    """By kind, the layers that were asked for and have no site of it, with a warning."""
+    asked_for = range(found.n_layers) if layers is None else layers
+    left_out = {
+        kind: sorted({*asked_for} - {site.layer for site in found.select(kind)}) for kind in kinds
+    }
+    left_out = {kind: missing for kind, missing in left_out.items() if missing}
+    if left_out:
+        which = "; ".join(
+            f"{kind} in layer{'s' * (len(missing) > 1)} {as_ranges(missing)}"
+            for kind, missing in left_out.items()
+        )
+        warn_user(
+            f"weights: not read, as there is no site: {which}; tl_backward.coverage(model) says why"
+        )
+    return left_out

@@ -19,12 +19,12 @@ from tl_backward.sites.parameters import coverage_table
 from tl_backward.sites.processing import weights_processing
 from tl_backward.sites.protocols import Backend, Model
 from tl_backward.sites.site import (
+    FoundSites,
     Obstacle,
     Tap,
     WeightSite,
     final_norm,
     layer_numbers,
-    select_sites,
 )
 from tl_backward.sites.ties import with_ties
 from tl_backward.sites.training_mode import training_mode_effects
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 RESIDUAL_POINTS = ("hook_resid_pre", "hook_resid_mid", "hook_mlp_out")
 
 __all__ = [
+    "FoundSites",
     "Model",
     "Tap",
     "WeightSite",
@@ -45,6 +46,7 @@ __all__ = [
     "attention_outputs",
     "coverage",
     "final_norm",
+    "find_sites",
     "layer_numbers",
     "left_padding_obstacle",
     "passed_if_hooked",
@@ -80,7 +82,21 @@ def weight_sites(
         >>> [site.name for site in weight_sites(model, "W_out", layers=-1)]
         ['blocks.29.mlp.W_out']
     """
-    return select_sites(*_surveyed(model), model.cfg.n_layers, weights, layers)
+    return find_sites(model).select(weights, layers)
+
+
+def find_sites(model: Model) -> FoundSites:
+    """Every weight matrix of a model, surveyed once.
+
+    Raises:
+        TypeError, NotImplementedError: As :func:`weight_sites`.
+    """
+    found = list(_backend(model).survey(model))
+    return FoundSites(
+        with_ties(one for one in found if isinstance(one, WeightSite)),
+        [one for one in found if isinstance(one, Obstacle)],
+        model.cfg.n_layers,
+    )
 
 
 def require_model(model: Model) -> None:
@@ -145,13 +161,15 @@ def coverage(model: Model) -> pd.DataFrame:
         >>> coverage(model).query("site.isna()").reason.value_counts()
     """
     backend = _backend(model)
-    sites, obstacles = _surveyed(model)
+    found = find_sites(model)
     reasons = {
         id(o.parameter): f"{o.name}: {o.reason}"
-        for o in obstacles
+        for o in found.obstacles
         if isinstance(o.parameter, nn.Parameter)
     }
-    return coverage_table(backend.named_parameters(model), sites, reasons | backend.reasons(model))
+    return coverage_table(
+        backend.named_parameters(model), found.sites, reasons | backend.reasons(model)
+    )
 
 
 def all_parameters(model: Model) -> Iterator[Tensor]:
@@ -192,15 +210,6 @@ def unembed(
 ) -> Float[Tensor, "rows d_vocab"]:
     """Vectors through the model's own final norm and unembedding (Eq 7, before the softmax)."""
     return _backend(model).unembed(model, vectors, apply_ln)
-
-
-def _surveyed(model: Model) -> tuple[list[WeightSite], list[Obstacle]]:
-    """The sites of a model, and the weight matrices that have none."""
-    found = list(_backend(model).survey(model))
-    return (
-        with_ties(one for one in found if isinstance(one, WeightSite)),
-        [one for one in found if isinstance(one, Obstacle)],
-    )
 
 
 def _backend(model: Model) -> Backend:

@@ -132,25 +132,45 @@ def final_norm(
     return model.ln_final(vectors.unsqueeze(0)).squeeze(0)
 
 
-def select_sites(
-    sites: Sequence[WeightSite],
-    obstacles: Sequence[Obstacle],
-    n_layers: int,
-    weights: str | Iterable[str] | None,
-    layers: int | Iterable[int] | None,
-) -> list[WeightSite]:
-    """The sites of the given kinds and layers, in the order of the model."""
-    kinds = _kinds(sites, obstacles, weights)
-    wanted = layer_numbers(n_layers, layers)
-    selected = [s for s in sites if s.kind in kinds and (wanted is None or s.layer in wanted)]
-    in_the_way = [o for o in obstacles if o.kind in kinds and (wanted is None or o.layer in wanted)]
-    asked_for = weights is not None and (wanted is not None or not selected)
-    if asked_for and in_the_way:
-        name, *_, reason, _ = in_the_way[0]
-        raise NotImplementedError(f"{name} has no site: {reason}")
-    if not selected:
-        raise ValueError(f"layers={layers!r} have none of the weights {', '.join(kinds)}")
-    return selected
+@dataclass(frozen=True, eq=False)
+class FoundSites:
+    """The weight matrices of a model.
+
+    Attributes:
+        sites: Those with a site, in the order of the model.
+        obstacles: Those without.
+        n_layers: Number of layers of the model.
+    """
+
+    sites: list[WeightSite]
+    obstacles: list[Obstacle]
+    n_layers: int
+
+    def select(
+        self,
+        weights: str | Iterable[str] | None = None,
+        layers: int | Iterable[int] | None = None,
+    ) -> list[WeightSite]:
+        """The sites of some kinds and layers, in the order of the model.
+
+        Raises:
+            ValueError, NotImplementedError: As :func:`tl_backward.weight_sites`.
+        """
+        kinds = _kinds(self.sites, self.obstacles, weights)
+        wanted = layer_numbers(self.n_layers, layers)
+
+        def is_wanted(one: WeightSite | Obstacle) -> bool:
+            return one.kind in kinds and (wanted is None or one.layer in wanted)
+
+        selected = [site for site in self.sites if is_wanted(site)]
+        in_the_way = [obstacle for obstacle in self.obstacles if is_wanted(obstacle)]
+        asked_for = weights is not None and (wanted is not None or not selected)
+        if asked_for and in_the_way:
+            name, *_, reason, _ = in_the_way[0]
+            raise NotImplementedError(f"{name} has no site: {reason}")
+        if not selected:
+            raise ValueError(f"layers={layers!r} have none of the weights {', '.join(kinds)}")
+        return selected
 
 
 def _kinds(
