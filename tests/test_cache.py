@@ -257,6 +257,13 @@ def test_a_failed_save_leaves_what_was_there(
     assert everything(BackwardCache.load(path)) == everything(make_cache())
 
 
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe is no ordinary file; pass another name"):
+        make_cache().save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_full_disk_names_the_path(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_files, "save_file", full_disk)
     with pytest.raises(OSError, match=r"the_cache could not be written: no space left"):

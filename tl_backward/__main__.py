@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from tl_backward.commands.edit import edit
 from tl_backward.commands.evaluate import evaluate
@@ -10,7 +15,22 @@ from tl_backward.commands.lens import lens
 from tl_backward.commands.reproduce import reproduce
 from tl_backward.commands.sites import sites
 
+
+class Commands(TyperGroup):
+    """The commands, for arguments in UTF-8."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse what the shell passed on as bytes that are no text."""
+        for argument in args:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                raise typer.BadParameter(f"{argument!a} is not in UTF-8") from None
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,6 +41,9 @@ app = typer.Typer(
 @app.callback()
 def main() -> None:
     """Read a language model's backward pass in its own vocabulary, and edit what you see."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # None where the shell has closed it
+            stream.reconfigure(errors="backslashreplace")  # for tokens outside its encoding
 
 
 FACT = '"Lionel Messi plays for" --target " Paris"'

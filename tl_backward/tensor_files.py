@@ -32,10 +32,12 @@ def write(path: Path, kind: str, tree: Any) -> Path:
 
     Raises:
         FileNotFoundError: When there is no such folder.
-        OSError: When the file cannot be written.
+        OSError: When the file cannot be written, or is a device, which it would replace.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no ordinary file; pass another name")
     tensors: dict[str, Tensor] = {}
     metadata = {
         "format": f"tl_backward.{kind}",

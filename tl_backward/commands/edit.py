@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
+from tl_backward.commands.checks import (
+    number_or_auto,
+    require_model_folder,
+    require_replaceable,
+    require_texts,
+    require_writable,
+)
 from tl_backward.commands.shared import (
     DEFAULT_MODEL,
     ModelOption,
     console_for_output,
     exit_code_2_on_bad_input,
     load,
+    progress,
 )
 
 TOKENS_SHOWN = 5
@@ -28,7 +35,7 @@ def edit(
     layer: Annotated[str, typer.Option(help="Layer of W_out, or 'auto'.")] = "auto",
     lr: Annotated[str, typer.Option(help="Step, or 'auto': the smallest that succeeds.")] = "auto",
     model: ModelOption = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", metavar="N")] = 12,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", metavar="N", min=1)] = 12,
     save: Annotated[
         Path | None,
         typer.Option(help="Write the edit (safetensors).", metavar="FILE", show_default=False),
@@ -40,21 +47,26 @@ def edit(
     """
     console = console_for_output()
     with exit_code_2_on_bad_input():
-        at, step = _number(layer, "--layer", int), _number(lr, "--lr", float)
-        with console.status("loading the libraries") as status:
+        require_texts(prompt=prompt, target=target)
+        at = number_or_auto(layer, "--layer", int)
+        step = number_or_auto(lr, "--lr", float)
+        require_writable(save=save)
+        require_replaceable(save=save)
+        require_model_folder(model)
+        with progress(console, "loading the libraries") as go_on_with:
             from tl_backward.editing import forward_pass_shift
 
-            status.update(f"loading {model or DEFAULT_MODEL}")
+            go_on_with(f"loading {model or DEFAULT_MODEL}")
             bridge = load(model)
-            status.update("editing")
-            made = forward_pass_shift(bridge, prompt, target, layer=at, lr=step)
-            report = made.report
             table = Table("", "next tokens", "text", header_style="bold")
             table.add_row("before", *_continued(bridge, prompt, new_tokens))
+            go_on_with("editing")
+            made = forward_pass_shift(bridge, prompt, target, layer=at, lr=step)
+            report = made.report
             with made.applied():
                 table.add_row("after", *_continued(bridge, prompt, new_tokens))
         if all(report.skipped):
-            console.print(f"{escape(repr(target))} is predicted already: nothing was edited")
+            console.print(f"{target!r} is predicted already: nothing was edited")
             return
         console.print(table)
         console.print(
@@ -63,27 +75,23 @@ def edit(
             f"{report.n_upper_passes} through the upper layers"
         )
         if save:
-            console.print(f"the edit: {escape(str(made.save(save).resolve()))}")
+            console.print(f"the edit: {made.save(save).resolve()}")
 
 
 def _continued(model: Any, prompt: str, new_tokens: int) -> tuple[str, str]:
     """The most probable next tokens with their probabilities, and the greedy continuation."""
     import torch
 
+    from tl_backward.evaluation import generate_tokens
     from tl_backward.plotting import visible
 
+    tokenizer, tokens = model.tokenizer, model.to_tokens(prompt, truncate=False)
     with torch.no_grad():
-        top = model(prompt, return_type="logits")[0, -1].float().softmax(-1).topk(TOKENS_SHOWN)
-    strings = model.tokenizer.batch_decode(top.indices.unsqueeze(-1))
-    tokens = (f"{visible(s)} {p:.2f}" for s, p in zip(strings, top.values.tolist(), strict=True))
-    text = model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, verbose=False)
-    return escape("  ".join(tokens)), escape(text)
-
-
-def _number(text: str, option: str, kind: type) -> Any | Literal["auto"]:
-    if text == "auto":
-        return text
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{option} takes a number or 'auto', got {text!r}") from None
+        top = model(tokens)[0, -1].float().softmax(-1).topk(TOKENS_SHOWN)
+    strings = tokenizer.batch_decode(top.indices.unsqueeze(-1))
+    likely = (f"{visible(s)} {p:.2f}" for s, p in zip(strings, top.values.tolist(), strict=True))
+    text = generate_tokens(model, tokens, new_tokens)[0].tolist()
+    end = tokenizer.eos_token_id
+    if end in text[tokens.shape[1] :]:
+        text = text[: text.index(end, tokens.shape[1])]
+    return "  ".join(likely), tokenizer.decode(text, skip_special_tokens=True)

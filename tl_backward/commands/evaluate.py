@@ -6,19 +6,24 @@ import re
 import zlib
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
 from rich.table import Table
 
+from tl_backward.commands.checks import number_or_auto, require_data, require_model_folder
 from tl_backward.commands.shared import (
     DEFAULT_MODEL,
     ModelOption,
     console_for_output,
     exit_code_2_on_bad_input,
     load,
+    progress,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class MethodName(str, Enum):
@@ -60,8 +65,8 @@ def evaluate(
             metavar="TEXT",
         ),
     ] = None,
-    n: Annotated[int | None, typer.Option("-n", help="Records.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(help="Records at once.", metavar="N")] = 16,
+    n: Annotated[int | None, typer.Option("-n", help="Records.", show_default="all", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Records at once.", metavar="N", min=1)] = 16,
     generation: Annotated[bool, typer.Option(help="Measure n-gram entropy, too.")] = False,
     perplexity: Annotated[
         str | None,
@@ -70,7 +75,7 @@ def evaluate(
         ),
     ] = None,
     text_every: Annotated[
-        int, typer.Option(help="Measure these two for every k-th record.", metavar="K")
+        int, typer.Option(help="Measure these two for every k-th record.", metavar="K", min=1)
     ] = 1,
     out: Annotated[
         Path | None,
@@ -85,20 +90,40 @@ def evaluate(
     """Edit a model for each CounterFact record, and print what the edits did, as a table."""
     console = console_for_output()
     with exit_code_2_on_bad_input():
-        with console.status(f"loading {model or DEFAULT_MODEL}"):
-            from tl_backward import evaluation
+        step = number_or_auto(lr, "--lr", float)
+        edits = method is not MethodName.unedited
+        if edits and layer is None:
+            raise ValueError("--layer is missing: which W_out to edit")
+        if edits and step == "auto" and method is not MethodName.shift:
+            raise ValueError(f"--lr must be a number for {method.value}")
+        require_data(data=data, perplexity=perplexity, whiten=whiten)
+        require_model_folder(model)
+        with progress(console, "reading the data") as go_on_with:
+            from tl_backward import evaluation, weight_sites
 
-            bridge = load(model)
             records = evaluation.load_records(data, n)
             texts = None if perplexity is None else evaluation.wikitext_lines(perplexity)
-        methods = {"unedited": evaluation.unedited}
+            key_lines = None if whiten is None else _key_lines(whiten)
+            go_on_with(f"loading {model or DEFAULT_MODEL}")
+            bridge = load(model)
+        if layer is not None:
+            try:
+                weight_sites(bridge, "W_out", layers=layer)
+            except (NotImplementedError, ValueError) as error:
+                raise type(error)(f"--layer {layer}: {error}") from error
+        methods: dict[str, evaluation.Method] = {"unedited": evaluation.unedited}
         if method is MethodName.shift:
             name = f"shift, layer {layer}, lr {lr}, {tokens.value} tokens"
             name += "" if whiten is None else f", whitened by {whiten}"
-            methods[name] = _shift(bridge, layer, lr, tokens, whiten)
-        elif method is not MethodName.unedited:
+            methods[name] = _shift(bridge, layer, step, tokens, key_lines)
+        elif edits:
             name = f"{method.value}, layer {layer}, lr {lr}"
-            methods[name] = _descent(method, layer, lr)
+            descent = (
+                evaluation.gradient
+                if method is MethodName.gradient_step
+                else evaluation.fine_tuning
+            )
+            methods[name] = descent(lr=step, layers=layer)
         results = {
             name: evaluation.evaluate(
                 bridge,
@@ -113,48 +138,37 @@ def evaluate(
             for name, made in methods.items()
         }
         console.print(_shown(evaluation.table(results)))
+        _require_measured(results)
 
 
-def _shift(model: Any, layer: int | None, lr: str, tokens: Tokens, whiten: str | None) -> Any:
-    from tl_backward import evaluation, key_statistics
+def _key_lines(source: str) -> list[str]:
+    """The lines behind those whose perplexity is measured."""
+    from tl_backward.evaluation import N_LINES, wikitext_lines
 
-    at = _given(layer)
-    step: Any = lr if lr == "auto" else _step(lr)
-    if whiten is None:
-        return evaluation.shift(layer=at, lr=step, tokens=tokens.value)
-    lines = evaluation.wikitext_lines(whiten, evaluation.N_LINES + KEY_LINES)[evaluation.N_LINES :]
+    lines = wikitext_lines(source, N_LINES + KEY_LINES)[N_LINES:]
     if not lines:
         raise ValueError(
-            f"--whiten: {whiten} has no lines behind the {evaluation.N_LINES} whose perplexity is "
-            "measured"
+            f"--whiten: {source} has no lines behind the {N_LINES} whose perplexity is measured"
         )
-    statistics = key_statistics(model, lines, at, prepend_bos=False)
+    return lines
+
+
+def _shift(model: Any, layer: Any, lr: Any, tokens: Tokens, key_lines: list[str] | None) -> Any:
+    from tl_backward import evaluation, key_statistics
+
+    if key_lines is None:
+        return evaluation.shift(layer=layer, lr=lr, tokens=tokens.value)
+    statistics = key_statistics(model, key_lines, layer, prepend_bos=False)
     return evaluation.shift(
-        layer=at, lr=step, tokens=tokens.value, key="whitened", statistics=statistics
+        layer=layer, lr=lr, tokens=tokens.value, key="whitened", statistics=statistics
     )
 
 
-def _descent(method: MethodName, layer: int | None, lr: str) -> Any:
-    from tl_backward import evaluation
-
-    if lr == "auto":
-        raise ValueError(f"--lr must be a number for {method.value}")
-    if method is MethodName.fine_tuning:
-        return evaluation.fine_tuning(lr=_step(lr), layers=_given(layer))
-    return evaluation.gradient(lr=_step(lr), layers=_given(layer))
-
-
-def _given(layer: int | None) -> int:
-    if layer is None:
-        raise ValueError("--layer is missing: which W_out to edit")
-    return layer
-
-
-def _step(lr: str) -> float:
-    try:
-        return float(lr)
-    except ValueError:
-        raise ValueError(f"--lr takes a number, or 'auto' for the shift, got {lr!r}") from None
+def _require_measured(results: dict[str, pd.DataFrame]) -> None:
+    """Refuse a table of dashes."""
+    for name, frame in results.items():
+        if "efficacy_success" not in frame or frame["efficacy_success"].isna().all():
+            raise ValueError(f"{name}: no record could be measured; {frame['error'].iloc[0]}")
 
 
 def _folder(name: str) -> str:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from tl_backward.commands.checks import (
+    integers,
+    parts,
+    require_model_folder,
+    require_texts,
+    require_writable,
+)
 from tl_backward.commands.shared import (
     DEFAULT_MODEL,
     ModelOption,
     console_for_output,
     exit_code_2_on_bad_input,
-    integers,
     load,
-    split,
+    progress,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ def lens(
     ] = None,
     weights: Annotated[str, typer.Option(help="Weight matrices.", metavar="LIST")] = "W_in,W_out",
     top_k: Annotated[
-        int, typer.Option(help="Tokens kept at each end of the vocabulary.", metavar="K")
+        int, typer.Option(help="Tokens kept at each end of the vocabulary.", metavar="K", min=1)
     ] = 10,
     html: Annotated[
         Path | None,
@@ -69,31 +72,28 @@ def lens(
     """
     console = console_for_output()
     with exit_code_2_on_bad_input():
-        with console.status("loading the libraries") as status:
+        require_texts(prompt=prompt, target=target)
+        require_writable(html=html, json=json_path)
+        require_model_folder(model)
+        kinds = parts(weights, "--weights")
+        indices = None if layers is None else integers(layers, "--layers")
+        with progress(console, "loading the libraries") as go_on_with:
             from tl_backward import BackwardLogitLens
 
-            status.update(f"loading {model or DEFAULT_MODEL}")
+            go_on_with(f"loading {model or DEFAULT_MODEL}")
             read = BackwardLogitLens(load(model))
-        with warnings.catch_warnings(record=True) as caught:
-            result = read(
-                prompt,
-                target,
-                weights=split(weights),
-                layers=None if layers is None else integers(layers),
-                top_k=top_k,
-            )
-        for warning in caught:
-            Console(stderr=True).print(f"[bold yellow]warning:[/] {escape(str(warning.message))}")
+            go_on_with("reading the gradients")
+            result = read(prompt, target, weights=kinds, layers=indices, top_k=top_k)
         for kind in result:
             console.print(_last_token_table(result, kind))
         console.print(
-            f"{escape(repr(prompt))} -> {escape(repr(target))}: "
+            f"{prompt!r} -> {target!r}: "
             f"loss {result.loss:.4f} nats per token, exp(-loss) = {result.loss.neg().exp():.2g}"
         )
         if json_path:
             written = json.dumps(_as_json(result, prompt, target, model))
             json_path.write_text(written, encoding="utf-8")
-            console.print(f"all positions as JSON: {escape(str(json_path.resolve()))}")
+            console.print(f"all positions as JSON: {json_path.resolve()}")
         if html:
             page = result.to_html(html).resolve()
             console.print(f"all positions as a page, open it in a browser: {page.as_uri()}")
@@ -123,7 +123,7 @@ def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
         table.add_row(
             str(layer),
             f"{readout.norms[i, -1]:.3g}",
-            *(escape("  ".join(map(visible, end[i][-1][:TOKENS_SHOWN]))) for end in (top, bottom)),
+            *("  ".join(map(visible, end[i][-1][:TOKENS_SHOWN])) for end in (top, bottom)),
             "-" if readout.zero_mask[i, -1] else str(int(readout.target_ranks[i, -1])),
         )
     return table

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
+from tl_backward.commands.checks import require_data, require_model_folder
 from tl_backward.commands.shared import (
     DEFAULT_MODEL,
     ModelOption,
     console_for_output,
     exit_code_2_on_bad_input,
     load,
+    progress,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def reproduce(
         list[str] | None, typer.Argument(help="Names of experiments.", show_default="all")
     ] = None,
     model: ModelOption = None,
-    n: Annotated[int, typer.Option("-n", help="Records.")] = 100,
+    n: Annotated[int, typer.Option("-n", help="Records.", min=1)] = 100,
     out: Annotated[Path, typer.Option(help="Folder for tables, figures and the report.")] = Path(
         "backward_lens"
     ),
@@ -66,7 +67,11 @@ def reproduce(
     """
     console = console_for_output()
     with exit_code_2_on_bad_input():
-        with console.status(f"loading {model or DEFAULT_MODEL}"):
+        require_data(data=data, perplexity=perplexity)
+        if jacobian_lens is not None and not jacobian_lens.is_file():
+            raise FileNotFoundError(f"--jacobian-lens: there is no file {str(jacobian_lens)!r}")
+        require_model_folder(model)
+        with progress(console, "reading the data") as go_on_with:
             import pyarrow as pa
 
             from tl_backward import table_files
@@ -75,18 +80,21 @@ def reproduce(
             from tl_backward.plotting import report_page
             from tl_backward.provenance import hash_of, only_writer, provenance
 
-            names = experiments or list(EXPERIMENTS)
+            names = list(dict.fromkeys(experiments or EXPERIMENTS))
             unknown = [name for name in names if name not in EXPERIMENTS]
             if unknown:
                 raise ValueError(f"no experiment {unknown[0]!r}; there is {', '.join(EXPERIMENTS)}")
             records = load_records(data, n)
-            bridge = load(model)
             options: dict[str, Any] = {}
             if perplexity is not None:
                 lines = wikitext_lines(perplexity, N_LINES)
                 options["texts"] = [" ".join(line.split()[:N_WORDS]) for line in lines]
             if jacobian_lens is not None:
                 options["jacobian_lens"] = _jacobian_lens(jacobian_lens)
+            go_on_with(f"loading {model or DEFAULT_MODEL}")
+            bridge = load(model)
+        if jacobian_lens is not None:
+            _require_fitted_on(options["jacobian_lens"], bridge, jacobian_lens)
         title = f"{model or DEFAULT_MODEL}, {len(records)} records"
         with only_writer(out):
             made_by = provenance(records, model=bridge, options={"prepend_bos": prepend_bos})
@@ -106,7 +114,7 @@ def reproduce(
                 console.print(f"{name}: {len(table)} rows, {seconds:.0f} s")
                 in_order = [chapters[each] for each in EXPERIMENTS if each in chapters]
                 (out / "report.html").write_text(report_page(title, in_order), encoding="utf-8")
-        console.print(f"report: {escape((out / 'report.html').resolve().as_uri())}")
+        console.print(f"report: {(out / 'report.html').resolve().as_uri()}")
 
 
 def _finished_chapters(out: Path, made_by: Provenance) -> dict[str, Chapter]:
@@ -139,4 +147,17 @@ def _jacobian_lens(file: Path) -> Any:
         raise ImportError(
             "--jacobian-lens needs TransformerLens 4: pip install 'transformer-lens>=4'"
         ) from error
-    return JacobianLens.load(str(file))
+    try:
+        return JacobianLens.load(str(file))
+    except Exception as error:  # of any kind: it is whatever reading the file raised
+        raise ValueError(
+            f"--jacobian-lens: {str(file)!r} is no artifact of TransformerLens's JacobianLens "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def _require_fitted_on(lens: Any, model: Any, file: Path) -> None:
+    try:
+        lens.validate_model(model)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--jacobian-lens: {str(file)!r}: {error}") from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
+
+from tl_backward.commands.checks import require_model_folder
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 ModelOption = Annotated[
@@ -23,12 +25,14 @@ WIDTH_IN_A_PIPE = 120
 
 
 def console_for_output() -> Console:
-    """As wide as the terminal, and in a pipe wide enough for the tables."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_IN_A_PIPE)
+    """As wide as the terminal, and in a pipe wide enough for the tables; texts are as they are."""
+    width = None if Console().is_terminal else WIDTH_IN_A_PIPE
+    return Console(width=width, markup=False, emoji=False)
 
 
 def load(model: str | None) -> Any:
     """The model that was asked for, or the embedded default."""
+    require_model_folder(model)
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError as error:
@@ -42,29 +46,33 @@ def load(model: str | None) -> Any:
         return load_demo_model()
     try:
         return TransformerBridge.boot_transformers(model).eval()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load --model {model}: {error}") from error
+    except Exception as error:  # of any kind: it depends on what is damaged
+        raise ValueError(f"cannot load --model {model}: {error or type(error).__name__}") from error
 
 
 @contextmanager
 def exit_code_2_on_bad_input() -> Iterator[None]:
-    """Bad input ends the program with one paragraph."""
-    try:
-        yield
-    except (ImportError, NotImplementedError, OSError, ValueError) as error:
-        message = " ".join(str(error).split())
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
-        raise typer.Exit(2) from None
+    """Bad input ends the program with one paragraph; of warnings, too, one is shown for each."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _print_paragraph(
+            "warning:", "bold yellow", str(message)
+        )
+        try:
+            yield
+        except BrokenPipeError:
+            raise  # typer ends the program
+        except (ImportError, NotImplementedError, OSError, ValueError) as error:
+            _print_paragraph("error:", "bold red", str(error) or type(error).__name__)
+            raise typer.Exit(2) from None
 
 
-def split(text: str) -> list[str]:
-    """The parts of a list with commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _print_paragraph(label: str, style: str, text: str) -> None:
+    paragraph = Text.assemble((label, style), " ", " ".join(text.split()))
+    Console(stderr=True).print(paragraph, soft_wrap=True)
 
 
-def integers(text: str) -> list[int]:
-    """The whole numbers of a list with commas."""
-    try:
-        return [int(part) for part in split(text)]
-    except ValueError:
-        raise ValueError(f"--layers takes whole numbers such as 0,5,-1, got {text!r}") from None
+@contextmanager
+def progress(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """What is going on, on a terminal; gives a function that says what comes next."""
+    with console.status(Text(text)) as status:
+        yield lambda text: status.update(Text(text))

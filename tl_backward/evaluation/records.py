@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tl_backward.evaluation.hub_data import load_hub_data
+
 
 @dataclass(frozen=True)
 class Record:
@@ -69,8 +71,8 @@ def load_records(source: str | Path, n: int | None = None, *, split: str = "trai
 
     Raises:
         FileNotFoundError: When ``source`` ends in ``.json`` and is no file.
-        ValueError: When the file is no list in JSON, ``n`` is not positive, or no record is
-            well-formed.
+        ValueError: When the file is no list in JSON, the data set cannot be loaded, ``n`` is not
+            positive, or no record is well-formed.
 
     Warns:
         UserWarning: When records are malformed; every one is named with its index and field.
@@ -84,9 +86,7 @@ def load_records(source: str | Path, n: int | None = None, *, split: str = "trai
     if file.is_file() or file.suffix == ".json":
         entries = _from_file(file)
     else:
-        from datasets import load_dataset
-
-        entries = load_dataset(str(source), split=split)
+        entries = load_hub_data(str(source), split=split)
     records, complaints = [], []
     for i, entry in zip(range(len(entries) if n is None else n), entries, strict=False):
         try:
@@ -104,8 +104,8 @@ def load_records(source: str | Path, n: int | None = None, *, split: str = "trai
 def _from_file(file: Path) -> list[Any]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"source: {file} is no JSON file ({error})") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"source: {file} is no JSON file that can be read ({error})") from error
     if not isinstance(entries, list):
         raise ValueError(f"source: {file} holds a JSON {type(entries).__name__}, not a list")
     return entries

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tl_backward.evaluation.hub_data import load_hub_data
+
 N_LINES = 100
 
 
@@ -19,18 +21,20 @@ def wikitext_lines(source: str | Path, n: int = N_LINES, *, min_characters: int 
 
     Raises:
         FileNotFoundError: When ``source`` ends in ``.txt`` and is no file.
-        ValueError: When no line is long enough.
+        ValueError: When no line is long enough, the file is not in UTF-8, or the data set cannot
+            be loaded.
 
     Example:
         >>> evaluate(model, records, method, perplexity_texts=wikitext_lines("wiki.test.raw.txt"))
     """
     file = Path(source)
     if file.is_file() or file.suffix == ".txt":
-        lines = file.read_text(encoding="utf-8").split("\n")
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"source: {file} is no text in UTF-8 ({error})") from error
     else:
-        from datasets import load_dataset
-
-        lines = load_dataset(str(source), "wikitext-2-raw-v1", split="test")["text"]
+        lines = load_hub_data(str(source), "wikitext-2-raw-v1", split="test")["text"]
     cut = (line.rstrip("\r\n") for line in lines)
     long_enough = [line for line in cut if len(line) >= min_characters][:n]
     if not long_enough:
