@@ -23,7 +23,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_backward import table_files
+from tl_backward import provenance, table_files
 from tl_backward.sweep import _batches, sweep
 
 LENGTHS = [3, 9, 1, 4, 4, 7, 2, 9, 5, 1, 8]
@@ -454,6 +454,39 @@ def test_the_first_format_is_refused(tmp_path):
         sweep(10, RECORDS, count_characters, path=tmp_path)
 
 
+def scaled(factor: float):
+    return lambda model, batch: [{"n": factor * len(record["prompt"])} for record in batch]
+
+
+def test_a_sweep_of_another_function_is_refused_at_once(tmp_path):
+    rows = list(sweep(10, RECORDS, scaled(0.3), path=tmp_path, progress=False))
+    with pytest.raises(ValueError, match=r"results of other fn \(factor: 0.3 then, -0.3 now\)"):
+        sweep(10, RECORDS, scaled(-0.3), path=tmp_path)
+    with pytest.raises(ValueError, match=r"other fn \(__qualname__: .*, __code__"):
+        sweep(10, RECORDS, count_characters, path=tmp_path)
+    assert list(sweep(10, RECORDS, scaled(0.3), path=tmp_path, progress=False)) == rows
+
+
+def test_a_sweep_of_another_model_is_refused_at_once(tmp_path):
+    list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
+    with pytest.raises(ValueError, match=r"results of other model \(value: 10 then, 11 now\)"):
+        sweep(11, RECORDS, count_characters, path=tmp_path)
+    one, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    list(sweep(one, RECORDS, scaled(1), path=tmp_path / "weights", progress=False))
+    with pytest.raises(ValueError, match=r"other model \(weights..weight, weights..bias\)"):
+        sweep(other, RECORDS, scaled(1), path=tmp_path / "weights")
+    other.load_state_dict(one.state_dict())
+    list(sweep(other, RECORDS, scaled(1), path=tmp_path / "weights", progress=False))
+
+
+def test_a_sweep_of_another_version_is_refused_at_once(tmp_path, monkeypatch):
+    list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
+    of_today = provenance.modules.versions()
+    monkeypatch.setattr(provenance.folders, "versions", lambda: of_today | {"torch": "99.0"})
+    with pytest.raises(ValueError, match=r'other versions \(torch: ".*" then, "99.0" now\)'):
+        sweep(10, RECORDS, count_characters, path=tmp_path)
+
+
 class Counted:
     """Gives no rows, and counts the records."""
 
@@ -486,6 +519,76 @@ def test_records_are_known_by_their_contents(tmp_path):
     list(sweep(None, opaque, calls, progress=False))
 
 
+# ----- two sweeps in one folder -----
+
+
+def test_a_second_sweep_is_refused_until_the_first_has_ended(tmp_path):
+    first = sweep(10, RECORDS, Calls(), batch_size=2, path=tmp_path, progress=False)
+    rows = []
+    for _ in range(2):
+        with pytest.raises(BlockingIOError, match="is being written by another run"):
+            sweep(10, RECORDS, Calls(), batch_size=2, path=tmp_path)
+        rows.append(next(first))
+    assert ordered([*rows, *first]) == plain_loop() == on_disk(tmp_path)
+    second = Calls()
+    assert ordered(sweep(10, RECORDS, second, path=tmp_path, progress=False)) == plain_loop()
+    assert second.batches == []
+
+
+@pytest.mark.parametrize("ended_by", ["an error", "close", "being forgotten", "never starting"])
+def test_a_sweep_that_ended_leaves_the_folder_to_the_next(tmp_path, ended_by):
+    calls = Calls(1, RuntimeError("no more"))
+    first = sweep(10, RECORDS, calls, batch_size=2, path=tmp_path, progress=False)
+    if ended_by == "an error":
+        with pytest.raises(RuntimeError, match="no more") as kept:
+            list(first)
+        assert kept.value.__traceback__ is not None  # which keeps the sweep's variables
+    elif ended_by != "never starting":
+        next(first)
+    if ended_by == "close":
+        first.close()
+    else:
+        del first
+    assert ordered(sweep(10, RECORDS, Calls(), path=tmp_path, progress=False)) == plain_loop()
+
+
+def test_a_refusal_does_not_keep_the_folder(tmp_path):
+    list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
+    with pytest.raises(ValueError, match="other records") as kept:
+        sweep(10, RECORDS[:2], count_characters, path=tmp_path)
+    assert kept.value.__traceback__ is not None
+    list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
+
+
+SLEEPER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from test_sweep import RECORDS, Calls
+from tl_backward.sweep import sweep
+
+rows = sweep(10, RECORDS, Calls(), batch_size=2, path=sys.argv[2], progress=False)
+print(next(rows)["record"], flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_process_dies_with_it(tmp_path):
+    """Killed in the middle of a sweep, it has kept all others out until then."""
+    command = [sys.executable, "-c", SLEEPER, str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() != ""
+            with pytest.raises(BlockingIOError, match="is being written by another run"):
+                sweep(10, RECORDS, Calls(), path=tmp_path)
+        finally:
+            process.kill()
+    assert (tmp_path / ".lock").exists()
+    calls = Calls()
+    rows = list(sweep(10, RECORDS, calls, batch_size=2, path=tmp_path, progress=False))
+    assert ordered(rows) == plain_loop() == on_disk(tmp_path)
+    assert len(calls.finished) == len(RECORDS) - 2
+
+
 # ----- several processes -----
 
 SCRIPT = """
@@ -506,6 +609,11 @@ def late_column(model, batch):
     return [{"value": None if i < 4 else i} for i in batch]
 
 list(sweep(None, range(6), late_column, batch_size=1, path=folder / "types", progress=False))
+
+try:
+    sweep(10, RECORDS, Calls(), path=folder / "locked")
+except BlockingIOError as error:
+    report["locked"] = str(error)
 
 calls = Calls()
 rows = sweep(10, RECORDS, calls, batch_size=2, path=folder / "stopped", progress=False)
@@ -531,13 +639,14 @@ def two_processes(tmp_path_factory) -> tuple[Path, list[dict], list[int], str]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launch += ["--num_processes=2", "--num_machines=1", f"--main_process_port={port}"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no"]
-    done = subprocess.run(
-        [*launch, str(script), str(Path(__file__).parent), str(folder)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with provenance.only_writer(folder / "locked"):
+        done = subprocess.run(
+            [*launch, str(script), str(Path(__file__).parent), str(folder)],
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert done.returncode == 0, done.stderr
     reports = [json.loads((folder / f"report-{rank}.json").read_text()) for rank in (0, 1)]
     return folder, reports, one.finished, done.stderr
@@ -566,6 +675,11 @@ def test_one_process_finishes_what_two_have_begun(two_processes):
     rows = sweep(10, RECORDS, calls, batch_size=5, path=folder / "stopped", progress=False)
     assert ordered(rows) == plain_loop() == on_disk(folder / "stopped")
     assert sorted(begun + calls.finished) == list(range(len(RECORDS)))
+
+
+def test_all_processes_learn_that_the_folder_is_locked(two_processes):
+    _, reports, _, _ = two_processes
+    assert all("is being written by another run" in report["locked"] for report in reports)
 
 
 def test_two_processes_agree_on_types(two_processes):

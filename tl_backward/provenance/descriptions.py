@@ -66,7 +66,7 @@ def describe_each(values: Iterable[object]) -> Parts:
         describer.forget_objects()
         _, plain = describer.part(f"record {n - 1}", value)
         digest.update(text_of(plain).encode())
-    return {"number": n, "contents": digest.hexdigest()}
+    return {"number": n, "contents": f"sha256:{digest.hexdigest()[:32]}"}
 
 
 def text_of(plain: Any) -> str:

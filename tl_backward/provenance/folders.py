@@ -86,13 +86,13 @@ def only_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _noted(file: Path) -> tuple[Provenance, str]:
+def _noted(file: Path) -> tuple[Any, str]:
     """What a folder says of its results, and its hash; nothing if it cannot be read."""
     try:
         noted = json.loads(file.read_bytes() if file.is_file() else b"")
         return noted, hash_of(noted)
     except (OSError, RecursionError, ValueError):
-        return {}, ""
+        return None, ""
 
 
 def _differences(then: Provenance, now: Provenance) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -54,9 +55,11 @@ def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def hooks(module: nn.Module) -> Iterator[tuple[str, list[Any]]]:
     """The hooks that users put there: all at HookPoints, elsewhere those of no package."""
     for name, part in module.named_modules():
-        found = [hook for kind in HOOKS for hook in getattr(part, kind).values()]
-        if type(part).__name__ != "HookPoint":
-            found = [hook for hook in found if not is_installed(_module_of(hook))]
+        of_part = [(kind, hook) for kind in HOOKS for hook in getattr(part, kind).values()]
+        if type(part).__name__ == "HookPoint":
+            found = [(kind, _given_hook(hook)) for kind, hook in of_part]
+        else:
+            found = [(kind, hook) for kind, hook in of_part if not is_installed(_module_of(hook))]
         if found:
             yield f"hooks.{name}", found
 
@@ -74,6 +77,14 @@ def _stored(part: nn.Module, key: str, tensor: Tensor) -> Tensor:
     if tensor.is_meta and elsewhere is not None:
         return elsewhere[key]
     return tensor if tensor.is_floating_point() else tensor.detach().as_subclass(Tensor)
+
+
+def _given_hook(hook: Any) -> Any:
+    """What was given to ``HookPoint.add_hook``, which wraps it in functions of its own."""
+    while _module_of(hook) == "transformer_lens.hook_points":
+        around = inspect.getclosurevars(hook).nonlocals
+        hook = around["full_hook"] if "full_hook" in around else around["hook"]
+    return hook
 
 
 def _module_of(hook: Any) -> str | None:

@@ -35,7 +35,7 @@ def is_installed(module: str | None) -> bool:
     if _package(module) in sys.builtin_module_names or is_own(module):
         return True
     file = getattr(sys.modules.get(_package(module)), "__file__", None)
-    if file is None:
+    if file is None or module == "__main__":  # may be run by an installed program, such as pdb
         return False
     libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     folders = set(Path(file).parents)
