@@ -10,21 +10,18 @@ from beartype import beartype
 compiled: dict[object, Callable[..., Any]] = {}
 
 
-def checked(signature: Callable[..., Any]) -> Callable[..., Any]:
-    """``beartype(signature)``, compiled only if no equal signature was.
+def checked(stub: Callable[..., Any]) -> Callable[..., Any]:
+    """``beartype(stub)``, compiled only if no equal stub was.
 
     jaxtyping checks the arguments of a function through a stub of the same signature, without a
     body. It makes a new stub each time that the function is defined: for a hook, which is a
     closure, in every call of the package. Compiling each of them takes most of the suite's time.
+
+    Annotations are compared by what they look like, since ``Float[Tensor, "a b"]`` is another class
+    each time. Defaults do not matter: beartype looks at the arguments that are passed.
     """
-    key = (
-        *(signature.__module__, signature.__qualname__, signature.__code__),
-        *(tuple(signature.__annotations__.items()), signature.__defaults__),
-        tuple((signature.__kwdefaults__ or {}).items()),
-    )
-    try:
-        if key not in compiled:
-            compiled[key] = beartype(signature)
-    except TypeError:  # an annotation or a default has no hash
-        return beartype(signature)
+    annotations = repr(stub.__annotations__)
+    key = (stub.__module__, stub.__qualname__, stub.__code__, annotations)
+    if key not in compiled:
+        compiled[key] = beartype(stub)
     return compiled[key]
