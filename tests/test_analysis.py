@@ -6,100 +6,37 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, HAS_HOOKED_TRANSFORMER
-from test_analysis_segments import record
+from helpers.facts import RECORDS, Reference, at, lens_logits, rank_of, record
+from helpers.hooked import LIKE, build
+from helpers.state import state
+from helpers.versions import CLASSES, NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward import analysis
-from tl_backward.analysis import fact_of, prompt_segments
 
-RECORDS = [
-    record("{} plays for the city of", "Lionel Messi", "Paris", "Rome"),
-    record("The {} is in", "Eiffel Tower", "Berlin and Rome", "London"),
-    record("The city of {} is located in the city of", "Paris", "London", "Berlin"),
-]
+pytestmark = NEEDS_BRIDGE
+
 QUIET = {"progress": False, "batch_size": 2}
 TOLERANCE = 1e-5  # transformers computes the softmax of Llama in float32 in any dtype
 
 
 @pytest.fixture(
-    params=[
-        f"{cls}-{kind}"
-        for cls in ["bridge"] * HAS_BRIDGE + ["hooked"] * HAS_HOOKED_TRANSFORMER
-        for kind in ("llama", "gpt2")
-    ],
+    params=[f"{cls}-{kind}" for cls in CLASSES for kind in ("llama", "gpt2")],
     scope="module",
 )
 def model(request, tokenizer):
     cls, kind = request.param.split("-")
     if cls == "bridge":
         return request.getfixturevalue("boot")(kind)
-    from test_hooked_transformer import GATED, GQA, ROTARY, build
-
-    llama = {**GATED, **GQA, **ROTARY, "normalization_type": "RMS"}
-    own = llama if kind == "llama" else {}
-    model = build(**own, n_layers=3, n_ctx=32, d_vocab=len(tokenizer))
+    model = build(**LIKE[kind], n_layers=3, n_ctx=32, d_vocab=len(tokenizer))
     model.set_tokenizer(tokenizer)
     tlb.add_hook_points(model)
     return model
 
 
-class Reference:
-    """One record by autograd, with nothing of the capture: ``x``, ``delta`` and dense gradients."""
-
-    def __init__(self, model, record):
-        fact = fact_of(record)
-        self.tokens = model.to_tokens(fact.prompt)
-        self.segments = prompt_segments(model, self.tokens[0].tolist(), fact)
-        self.n = len(self.segments)
-        self.target, self.original = (
-            int(model.to_tokens(text, prepend_bos=False)[0, 0])
-            for text in (fact.target, fact.original)
-        )
-        self.sites = {site.name: site for site in tlb.weight_sites(model, ("W_in", "W_out"))}
-        self.x, added, hooks = {}, {}, []
-        for name, site in self.sites.items():
-            added[name] = torch.zeros(1, self.n, site.d_out, dtype=model.cfg.dtype)
-            added[name].requires_grad_()
-            hooks.append((site.hook_in, lambda x, hook, name=name: self._note(name, x)))
-            hooks.append((site.hook_out, lambda y, hook, name=name: y + added[name]))
-        end = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        hooks.append((end, lambda x, hook: self._note("end", x)))
-        self.parameters = [site.parameter for site in self.sites.values()]
-        with model.hooks(fwd_hooks=hooks):
-            self.logits = model(self.tokens)[0]
-        self.loss = -self.logits[-1].log_softmax(-1)[self.target]
-        self.answer = int(self.logits[-1].argmax())
-        wanted = [*added.values(), *self.parameters]
-        found = [g.detach() for g in torch.autograd.grad(self.loss, wanted)]
-        self.vjps = {name: g[0] for name, g in zip(added, found, strict=False)}
-        self.dense = {
-            name: g if g.shape == (site.d_in, site.d_out) else g.T
-            for (name, site), g in zip(self.sites.items(), found[len(added) :], strict=True)
-        }
-
-    def _note(self, name, x):
-        self.x[name] = x.detach()[0]
-
-
 @pytest.fixture(scope="module")
 def references(model):
     return [Reference(model, record) for record in RECORDS]
-
-
-def lens_logits(model, vector):
-    return (model.ln_final(vector[None, None]) @ model.W_U + model.b_U)[0, 0].detach()
-
-
-def rank_of(logits, token):
-    return int((logits > logits[token]).sum())
-
-
-def at(frame, **place):
-    """The rows at a place, one for each position."""
-    for column, value in place.items():
-        frame = frame[frame[column] == value]
-    return frame
 
 
 def each(frame, references, model, kinds=("W_in", "W_out")):
@@ -355,8 +292,6 @@ EXPERIMENTS = [
 
 @pytest.fixture(scope="module")
 def gpt2(request):
-    if not HAS_BRIDGE:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
     model = request.getfixturevalue("boot")("gpt2")
     model(torch.tensor([[1, 2]]))  # adds hooks to its norms
     return model
@@ -368,7 +303,6 @@ def raises(tensor, hook):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda f: f.__name__)
 def test_a_record_gives_the_same_in_any_batch(gpt2, experiment, tmp_path):
-    from test_patching import state
 
     before = state(gpt2)
     whole = experiment(gpt2, RECORDS, batch_size=3, progress=False, path=tmp_path)

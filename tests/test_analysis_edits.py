@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE
-from test_analysis_segments import record
+from helpers.facts import record
+from helpers.versions import NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward import analysis
@@ -18,7 +18,7 @@ RECORDS = [
 TEXTS = ["The city of Rome is not in London", "Messi plays in Paris"]
 MARGIN = 0.2
 
-pytestmark = pytest.mark.skipif(not HAS_BRIDGE, reason="TransformerLens 2 has no bridge")
+pytestmark = NEEDS_BRIDGE
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE
-from test_analysis_segments import record
+from helpers.facts import record
+from helpers.state import state
+from helpers.versions import NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward import analysis
@@ -25,7 +26,7 @@ RECORDS = [
 ]
 LAYER, LR = 1, 0.3
 
-pytestmark = pytest.mark.skipif(not HAS_BRIDGE, reason="TransformerLens 2 has no bridge")
+pytestmark = NEEDS_BRIDGE
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -147,7 +148,6 @@ def test_the_usual_step_is_the_median_of_those_that_single_facts_need(model):
 
 
 def test_groups_are_edited_apart_and_the_model_is_left_as_it_is(model, weight, tmp_path):
-    from test_patching import state
 
     before = state(model)
     arguments = {"layer": LAYER, "lr": LR, "progress": False, "path": tmp_path}

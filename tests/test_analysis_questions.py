@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import HAS_BRIDGE
-from test_analysis import RECORDS, Reference, at, lens_logits, rank_of
+from helpers.facts import RECORDS, Reference, at, lens_logits, rank_of
+from helpers.versions import NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward import analysis, translators
@@ -17,7 +17,7 @@ from tl_backward.analysis import fact_of, optimizers
 from tl_backward.analysis.ablation import CONDITIONS
 from tl_backward.analysis.attention import ATTENTION
 
-pytestmark = pytest.mark.skipif(not HAS_BRIDGE, reason="TransformerLens 2 has no bridge")
+pytestmark = NEEDS_BRIDGE
 TOLERANCE = 1e-5
 
 

@@ -7,7 +7,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import TEXTS
+from helpers.facts import record
+from helpers.texts import TEXTS
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -18,18 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from tl_backward.analysis import SEGMENTS, fact_of, prompt_segments
 
 BOS, FIRST, MIDDLE, SUBJECT, REST, LAST = SEGMENTS
-
-
-def record(prompt, subject, new="Paris", true="Rome"):
-    return {
-        "case_id": 7,
-        "requested_rewrite": {
-            "prompt": prompt,
-            "subject": subject,
-            "target_new": {"str": new},
-            "target_true": {"str": true},
-        },
-    }
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PROMPT, TARGET
-from families import make
+from helpers.families import make
+from helpers.texts import PROMPT, TARGET
+from helpers.versions import NEEDS_BRIDGE
 
 import tl_backward as tlb
+
+pytestmark = NEEDS_BRIDGE
 
 peer = pytest.importorskip(
     "transformer_lens.tools.analysis.backward_lens",

@@ -6,7 +6,11 @@ import warnings
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS, PROMPT, TARGET, TL_VERSION, gradient_of_parameter
+from helpers.families import make
+from helpers.gradients import gradient_of_parameter
+from helpers.state import state
+from helpers.texts import PROMPT, TARGET
+from helpers.versions import MODELS, NEEDS_BRIDGE, TL_VERSION
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -369,8 +373,9 @@ def assert_vjps_stay_within_their_texts(model, prompts, point, side, tolerance):
     for b, prompt in enumerate(prompts):
         _, alone = tlb.run_with_backward_cache(model, prompt, 5, bwd_hooks=hooks)
         assert alone["W_V", 0].norm() > 0
+        one = cache.example(b)
         for name, g in alone.items():
-            assert_close(cache.example(b)[name].vjps, g.vjps, tolerance, name)
+            assert_close(one[name].vjps, g.vjps, tolerance, name)
 
 
 WIDE, AS_WIDE_AS_HEADS = PROMPTS, [[3, 17, 3, 9], [6, 2]]
@@ -390,7 +395,7 @@ def test_a_replaced_vjp_stays_within_its_text(padded_model, prompts, point, side
     assert_vjps_stay_within_their_texts(padded_model, prompts, point, side, tolerance(padded_model))
 
 
-@pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
+@NEEDS_BRIDGE
 @pytest.mark.parametrize("prompts", [WIDE, AS_WIDE_AS_HEADS], ids=["wide", "as wide as heads"])
 @pytest.mark.parametrize(
     ("family", "point"),
@@ -401,7 +406,6 @@ def test_a_replaced_vjp_stays_within_its_text(padded_model, prompts, point, side
     ],
 )
 def test_a_replaced_vjp_of_another_layout_stays_within_its_text(tokenizer, family, point, prompts):
-    from families import make
 
     model = make(family, tokenizer, torch.float32)
     assert_vjps_stay_within_their_texts(model, prompts, point, "right", 1e-4)
@@ -411,10 +415,8 @@ def test_a_replaced_vjp_of_another_layout_stays_within_its_text(tokenizer, famil
 
 
 @pytest.fixture
-def bridge(request):
-    if not HAS_BRIDGE:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
-    return request.getfixturevalue("boot")("gpt2")
+def bridge(boot):
+    return boot("gpt2")
 
 
 TEXTS = ["The Eiffel Tower is located in", PROMPT]
@@ -513,10 +515,6 @@ def spaced_and_not(tmp_path_factory):
     Their ids are in the order of a byte-level tokenizer of real text: ``" the"`` is more frequent
     than ``"the"``, and ``"ing"`` than ``" ing"``.
     """
-    if not HAS_BRIDGE:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
-    from families import make
-
     words = ["<bos>", "in", "ing", " the", "the", " Paris", "Paris", " ing", ".", " .", "7", " 7"]
     words += ["ING", " ING", " (", "The", " FOR", " for", ":", " ", "\n"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<bos>"))
@@ -704,7 +702,6 @@ def raises(logits, tokens):
 )
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_named_and_changes_nothing(models, arguments, error, message):
-    from test_patching import state
 
     model = models(MODELS[-1])
     before = state(model)
@@ -716,11 +713,8 @@ def test_bad_input_is_named_and_changes_nothing(models, arguments, error, messag
 
 
 def test_padding_on_the_left_is_refused_where_it_is_seen(tokenizer):
-    families = pytest.importorskip("families") if HAS_BRIDGE else None
-    if families is None:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
     for family in ("mamba", "openai-gpt"):
-        model = families.make(family, tokenizer)
+        model = make(family, tokenizer)
         with pytest.raises(NotImplementedError, match="pass padding_side='right'"):
             tlb.run_with_backward_cache(model, PROMPTS, 5, padding_side="left")
 

@@ -4,68 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PROMPT, TARGET, tiny_config
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.pretrained.weight_conversions import (
-    convert_gpt2_weights,
-    convert_llama_weights,
-)
+from helpers.bridges import tiny_config
+from helpers.hooked import hooked
+from helpers.texts import PROMPT, TARGET
+from helpers.versions import NEEDS_BOTH_CLASSES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_backward as tlb
 
-
-def hooked(hf, tokenizer) -> HookedTransformer:
-    """A HookedTransformer with the weights of a transformers model, as they are."""
-    config = hf.config
-    if config.model_type == "gpt2":
-        own = {
-            "d_mlp": config.n_inner,
-            "d_head": config.n_embd // config.n_head,
-            "act_fn": "gelu_new",
-            "normalization_type": "LN",
-            "eps": config.layer_norm_epsilon,
-        }
-        convert = convert_gpt2_weights
-    else:
-        own = {
-            "d_mlp": config.intermediate_size,
-            "d_head": config.head_dim,
-            "n_key_value_heads": config.num_key_value_heads,
-            "act_fn": "silu",
-            "gated_mlp": True,
-            "normalization_type": "RMS",
-            "final_rms": True,
-            "eps": config.rms_norm_eps,
-            "positional_embedding_type": "rotary",
-            "rotary_dim": config.head_dim,
-            "rotary_base": int(config.rope_parameters["rope_theta"]),
-        }
-        convert = convert_llama_weights
-    cfg = HookedTransformerConfig(
-        d_model=config.hidden_size,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_ctx=min(config.max_position_embeddings, 128),
-        d_vocab=config.vocab_size,
-        original_architecture=type(hf).__name__,
-        dtype=hf.dtype,
-        device="cpu",
-        **own,
-    )
-    model = HookedTransformer(cfg, tokenizer)
-    model.load_and_process_state_dict(
-        convert(hf, cfg),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    return model.eval()
+pytestmark = NEEDS_BOTH_CLASSES
 
 
 def pair(hf, tokenizer):
+    from transformer_lens.model_bridge import TransformerBridge
+
     model = hooked(hf, tokenizer)
     kind = hf.config.model_type
     bridge = TransformerBridge.boot_transformers(

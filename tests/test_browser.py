@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
+from helpers.readouts import contrast, readout, result_of, small
 
 pytest.importorskip("playwright", reason="playwright is in the extra 'dev'")
 from playwright.sync_api import Page, sync_playwright
-from test_plotting import contrast, readout, result_of, small
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 pytestmark = pytest.mark.skipif(

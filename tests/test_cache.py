@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import MODELS, PROMPT, TARGET
+from helpers.texts import PROMPT, TARGET
+from helpers.versions import MODELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -197,11 +198,7 @@ def test_the_file_is_plain_safetensors(path):
     )
 
 
-def test_a_captured_cache_comes_back(tmp_path, request, kind):
-    pytest.importorskip(
-        "transformer_lens.model_bridge", reason="TransformerLens 2 has no TransformerBridge"
-    )
-    model = request.getfixturevalue("boot")(kind)
+def test_a_captured_cache_comes_back(tmp_path, model):
     _, cache = run_with_backward_cache(model, PROMPT, TARGET)
     loaded = BackwardCache.load(cache.save(tmp_path / "cache"))
     assert everything(loaded) == everything(cache)

@@ -5,10 +5,15 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import PROMPT, TARGET, gradient_of_parameter, reference_loss, relative_error
+from helpers.gradients import gradient_of_parameter, reference_loss, relative_error
+from helpers.state import state
+from helpers.texts import PROMPT, TARGET
+from helpers.versions import NEEDS_BRIDGE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_backward as tlb
+
+pytestmark = NEEDS_BRIDGE
 
 MLP = ("W_in", "W_gate", "W_out")
 
@@ -288,21 +293,6 @@ def test_works_under_no_grad(model):
     with torch.no_grad():
         _, cache = tlb.run_with_backward_cache(model, PROMPT, TARGET)
     assert cache["W_in", 0].norm() > 0
-
-
-def state(model):
-    modules = {id(m): m for m in [*model.modules(), *model.original_model.modules()]}.values()
-    registries = [name for name in vars(torch.nn.Module()) if name.endswith("_hooks")]
-    return {
-        "hooks": [len(getattr(m, registry)) for m in modules for registry in registries],
-        "tl_hooks": [(len(h.fwd_hooks), len(h.bwd_hooks)) for h in model.hook_dict.values()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "grad": [p.grad for p in model.parameters()],
-        "training": [m.training for m in modules],
-        "weights": [p.detach().numpy().tobytes() for p in model.parameters()],
-        "rng": torch.get_rng_state().tolist(),
-        "grad_mode": torch.is_grad_enabled(),
-    }
 
 
 def fail(tensor, hook, error):

@@ -7,13 +7,17 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import PROMPT, TARGET, tiny_config
+from helpers.bridges import tiny_config
+from helpers.texts import PROMPT, TARGET
+from helpers.versions import NEEDS_BRIDGE
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import tl_backward as tlb
 from tl_backward import analysis, evaluation
 from tl_backward.__main__ import app
+
+pytestmark = NEEDS_BRIDGE
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers.versions import HAS_BRIDGE, NO_BRIDGE
 
 from tl_backward import demo_model
 
@@ -39,9 +40,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def has_bridge() -> None:
-    pytest.importorskip(
-        "transformer_lens.model_bridge", reason="TransformerLens 2 has no TransformerBridge"
-    )
+    if not HAS_BRIDGE:
+        pytest.skip(NO_BRIDGE)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS, tiny_config
+from helpers.bridges import tiny_config
+from helpers.hooked import LIKE, build
+from helpers.state import state
+from helpers.versions import MODELS, NEEDS_BRIDGE
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -40,7 +43,6 @@ from tl_backward.evaluation import (
 from tl_backward.evaluation.scoring import Case
 from tl_backward.factors import GradientFactors
 
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 RECORDS = [
     Record(
         case_id=11,
@@ -88,12 +90,7 @@ KINDS = {"efficacy": 0, "paraphrase": 0, "neighborhood": 1}
 def model(models, tokenizer, request):
     if request.param.startswith("bridge"):
         return models(request.param)
-    from test_hooked_transformer import GATED, GQA, ROTARY, build
-
-    llama = {**GATED, **GQA, **ROTARY, "normalization_type": "RMS"}
-    made = build(
-        n_ctx=32, d_vocab=len(tokenizer), **llama if request.param.endswith("llama") else {}
-    )
+    made = build(n_ctx=32, d_vocab=len(tokenizer), **LIKE[request.param.split("-")[1]])
     made.set_tokenizer(copy.deepcopy(tokenizer))
     return made
 
@@ -102,14 +99,6 @@ def model(models, tokenizer, request):
 def precision(request):
     """In transformers, Llama's softmax and norms are in float32."""
     return 1e-6 if request.node.callspec.params["model"] == "bridge-llama" else 1e-10
-
-
-def state(model):
-    if hasattr(model, "original_model"):
-        from test_capture import state
-    else:
-        from test_hooked_transformer import state
-    return state(model)
 
 
 def model_and_bridge(tokenizer, kind):
@@ -508,7 +497,7 @@ class Interrupted:
 
 @pytest.mark.parametrize("fail_at", [1, 2])
 def test_an_interrupted_evaluation_goes_on_where_it_was(models, tmp_path, fail_at):
-    model = models(MODELS[-1]) if HAS_BRIDGE else pytest.skip("there is no bridge")
+    model = models("bridge-gpt2-compatibility")
     edits, path = random_edits(model), tmp_path / "table"
     first, second = Interrupted(edits, fail_at), Interrupted(edits)
     options = {"batch_size": 1, "progress": False, "perplexity_texts": TEXTS}
@@ -555,7 +544,7 @@ def test_the_results_of_an_edited_model_are_refused(models, tmp_path):
 
 
 def test_progress_is_shown(models, capsys):
-    model = models(MODELS[-1]) if HAS_BRIDGE else pytest.skip("there is no bridge")
+    model = models("bridge-gpt2-compatibility")
     evaluate(model, RECORDS, unedited)
     assert "3/3" in capsys.readouterr().err
 

@@ -6,18 +6,26 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import SUMMARY, TL_VERSION, gradient_of_parameter, reference_loss, relative_error
-from families import (
+from helpers.families import (
     FAMILIES,
     FLOAT32_ONLY,
     PADDING_CHANGES_TL_3,
     SEE_PADDING_ON_THE_LEFT,
-    TL_4_ONLY,
     TRUNCATED_BACKWARD,
     make,
 )
+from helpers.gradients import (
+    finite_difference,
+    gradient_of_parameter,
+    reference_loss,
+    relative_error,
+)
+from helpers.summary import SUMMARY
+from helpers.versions import NEEDS_BRIDGE, TL_VERSION
 
 import tl_backward as tlb
+
+pytestmark = NEEDS_BRIDGE
 
 TOKENS = torch.tensor([[3, 9, 1, 17, 5, 11, 2, 8, 30]])
 TARGET = 5
@@ -53,24 +61,6 @@ def report(request):
     )
 
 
-def finite_difference(model, parameter, direction, step):
-    """Central difference of the loss along a direction of one parameter."""
-    losses = []
-    start = parameter.detach().clone()
-    with torch.no_grad():
-        for sign in (1, -1):
-            parameter.copy_(start + sign * step * direction)
-            losses.append(reference_loss(model, TOKENS, TARGET).double())
-        parameter.copy_(start)
-    return (losses[0] - losses[1]) / (2 * step)
-
-
-def boot_or_skip(family, tokenizer, dtype=torch.float64):
-    if TL_VERSION < 4 and family in TL_4_ONLY:
-        pytest.skip(f"TransformerLens 3: {TL_4_ONLY[family]}")
-    return make(family, tokenizer, dtype)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_site(family, tokenizer, report):
     """Autograd to 1e-10 and a finite difference, for every site.
@@ -80,7 +70,7 @@ def test_every_site(family, tokenizer, report):
     the gradient's norm.
     """
     dtype = torch.float32 if family in FLOAT32_ONLY else torch.float64
-    model = boot_or_skip(family, tokenizer, dtype)
+    model = make(family, tokenizer, dtype)
     _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET)
     sites = tlb.weight_sites(model)
     assert {"embed.W_E", "unembed.W_U"} <= set(cache) == {site.name for site in sites}
@@ -95,7 +85,7 @@ def test_every_site(family, tokenizer, report):
         exact = max(exact, relative_error(got, gradient))
         direction = torch.randn(got.shape, generator=generator, dtype=dtype)
         direction = direction / direction.norm() + got / got.norm()
-        slope = finite_difference(model, site.parameter, direction, 1e-3)
+        slope = finite_difference(model, TOKENS, TARGET, site.parameter, direction, 1e-3)
         error = (slope - (got * direction).sum()).abs() / got.norm()
         coarse = max(coarse, float(error))
     covered = tlb.coverage(model)
@@ -115,7 +105,7 @@ def test_batches(family, side, tokenizer):
     """In float32: in float64 many of these models make nan of padding on the left."""
     if TL_VERSION < 4 and family in PADDING_CHANGES_TL_3:
         pytest.skip(f"TransformerLens 3: {PADDING_CHANGES_TL_3[family]}")
-    model = boot_or_skip(family, tokenizer, torch.float32)
+    model = make(family, tokenizer, torch.float32)
     arguments = {"padding_side": side}
     if family in SEE_PADDING_ON_THE_LEFT and side == "left":
         with pytest.raises(NotImplementedError, match="padding_side='right'"):
@@ -132,7 +122,7 @@ def test_batches(family, side, tokenizer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hook_points_exist(family, tokenizer):
-    model = boot_or_skip(family, tokenizer)
+    model = make(family, tokenizer)
     names = {
         name
         for site in tlb.weight_sites(model)

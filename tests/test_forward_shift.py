@@ -7,8 +7,20 @@ import math
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS, relative_error
-from test_weight_edit import applied_logits, logits, random_edit, same_bits, state, weights
+from helpers.edits import (
+    applied_logits,
+    embedding,
+    gap,
+    logits,
+    random_edit,
+    same_bits,
+    seen_at,
+    weights,
+)
+from helpers.families import make
+from helpers.gradients import relative_error
+from helpers.state import state
+from helpers.versions import MODELS, NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward.editing import (
@@ -22,7 +34,6 @@ from tl_backward.sites import attached_hook_points
 
 PROMPT, TARGET = [3, 17, 3, 29, 8], 5
 TOKENS = torch.tensor([PROMPT])
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 
 
 @pytest.fixture(params=MODELS)
@@ -40,24 +51,6 @@ def unharmed(model):
 
 def W_out(model, layer):
     return tlb.weight_sites(model, "W_out", layer)[0]
-
-
-def seen_at(model, point, tokens, hooks=()):
-    """What a hook of TransformerLens sees at a HookPoint, heads side by side."""
-    seen = []
-    see = (point, lambda tensor, hook: seen.append(tensor.flatten(2).clone()))
-    logits(model, [*hooks, see], torch.as_tensor(tokens).reshape(1, -1))
-    return seen[0][0]
-
-
-def embedding(model, token):
-    return model.W_U[:, token].detach()
-
-
-def gap(of_last, target):
-    """The logit of the target minus the largest other one."""
-    others = torch.cat([of_last[:target], of_last[target + 1 :]])
-    return float(of_last[target] - others.max())
 
 
 # what the update is
@@ -184,7 +177,6 @@ def test_iterations_end_when_the_target_is_predicted(model):
 @NEEDS_BRIDGE
 def test_other_families(tokenizer, family):
     """Post-norms (the shift acts before them), fused gates, parallel blocks, tied embeddings."""
-    from families import make
 
     model = make(family, tokenizer)
     model(TOKENS)
@@ -601,7 +593,6 @@ def test_bad_models():
     ],
 )
 def test_out_of_scope(tokenizer, family, message):
-    from families import make
 
     model = make(family, tokenizer)
     with pytest.raises(NotImplementedError, match=message):

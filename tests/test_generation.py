@@ -9,11 +9,11 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS
+from helpers.hooked import GATED, GQA, ROTARY, build
+from helpers.versions import MODELS, NEEDS_BRIDGE
 
 from tl_backward.evaluation import generate_tokens
 
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 CACHE_ARGUMENTS = {"past_key_values", "past_kv_cache"}
 PROMPTS = torch.tensor([[5, 7, 3, 11], [5, 2, 3, 6]])
 N_NEW = 5  # the smallest context here is 9
@@ -46,7 +46,6 @@ def fresh(request, tokenizer):
         if request.param.endswith("compatibility"):
             made.enable_compatibility_mode(disable_warnings=True)
         return made
-    from test_hooked_transformer import GATED, GQA, ROTARY, build
 
     llama = {**GATED, **GQA, **ROTARY, "normalization_type": "RMS"}
     made = build(d_vocab=len(tokenizer), **(llama if request.param.endswith("llama") else {}))

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE
+from helpers.versions import NEEDS_BRIDGE
 
 import tl_backward as tlb
 
@@ -20,7 +20,7 @@ pytestmark = [
         "TL_BACKWARD_NETWORK" not in os.environ,
         reason="downloads GPT-2 small from the hub; set TL_BACKWARD_NETWORK=1 to run it",
     ),
-    pytest.mark.skipif(not HAS_BRIDGE, reason="this TransformerLens has no TransformerBridge"),
+    NEEDS_BRIDGE,
 ]
 
 

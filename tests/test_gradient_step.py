@@ -7,15 +7,17 @@ import math
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS, reference_loss
-from test_forward_shift import PROMPT, TARGET, TOKENS, embedding, gap, seen_at
-from test_weight_edit import applied_logits, logits, same_bits, state, weights
+from helpers.edits import applied_logits, embedding, gap, logits, same_bits, seen_at, weights
+from helpers.gradients import reference_loss
+from helpers.state import state
+from helpers.versions import MODELS, NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward.editing import fine_tune, gradient_step
 from tl_backward.sites import attached_hook_points
 
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
+PROMPT, TARGET = [3, 17, 3, 29, 8], 5
+TOKENS = torch.tensor([PROMPT])
 
 
 @pytest.fixture(params=MODELS)

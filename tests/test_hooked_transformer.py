@@ -8,22 +8,29 @@ from itertools import product
 import pytest
 import torch
 import transformer_lens
-from conftest import SUMMARY, reference_loss, relative_error
+from helpers.gradients import finite_difference, reference_loss, relative_error
+from helpers.hooked import (
+    ALIBI,
+    GATED,
+    GQA,
+    PARALLEL,
+    ROTARY,
+    SHORTFORMER,
+    build,
+)
+from helpers.state import state
+from helpers.summary import SUMMARY
+from helpers.versions import NEEDS_HOOKED_TRANSFORMER
 from torch import nn
 
 import tl_backward as tlb
 from tl_backward.sites import hooked_transformer as backend
 
-D_VOCAB, TARGET = 31, 5
+pytestmark = NEEDS_HOOKED_TRANSFORMER
+
+TARGET = 5
 STEP = 1e-6
 TOKENS = torch.tensor([[3, 17, 3, 29, 8, 0]])
-
-GATED = {"gated_mlp": True, "act_fn": "silu"}
-GQA = {"n_key_value_heads": 2}
-PARALLEL = {"parallel_attn_mlp": True}
-ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 4}
-SHORTFORMER = {"positional_embedding_type": "shortformer"}
-ALIBI = {"positional_embedding_type": "alibi"}
 NORMS = ["LN", "LNPre", "RMS", "RMSPre", None]
 
 
@@ -41,57 +48,9 @@ def _table(request):
     )
 
 
-def build(**settings):
-    """A random model in which no two widths are alike and no bias or gain is trivial."""
-    config = {
-        "n_layers": 2,
-        "d_model": 14,
-        "n_ctx": 9,
-        "n_heads": 4,
-        "d_head": 6,
-        "d_mlp": 22,
-        "d_vocab": D_VOCAB,
-        "act_fn": "gelu",
-        "normalization_type": "LN",
-        "dtype": torch.float64,
-        "device": "cpu",
-        "init_weights": False,
-    }
-    model = transformer_lens.HookedTransformer(
-        transformer_lens.HookedTransformerConfig(**config | settings)
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    scale = 0.4 if model.cfg.normalization_type else 0.2  # larger ones saturate the attention
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        is_gain = name.endswith(".w")
-        parameter.data = 1 + 0.3 * noise if is_gain else scale * noise
-    model.tokenizer = None
-    return model
-
-
 def gradients(model):
     loss = reference_loss(model, TOKENS, TARGET)
     return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-
-
-def state(model):
-    """Everything of a model that hooks or a capture might change."""
-    registries = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
-    return {
-        "tree": [(name, id(module), type(module)) for name, module in model.named_modules()],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "torch_hooks": [
-            [list(getattr(module, registry)) for registry in registries]
-            for module in model.modules()
-        ],
-        "tl_hooks": [(h.name, len(h.fwd_hooks), len(h.bwd_hooks)) for h in model.hook_points()],
-        "hook_dict": [(name, id(point)) for name, point in model.hook_dict.items()],
-        "mod_dict": [(name, id(module)) for name, module in model.mod_dict.items()],
-        "state_dict": {name: t.numpy().tobytes() for name, t in model.state_dict().items()},
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "grad": [p.grad for p in model.parameters()],
-    }
 
 
 def site_names(model, mlp=("W_in", "W_out")):
@@ -104,17 +63,6 @@ def site_names(model, mlp=("W_in", "W_out")):
         *(f"blocks.{layer}.{weight}" for layer in range(model.cfg.n_layers) for weight in weights),
         "unembed.W_U",
     ]
-
-
-def finite_difference(model, parameter, direction, step):
-    with torch.no_grad():
-        original = parameter.clone()
-        losses = []
-        for signed in (step, -step):
-            parameter.copy_(original + signed * direction)
-            losses.append(reference_loss(model, TOKENS, TARGET))
-        parameter.copy_(original)
-    return (losses[0] - losses[1]) / (2 * step)
 
 
 def check_every_site(model, step=STEP, tolerance=1e-6):
@@ -134,7 +82,7 @@ def check_every_site(model, step=STEP, tolerance=1e-6):
         assert error <= 1e-10, site.name
         direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         direction /= direction.norm()
-        slope = finite_difference(model, parameter, direction, step)
+        slope = finite_difference(model, TOKENS, TARGET, parameter, direction, step)
         difference = float((slope - (got * direction).sum()).abs() / got.norm())
         assert difference <= tolerance, site.name
         checked["sites"] += 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS, TEXTS
-from test_forward_shift import seen_at
-from test_weight_edit import random_edit, same_bits, state, weights
+from helpers.edits import random_edit, same_bits, seen_at, weights
+from helpers.state import state
+from helpers.texts import TEXTS
+from helpers.versions import MODELS, NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward.editing import KeyStatistics, key_statistics
@@ -15,7 +16,6 @@ GENERATOR = torch.Generator().manual_seed(1)
 SAMPLE = [
     torch.randint(1, 30, (n,), generator=GENERATOR).tolist() for n in (3, 7, 1, 5, 7, 6, 2) * 4
 ]
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 
 
 @pytest.fixture(params=MODELS)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROMPT, TARGET, TEXTS
-from families import make
+from helpers.families import make
+from helpers.texts import PROMPT, TARGET, TEXTS
+from helpers.versions import NEEDS_BRIDGE
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import BPE
@@ -17,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 import tl_backward as tlb
 from tl_backward.lens._vocabulary import read_vocabulary
+
+pytestmark = NEEDS_BRIDGE
 
 
 @pytest.fixture

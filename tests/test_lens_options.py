@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, MODELS
+from helpers.versions import CLASSES, MODELS
 from transformer_lens.ActivationCache import Slice
 
 import tl_backward as tlb

@@ -11,7 +11,10 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import CLASSES, HAS_BRIDGE, MODELS, gradient_of_parameter, reference_loss
+from helpers.families import make
+from helpers.gradients import gradient_of_parameter, reference_loss
+from helpers.state import state
+from helpers.versions import CLASSES, MODELS, NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward.sites import attached_hook_points
@@ -36,14 +39,6 @@ HAVE_VJP = [place for place in PLACES if place[1] not in LOOKUPS or place[2] == 
 @pytest.fixture(params=MODELS)
 def model(models, request):
     return models(request.param)
-
-
-def state(model):
-    if hasattr(model, "original_model"):
-        from test_capture import state
-    else:
-        from test_hooked_transformer import state
-    return state(model)
 
 
 def zero(tensor):
@@ -162,10 +157,9 @@ def test_activation_patching(models, name, kind, end):
     assert (loss - reference_loss(model, TOKENS, TARGET)).abs() > 1e-6
 
 
-@pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
+@NEEDS_BRIDGE
 def test_backward_hooks_on_all_hook_points(tokenizer):
     """Some of Jamba's pass a tuple, of which not every item has a gradient."""
-    from families import make
 
     model, seen = make("jamba", tokenizer), set()
 

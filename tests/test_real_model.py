@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
-from conftest import reference_loss, relative_error
+from helpers.gradients import reference_loss, relative_error
+from helpers.versions import NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward.demo_model import load_demo_model
+
+pytestmark = NEEDS_BRIDGE
 
 PROMPT, TARGET = "Lionel Messi plays for", " Paris"
 

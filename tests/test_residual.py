@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, TL_VERSION
+from helpers.versions import HAS_BRIDGE, TL_VERSION
 from transformer_lens.ActivationCache import Slice
 
 import tl_backward as tlb

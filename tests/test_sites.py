@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import (
-    PROMPT,
-    TARGET,
-    gradient_of_parameter,
-    reference_loss,
-    relative_error,
-    tiny_config,
-)
-from families import make
-from transformer_lens.model_bridge import TransformerBridge
+from helpers.bridges import tiny_config
+from helpers.families import make
+from helpers.gradients import gradient_of_parameter, reference_loss, relative_error
+from helpers.texts import PROMPT, TARGET
+from helpers.versions import NO_BRIDGE
 from transformers import (
     AutoModelForCausalLM,
     T5Config,
@@ -25,6 +20,10 @@ from typer.testing import CliRunner
 
 import tl_backward as tlb
 from tl_backward.__main__ import app
+
+TransformerBridge = pytest.importorskip(
+    "transformer_lens.model_bridge", reason=NO_BRIDGE
+).TransformerBridge
 
 TOKENS = torch.tensor([[3, 9, 1, 17, 5, 11, 2]])
 

@@ -18,24 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import HAS_BRIDGE, TARGET
 from datasets import Dataset
+from helpers.counting import RECORDS, Calls, count_characters
+from helpers.texts import TARGET
+from helpers.versions import NEEDS_BRIDGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_backward import provenance, table_files
 from tl_backward.sweep import _batches, sweep
-
-LENGTHS = [3, 9, 1, 4, 4, 7, 2, 9, 5, 1, 8]
-RECORDS = [{"prompt": "x" * n, "id": i} for i, n in enumerate(LENGTHS)]
-
-
-def count_characters(model: int, batch: list[dict]) -> list[list[dict]]:
-    """As many rows as the id modulo 3, so none for some records."""
-    return [
-        [{"n": model * len(record["prompt"]), "k": k} for k in range(record["id"] % 3)]
-        for record in batch
-    ]
 
 
 def plain_loop(model: int = 10) -> list[dict]:
@@ -57,28 +48,6 @@ def on_disk(path: Path) -> list[dict]:
 def files(path: Path) -> list[Path]:
     """What readers of Parquet read in a folder."""
     return sorted(file for file in path.iterdir() if not file.name.startswith((".", "_")))
-
-
-class Calls:
-    """``count_characters`` that notes the ids it was called with, and fails at one call.
-
-    Neither makes another function of it: it has no state that ``pickle`` would store.
-    """
-
-    def __init__(self, fail_at: int | None = None, error: BaseException | None = None) -> None:
-        self.batches: list[list[int]] = []
-        self.finished: list[int] = []
-        self.fail_at, self.error = fail_at, error
-
-    def __getstate__(self) -> dict:
-        return {}
-
-    def __call__(self, model: int, batch: list[dict]) -> list[list[dict]]:
-        self.batches.append([record["id"] for record in batch])
-        if len(self.batches) - 1 == self.fail_at:
-            raise self.error
-        self.finished += self.batches[-1]
-        return count_characters(model, batch)
 
 
 # ----- the table -----
@@ -596,7 +565,7 @@ import json, os, sys
 from itertools import islice
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_sweep import RECORDS, Calls, count_characters
+from helpers.counting import RECORDS, Calls, count_characters
 from tl_backward.sweep import sweep
 
 folder, rank, report = Path(sys.argv[2]), os.environ["RANK"], {}
@@ -710,7 +679,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
 # ----- a model -----
 
 
-@pytest.mark.skipif(not HAS_BRIDGE, reason="this TransformerLens has no TransformerBridge")
+@NEEDS_BRIDGE
 def test_the_losses_of_a_model(boot, tmp_path):
     import tl_backward as tlb
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MODELS
+from helpers.versions import MODELS
 
 import tl_backward as tlb
 from tl_backward import translators

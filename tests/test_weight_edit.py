@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import copy
 import random
-from functools import partial
 
 import pytest
 import torch
-from conftest import CLASSES, HAS_BRIDGE, MODELS, reference_loss, relative_error
+from helpers.bridges import tiny_config
+from helpers.edits import (
+    applied_logits,
+    factors,
+    hooked_logits,
+    logits,
+    random_edit,
+    same_bits,
+    weights,
+)
+from helpers.families import make
+from helpers.gradients import reference_loss, relative_error
+from helpers.state import state
+from helpers.versions import CLASSES, MODELS, NEEDS_BRIDGE
 from torch import nn
 
 import tl_backward as tlb
@@ -19,56 +31,11 @@ from tl_backward.sites import all_parameters, attached_hook_points
 
 TOKENS = torch.tensor([[3, 17, 3, 29, 8, 9], [1, 2, 3, 4, 5, 6]])
 N_RANDOM_EDITS = 1000
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 
 
 @pytest.fixture(params=MODELS)
 def model(models, request):
     return models(request.param)
-
-
-def state(model):
-    if hasattr(model, "original_model"):
-        from test_capture import state
-    else:
-        from test_hooked_transformer import state
-    return state(model)
-
-
-def weights(model):
-    """Every parameter, to the bit."""
-    return [p.detach().flatten().view(torch.uint8).clone() for p in all_parameters(model)]
-
-
-def same_bits(ours, theirs):
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def factors(site, n=2, seed=0, dtype=torch.float64, scale=0.1):
-    """Random vectors that change the site's output by about as much as it is large."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    return GradientFactors(draw(n, site.d_in).to(dtype), scale * draw(n, site.d_out).to(dtype))
-
-
-def random_edit(model, name, **options):
-    (site,) = (site for site in tlb.weight_sites(model) if site.name == name)
-    return WeightEdit(model, {name: factors(site, **options)})
-
-
-def logits(model, hooks=(), tokens=TOKENS):
-    with torch.no_grad(), attached_hook_points(model), model.hooks(fwd_hooks=list(hooks)):
-        return model(tokens)
-
-
-def applied_logits(edit, tokens=TOKENS):
-    with edit.applied():
-        return logits(edit.model, tokens=tokens)
-
-
-def hooked_logits(edit, tokens=TOKENS):
-    with attached_hook_points(edit.model):
-        return logits(edit.model, edit.fwd_hooks(), tokens)
 
 
 def generate(model, tokens):
@@ -117,7 +84,6 @@ def test_other_families(tokenizer, family):
 
     ModernBERT's embedding has a padding token, whose row has no gradient, but can be edited.
     """
-    from families import make
 
     model = make(family, tokenizer, torch.float32)
     tokens = torch.tensor([[*TOKENS[0].tolist(), 0]])
@@ -159,7 +125,6 @@ def test_hooks_of_a_frozen_model(models):
 @NEEDS_BRIDGE
 def test_quantised_weights_are_edited_by_hooks_only(tokenizer):
     torchao = pytest.importorskip("torchao.quantization")
-    from conftest import tiny_config
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
 
@@ -260,7 +225,6 @@ def test_generation(models, name, tokenizer, monkeypatch):
 
 @NEEDS_BRIDGE
 def test_tied_embeddings_are_edited_in_both_places(tokenizer):
-    from families import make
 
     model = make("llama_tied", tokenizer)
     model(TOKENS)

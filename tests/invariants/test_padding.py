@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS, TEXTS
+from helpers.texts import TEXTS
+from helpers.versions import MODELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
@@ -45,25 +46,18 @@ def padded(rows, pad, side, extra):
 
 
 @pytest.fixture(scope="module")
-def make(request):
-    if not HAS_BRIDGE:
-        pytest.skip("TransformerLens 2 has no TransformerBridge")
-    return request.getfixturevalue("boot")
-
-
-@pytest.fixture(scope="module")
-def with_own_pad(make):
+def with_own_pad(boot):
     """A model whose pad token is nothing else."""
-    model = make("gpt2")
+    model = boot("gpt2")
     model.tokenizer.pad_token = model.tokenizer.convert_ids_to_tokens(PAD)
     assert model.tokenizer.pad_token_id == PAD != model.tokenizer.eos_token_id
     return model
 
 
 @pytest.fixture(scope="module")
-def with_shared_pad(make):
+def with_shared_pad(boot):
     """A model whose pad token also begins and ends texts, as GPT-2's does."""
-    model = make("gpt2")
+    model = boot("gpt2")
     assert model.tokenizer.pad_token_id == model.tokenizer.bos_token_id == BOS
     return model
 

@@ -7,16 +7,13 @@ from numbers import Real
 
 import pytest
 import torch
-from conftest import CLASSES, HAS_BRIDGE, TL_VERSION
+from helpers.families import FAMILIES, FLOAT32_ONLY, make
+from helpers.hooked import build
+from helpers.versions import CLASSES
 from torch import nn
 
 import tl_backward as tlb
 from tl_backward.sites import all_modules
-
-if HAS_BRIDGE:
-    from families import FAMILIES, FLOAT32_ONLY, TL_4_ONLY, make
-else:
-    FAMILIES = {}
 
 TOKENS, TARGET_ID = torch.tensor([[3, 9, 1, 17, 5, 11, 2, 8, 30]]), 5
 SETTING = re.compile("drop|jitter|noise")
@@ -26,8 +23,6 @@ IGNORED_BY_THE_BRIDGE = ("youtu", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 
 
 def boot(family, tokenizer):
-    if TL_VERSION < 4 and family in TL_4_ONLY:
-        pytest.skip(f"TransformerLens 3: {TL_4_ONLY[family]}")
     return make(family, tokenizer, torch.float32 if family in FLOAT32_ONLY else torch.float64)
 
 
@@ -152,7 +147,6 @@ def plain(request, tokenizer):
     """A model of its own with nothing that training mode changes."""
     if request.param == "bridge":
         return make("llama", tokenizer)
-    from test_hooked_transformer import build
 
     return build()
 
@@ -181,7 +175,6 @@ def test_what_is_not_active_is_not_refused(plain, harmless):
     assert_as_in_eval_mode(plain)
 
 
-@pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 def test_one_module_is_enough(boot_gpt2):
     boot_gpt2.blocks[1].train()
     message = refusal(boot_gpt2)
@@ -194,7 +187,6 @@ def boot_gpt2(tokenizer):
     return make("gpt2", tokenizer)
 
 
-@pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 def test_dropout_that_the_wrapper_does_counts(tokenizer):
     """TransformerLens's attention reads its own mode, and the dropout of the one inside."""
     model = make("llama", tokenizer)
@@ -206,7 +198,6 @@ def test_dropout_that_the_wrapper_does_counts(tokenizer):
     assert "attention_dropout=0.3 of LlamaAttention" in refusal(model)
 
 
-@pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 def test_checkpointing_is_named(tokenizer):
     """It runs the blocks again in the backward pass, when the run's hooks are gone."""
     model = make("llama", tokenizer)

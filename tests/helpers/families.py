@@ -10,9 +10,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+
+from helpers.versions import HAS_BRIDGE, NO_BRIDGE, TL_VERSION
 
 BIASES = (
     *("attention_bias", "mlp_bias", "use_bias", "bias", "use_qkv_bias", "add_bias_linear"),
@@ -46,11 +48,15 @@ COMMON = {  # every config takes those of these that it declares
 
 def tiny(model_type: str, **own: Any) -> Callable[[int], PretrainedConfig]:
     """A function from vocabulary size to config: ``COMMON``, then the family's own values."""
-    kind = CONFIG_MAPPING[model_type]
-    declared = inspect.signature(kind).parameters
-    common = {key: value for key, value in COMMON.items() if key in declared}
-    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    return lambda vocab_size: kind(vocab_size=vocab_size, **{**common, **ids, **own})
+
+    def config(vocab_size: int) -> PretrainedConfig:
+        kind = CONFIG_MAPPING[model_type]
+        declared = inspect.signature(kind).parameters
+        common = {key: value for key, value in COMMON.items() if key in declared}
+        ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+        return kind(vocab_size=vocab_size, **{**common, **ids, **own})
+
+    return config
 
 
 SQUARE = {"hidden_size": 32}  # for families whose heads must fill the hidden width
@@ -275,8 +281,17 @@ LEFT_OUT: dict[str, str] = {
 }
 
 
-def make(family: str, tokenizer: Any, dtype: torch.dtype = torch.float64) -> TransformerBridge:
-    """The family's tiny random model, every parameter in ``dtype``."""
+def make(family: str, tokenizer: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The family's tiny random bridge, every parameter in ``dtype``.
+
+    The test is skipped where this TransformerLens does not boot the family.
+    """
+    if not HAS_BRIDGE:
+        pytest.skip(NO_BRIDGE)
+    if TL_VERSION < 4 and family in TL_4_ONLY:
+        pytest.skip(f"TransformerLens 3: {TL_4_ONLY[family]}")
+    from transformer_lens.model_bridge import TransformerBridge
+
     config = FAMILIES[family](len(tokenizer))
     config._experts_implementation = "eager"  # the grouped kernels know no float64
     with torch.random.fork_rng():
