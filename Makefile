@@ -7,15 +7,18 @@ PROMPT ?= The Eiffel Tower is located in the city of
 TARGET ?= $() Rome
 HTML ?= backward_lens.html
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-all check bench clean
 
 ## See SmolLM2's gradient in its vocabulary: a table here, and a page to open in a browser.
 demo: $(VENV)/.demo
 	$(BIN)/python -m tl_backward lens "$(PROMPT)" --target "$(TARGET)" --html $(HTML)
 
-## Everything the project claims, checked under each TransformerLens that it supports.
+## Everything the project claims, checked under the current TransformerLens: a few minutes.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+## The same under every TransformerLens that it supports, each in an environment of its own.
+test-all: test
 	$(BIN)/nox --reuse-existing-virtualenvs
 
 check: $(VENV)/.dev
