@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tl_backward._fingerprint import fingerprint
 from tl_backward.sites import WeightSite
 
 _changes_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -167,13 +167,3 @@ def _require_changeable(site: WeightSite, parameter: Tensor) -> None:
             f"{site.name} is offloaded: there is no weight to add to between forward passes; use "
             "fwd_hooks(), which touch no weight"
         )
-
-
-def fingerprint(weight: Tensor) -> str:
-    """A SHA-256 of the weight's values, dtype and shape."""
-    plain = weight.detach()
-    if type(plain) is not Tensor:
-        plain = plain.dequantize()
-    described = hashlib.sha256(f"{plain.dtype}{list(plain.shape)}".encode())
-    described.update(plain.cpu().flatten().view(torch.uint8).numpy().data)
-    return described.hexdigest()

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tl_backward._precision import full_precision
-from tl_backward.sites import Model, WeightSite, add_hook_points
-
-if TYPE_CHECKING:
-    from tl_backward.editing.weight_edit import WeightEdit
-
-ForwardHooks: TypeAlias = list[tuple[str, Callable[..., Any]]]
+from tl_backward.editing._low_rank_hooks import ForwardHooks, low_rank_hooks, with_hook_points
+from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.sites import Model
 
 
 def edit_hooks(
@@ -69,8 +63,7 @@ def edit_hooks(
         )
     at_sites = [edit.at_sites() for edit in edits]
     sites = {name: site for of_edit in at_sites for name, (site, _) in of_edit.items()}
-    if sites.keys() and any(site.hook_in not in model.hook_dict for site in sites.values()):
-        add_hook_points(model)
+    with_hook_points(model, sites.values())
     hooks: ForwardHooks = []
     for name, site in sites.items():
         empty = torch.zeros(0, site.d_in), torch.zeros(0, site.d_out)
@@ -79,9 +72,7 @@ def edit_hooks(
             for of_edit in at_sites
         ]
         u, v = (_of_rows(vectors, index) for vectors in zip(*each, strict=True))
-        if not (u.isfinite().all() and v.isfinite().all()):
-            raise ValueError(f"edits: the update of {name} is not finite; check its factors")
-        hooks += _adding_hooks(site, u, v)
+        hooks += low_rank_hooks(site, u, v)
     return hooks
 
 
@@ -96,34 +87,3 @@ def _of_rows(
         return torch.cat(alike).unsqueeze(0)
     padded = pad_sequence([*alike, alike[0].new_zeros(0, alike[0].shape[-1])], batch_first=True)
     return padded[rows.to(padded.device)]
-
-
-def _adding_hooks(
-    site: WeightSite, u: Float[Tensor, "batch n d_in"], v: Float[Tensor, "batch n d_out"]
-) -> ForwardHooks:
-    """Hooks that note ``x`` and add ``(x u^T) v`` to ``y``, each thread for itself."""
-    seen = threading.local()
-    placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-    def note(x: Tensor, hook: Any) -> None:
-        seen.x = x
-
-    def add(y: Tensor, hook: Any) -> Tensor:
-        if not hasattr(seen, "x"):
-            raise RuntimeError(f"the input of {site.name} did not pass {site.hook_in}")
-        x = site.encode(seen.x)
-        del seen.x
-        dtype = torch.promote_types(torch.promote_types(u.dtype, x.dtype), torch.float32)
-        place = (x.device, dtype)
-        if place not in placed:
-            placed[place] = u.to(*place).mT, v.to(*place)
-        left, right = placed[place]
-        if len(u) > 1:
-            x = x.expand(len(u), *x.shape[1:]) if len(x) == 1 else x
-            if len(x) % len(u) or (x.ndim > 2 and len(x) != len(u)):
-                raise ValueError(f"rows are {len(u)}, but {site.hook_in} has a batch of {len(x)}")
-        with full_precision(x.device):
-            added = (x.reshape(len(u), -1, site.d_in).to(dtype) @ left) @ right
-        return (y + site.hook_out_scale * added.reshape(-1, *y.shape[1:])).to(y.dtype)
-
-    return [(site.hook_in, note), (site.hook_out, add)]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from tl_backward import tensor_files
 from tl_backward._precision import full_precision
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
-from tl_backward.editing.files import fingerprints, model_name
+from tl_backward.editing._made_for import fingerprints, model_name
 from tl_backward.editing.runs import weight_inputs
 from tl_backward.sites import Model, require_eval_mode, weight_sites
 

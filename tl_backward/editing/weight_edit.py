@@ -8,41 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward import tensor_files
+from tl_backward._fingerprint import fingerprint
 from tl_backward._precision import stable_norm
-from tl_backward.editing._weight_change import WeightChanges, fingerprint, standing_changes
-from tl_backward.editing.hooks import ForwardHooks, edit_hooks
+from tl_backward.editing._low_rank_hooks import ForwardHooks, low_rank_hooks, with_hook_points
+from tl_backward.editing._made_for import MadeFor, fingerprints, model_name
+from tl_backward.editing._weight_change import WeightChanges, standing_changes
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, WeightSite, weight_sites
 from tl_backward.sites.kinds import READ_BY_INPUT
 from tl_backward.sites.ties import is_same_matrix, is_transposed, rearranged, shares_memory
 
-
-class MadeFor(NamedTuple):
-    """The weights that a saved edit is for: the model's name, and fingerprints by site name."""
-
-    model: str
-    weights: dict[str, str]
-
-    def merged(self, other: MadeFor) -> MadeFor:
-        """What the sum of two edits is for.
-
-        Raises:
-            ValueError: When they are for other values of the same weight.
-        """
-        for name in self.weights.keys() & other.weights.keys():
-            if self.weights[name] != other.weights[name]:
-                raise ValueError(
-                    f"cannot add edits that were saved for other weights: {name} of {self.model} "
-                    f"and of {other.model}"
-                )
-        names = dict.fromkeys([self.model, other.model])
-        return MadeFor(" and ".join(names), self.weights | other.weights)
+KIND = "WeightEdit"
 
 
 class WeightEdit:
@@ -190,7 +173,14 @@ class WeightEdit:
         Example:
             >>> model.run_with_hooks(tokens, fwd_hooks=edit.fwd_hooks())
         """
-        return edit_hooks(self._require_model(), [self])
+        model, at_sites = self._require_model(), self.at_sites()
+        sites = [site for site, _ in at_sites.values()]
+        with_hook_points(model, sites)
+        return [
+            hook
+            for site, g in at_sites.values()
+            for hook in low_rank_hooks(site, g.inputs.unsqueeze(0), g.vjps.unsqueeze(0))
+        ]
 
     def norm(self) -> Float[Tensor, ""]:
         """Frobenius norm of the update over all weights together.
@@ -282,8 +272,6 @@ class WeightEdit:
             ValueError: When it is bound to no model.
             OSError: When the file cannot be written.
         """
-        from tl_backward.editing.files import save_edit
-
         if self._changes is not None:
             raise RuntimeError("an edit is saved for the weights without it; revert() it first")
         for name, borne in self._borne.items():
@@ -292,7 +280,15 @@ class WeightEdit:
                     f"{name} bears an edit that was applied after this one was made, and an edit "
                     "is saved for the weights without it; revert() the other one first"
                 )
-        return save_edit(self, self._require_model(), Path(path))
+        model = self._require_model()
+        tree = {
+            "model": model_name(model),
+            "weights": fingerprints(model, list(self.factors)),
+            "factors": {
+                name: {"inputs": g.inputs, "vjps": g.vjps} for name, g in self.factors.items()
+            },
+        }
+        return tensor_files.write(Path(path), KIND, tree)
 
     @classmethod
     def load(cls, path: str | Path, model: Model | None = None) -> WeightEdit:
@@ -312,9 +308,15 @@ class WeightEdit:
             >>> edit.save("messi.safetensors")
             >>> WeightEdit.load("messi.safetensors", model).apply()
         """
-        from tl_backward.editing.files import load_edit
-
-        return load_edit(Path(path), model)
+        tree = tensor_files.read(Path(path), KIND)
+        try:
+            factors = {name: GradientFactors(**g) for name, g in tree["factors"].items()}
+            made_for = MadeFor(tree["model"], dict(tree["weights"]))
+            if made_for.weights.keys() != factors.keys():
+                raise ValueError("the weights are not those of the factors")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise tensor_files.damaged(Path(path), KIND, error) from error
+        return cls(model, factors, made_for=made_for)
 
     def at_sites(self) -> dict[str, tuple[WeightSite, GradientFactors]]:
         """Where the edit acts: its sites and those with the same weight, each with its update.

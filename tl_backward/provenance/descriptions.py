@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypeGuard
 import numpy as np
 from torch import Tensor, nn
 
-from tl_backward.editing._weight_change import fingerprint
+from tl_backward._fingerprint import fingerprint
 from tl_backward.provenance.models import hooks, settings, tokenizer_settings, weights
 from tl_backward.provenance.modules import is_installed, is_own, known_module
 

@@ -1,0 +1,65 @@
+"""A low-rank change of a weight as forward hooks, which touch no weight."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_backward._precision import full_precision
+from tl_backward.sites import Model, WeightSite, add_hook_points
+
+ForwardHooks: TypeAlias = list[tuple[str, Callable[..., Any]]]
+
+
+def with_hook_points(model: Model, sites: Iterable[WeightSite]) -> None:
+    """Give a ``HookedTransformer`` the HookPoints of these sites, if it lacks any."""
+    if any(site.hook_in not in model.hook_dict for site in sites):
+        add_hook_points(model)
+
+
+def low_rank_hooks(
+    site: WeightSite, u: Float[Tensor, "batch n d_in"], v: Float[Tensor, "batch n d_out"]
+) -> ForwardHooks:
+    """Hooks that note ``x`` and add ``(x u^T) v`` to ``y``, each thread for itself.
+
+    Args:
+        site: Where ``x`` and ``y`` are.
+        u: Left vectors, for every row of a batch or, with a batch of 1, for all rows.
+        v: Right vectors, likewise.
+
+    Raises:
+        ValueError: When a vector is not finite; and in the forward pass, when the batch has another
+            number of rows.
+    """
+    if not (u.isfinite().all() and v.isfinite().all()):
+        raise ValueError(f"edits: the update of {site.name} is not finite; check its factors")
+    seen = threading.local()
+    placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def note(x: Tensor, hook: Any) -> None:
+        seen.x = x
+
+    def add(y: Tensor, hook: Any) -> Tensor:
+        if not hasattr(seen, "x"):
+            raise RuntimeError(f"the input of {site.name} did not pass {site.hook_in}")
+        x = site.encode(seen.x)
+        del seen.x
+        dtype = torch.promote_types(torch.promote_types(u.dtype, x.dtype), torch.float32)
+        place = (x.device, dtype)
+        if place not in placed:
+            placed[place] = u.to(*place).mT, v.to(*place)
+        left, right = placed[place]
+        if len(u) > 1:
+            x = x.expand(len(u), *x.shape[1:]) if len(x) == 1 else x
+            if len(x) % len(u) or (x.ndim > 2 and len(x) != len(u)):
+                raise ValueError(f"rows are {len(u)}, but {site.hook_in} has a batch of {len(x)}")
+        with full_precision(x.device):
+            added = (x.reshape(len(u), -1, site.d_in).to(dtype) @ left) @ right
+        return (y + site.hook_out_scale * added.reshape(-1, *y.shape[1:])).to(y.dtype)
+
+    return [(site.hook_in, note), (site.hook_out, add)]
