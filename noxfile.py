@@ -28,7 +28,7 @@ def tests(session: nox.Session, transformer_lens: str, constraints: str) -> None
 def bench(session: nox.Session) -> None:
     """Compare with the BackwardLens of the last TransformerLens that had one."""
     _install(session, "4.2.0", "constraints.txt")
-    session.run("pytest", "tests/test_backward_lens.py")
+    session.run("pytest", "tests/lens/test_backward_lens.py")
     session.run("python", "tests/bench")
 
 

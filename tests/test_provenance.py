@@ -18,7 +18,8 @@ from types import MappingProxyType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS, PROMPT
+from helpers.texts import PROMPT
+from helpers.versions import HAS_BRIDGE, MODELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

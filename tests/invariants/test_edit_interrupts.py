@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES
-from test_weight_edit import random_edit, same_bits, weights
+from helpers.edits import random_edit, same_bits, weights
+from helpers.versions import CLASSES
 
 from tl_backward.editing import WeightEdit, edit_hooks, fine_tune
 from tl_backward.editing._weight_change import WeightChange

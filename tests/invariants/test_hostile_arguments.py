@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, TARGET, tiny_config
+from helpers.bridges import tiny_config
+from helpers.texts import TARGET
+from helpers.versions import HAS_BRIDGE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
