@@ -27,25 +27,26 @@ def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
     """The same sites, knowing of each other where they share a parameter or its memory."""
     sites = list(sites)
     computed = {site.name: how for site in sites if (how := site.recomputed)}
-    parameters = {site.name: site.parameter for site in sites if site.name not in computed}
-    of_storage: dict[object, list[str]] = defaultdict(list)
+    stored = {site.name: site.parameter for site in sites if site.name not in computed}
+    storages = {name: _storage(parameter) for name, parameter in stored.items()}
+    inside: dict[object, list[str]] = defaultdict(list)
     fed: dict[object, list[str]] = defaultdict(list)
-    for name, parameter in parameters.items():
-        of_storage[_storage(parameter)].append(name)
+    for name, storage in storages.items():
+        inside[storage].append(name)
     for name, how in computed.items():
-        for source in how.sources:
-            fed[_storage(source)].append(name)
+        for storage in {_storage(source) for source in how.sources}:
+            fed[storage].append(name)
 
     def related(site: WeightSite) -> WeightSite:
-        parameter = parameters.get(site.name)
-        if parameter is None:
+        storage = storages.get(site.name)
+        if storage is None or (len(inside[storage]) == 1 and storage not in fed):
             return site
-        others = tuple(o for o in of_storage[_storage(parameter)] if o != site.name)
+        others = tuple(name for name in inside[storage] if name != site.name)
         return replace(
             site,
-            tied_to=tuple(o for o in others if _is_same(parameter, parameters[o])),
+            tied_to=tuple(name for name in others if _is_same(stored[site.name], stored[name])),
             in_storage_with=others,
-            feeds=tuple(dict.fromkeys(fed.get(_storage(parameter), ()))),
+            feeds=tuple(fed.get(storage, ())),
         )
 
     return [related(site) for site in sites]
