@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.bridges import tiny_config
 from helpers.edits import (
+    added,
     applied_logits,
     factors,
     hooked_logits,
@@ -41,12 +42,6 @@ def model(models, request):
 def generate(model, tokens):
     options = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False}
     return model.generate(tokens, **options)
-
-
-def added(edit, name):
-    """What is added to a weight, written out."""
-    g = edit.factors[name]
-    return sum(torch.outer(u, v) for u, v in zip(g.inputs, g.vjps, strict=True))
 
 
 # hooks against the applied edit

@@ -50,6 +50,12 @@ def hooked_logits(edit, tokens=TOKENS):
         return logits(edit.model, edit.fwd_hooks(), tokens)
 
 
+def added(edit, name):
+    """What is added to a weight, written out."""
+    g = edit.factors[name]
+    return sum(torch.outer(u, v) for u, v in zip(g.inputs, g.vjps, strict=True))
+
+
 def seen_at(model, point, tokens, hooks=()):
     """What a hook of TransformerLens sees at a HookPoint, heads side by side."""
     seen = []

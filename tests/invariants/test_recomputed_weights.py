@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import CLASSES, relative_error, tiny_config
-from test_weight_edit import added, factors, hooked_logits, logits
+from helpers.bridges import tiny_config
+from helpers.edits import added, factors, hooked_logits, logits
+from helpers.gradients import relative_error
+from helpers.hooked import GATED
+from helpers.hooked import build as build_hooked
+from helpers.versions import CLASSES
 from torch import Tensor, nn
 from torch.nn import utils
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -97,9 +101,6 @@ def build(kind: str, tokenizer, change: Callable[[nn.Module, str], object] = lam
     """
     torch.manual_seed(0)
     if kind == "hooked":
-        from test_hooked_transformer import GATED
-        from test_hooked_transformer import build as build_hooked
-
         model = build_hooked(**GATED)
         names = [name for name, *place in places(model, kind) if [change(*place)]]
         return model.eval(), names

@@ -6,17 +6,13 @@ import copy
 
 import pytest
 import torch
-from conftest import (
-    CLASSES,
-    HAS_BRIDGE,
-    gradient_of_parameter,
-    reference_loss,
-    relative_error,
-    tiny_config,
-)
+from helpers.bridges import tiny_config
+from helpers.edits import applied_logits, factors, hooked_logits, logits
+from helpers.gradients import gradient_of_parameter, reference_loss, relative_error
+from helpers.hooked import build
+from helpers.versions import CLASSES, HAS_BRIDGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_weight_edit import applied_logits, factors, hooked_logits, logits
 from torch import Tensor, nn
 
 import tl_backward as tlb
@@ -136,8 +132,6 @@ def tied(request, tokenizer):
     """A model, and the names of the sites that share memory in it."""
     if request.param in BRIDGES:
         return bridge(tokenizer, request.param), BRIDGES[request.param]
-    from test_hooked_transformer import build
-
     settings_, names = HOOKED[request.param]
     model = build(**settings_)
     request.param(model)
