@@ -5,12 +5,16 @@ from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.capture.objectives import kl_divergence, lm_cross_entropy_loss, logit_diff
 from tl_backward.editing import (
+    KeyStatistics,
     WeightEdit,
+    alpha_edit,
     edit_hooks,
     fine_tune,
     forward_pass_shift,
     gradient_step,
     key_statistics,
+    memit,
+    rome,
 )
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLensResult, BackwardLogitLens
@@ -30,9 +34,11 @@ __all__ = [
     "BackwardLensResult",
     "BackwardLogitLens",
     "GradientFactors",
+    "KeyStatistics",
     "WeightEdit",
     "WeightSite",
     "add_hook_points",
+    "alpha_edit",
     "coverage",
     "edit_hooks",
     "fine_tune",
@@ -42,7 +48,9 @@ __all__ = [
     "kl_divergence",
     "lm_cross_entropy_loss",
     "logit_diff",
+    "memit",
     "remove_hook_points",
+    "rome",
     "run_with_backward_cache",
     "sweep",
     "weight_sites",

@@ -156,7 +156,7 @@ def run_with_backward_cache(
     """
     sites = weight_sites(model, weights, layers)
     parameters = list(all_parameters(model))
-    _require_ready(model, parameters)
+    require_ready(model, parameters)
     if (target is None) == (loss_fn is None):
         raise ValueError("pass either target= or loss_fn=, what to differentiate")
     if loss_fn is not None:
@@ -192,7 +192,7 @@ def run_with_backward_cache(
     ]
     rows = Rows(single, tokens.shape[1], starts, kept)
 
-    with _frozen(parameters), torch.enable_grad():
+    with frozen(parameters), torch.enable_grad():
         with ExitStack() as of_this_run:
             of_this_run.enter_context(attached_hook_points(model))
             fwd_hooks = [*fwd_hooks, *((name, _look_on) for name in passed_if_hooked(model))]
@@ -361,7 +361,7 @@ def _target_ids(targets: Sequence[Sequence[int]], single: bool) -> Int[Tensor, "
 
 
 @contextmanager
-def _frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Freeze the parameters, so that the graph holds no path to a weight gradient."""
     thawed = []
     try:
@@ -375,7 +375,13 @@ def _frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _require_ready(model: Model, parameters: Sequence[Tensor]) -> None:
+def require_ready(model: Model, parameters: Sequence[Tensor]) -> None:
+    """Make sure that a backward pass is possible and that dropout is off.
+
+    Raises:
+        RuntimeError: Under ``torch.inference_mode``.
+        ValueError: In training mode.
+    """
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in parameters):
         raise RuntimeError(
             "there is no backward pass under torch.inference_mode(), nor through weights made "

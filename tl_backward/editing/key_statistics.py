@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tl_backward._precision import full_precision
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing._made_for import fingerprints, model_name
 from tl_backward.editing.runs import weight_inputs
-from tl_backward.sites import Model, require_eval_mode, weight_sites
+from tl_backward.sites import Model, WeightSite, require_eval_mode, weight_sites
 
 KIND = "KeyStatistics"
 
@@ -31,11 +31,20 @@ class KeyStatistics:
         second_moments: By site name, ``C``, the mean of ``x^T x`` over all tokens of the sample.
         n_tokens: How many tokens that were.
         ridge: What is added to the diagonal of ``C`` before it is inverted, in units of its mean.
+            The published ROME and MEMIT add nothing.
+        model: The name of the model that they are of, where it is known.
+
+    Example:
+        >>> KeyStatistics({"blocks.5.mlp.W_out": C}, n_tokens=100_000, ridge=0.0)
     """
 
     second_moments: dict[str, Float[Tensor, "d_in d_in"]]
     n_tokens: int
     ridge: float
+    model: str | None = None
+    _factors: dict[str, Float[Tensor, "d_in d_in"]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __repr__(self) -> str:
         return f"KeyStatistics({', '.join(self.second_moments)}; {self.n_tokens} tokens)"
@@ -55,32 +64,101 @@ class KeyStatistics:
         Raises:
             ValueError: When there are no statistics of this site.
         """
+        exact = x.to(device="cpu", dtype=torch.float64)
+        keys = self.solve(name, exact)
+        scale = exact.square().sum(-1, keepdim=True) / (exact * keys).sum(-1, keepdim=True)
+        return (keys * scale).to(x)
+
+    def solve(self, name: str, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """``C^-1 x`` of some inputs, with the ridge, in float64 on the CPU.
+
+        Args:
+            name: The site.
+            x: Inputs of its weight.
+
+        Raises:
+            ValueError: When there are no statistics of this site, or ``C`` is singular.
+        """
+        exact = x.to(device="cpu", dtype=torch.float64)
+        return torch.cholesky_solve(exact.mT, self._factor(name)).mT
+
+    def null_space(
+        self, name: str, *, fraction: float | None = None, threshold: float | None = None
+    ) -> Float[Tensor, "d_in d_in"]:
+        """The projector on directions that the sample's inputs hardly have, in float64.
+
+        They are the eigenvectors of ``C`` with the smallest eigenvalues; an update that passes the
+        projector leaves the outputs for such inputs nearly as they are. The ridge has no part.
+
+        Args:
+            name: The site.
+            fraction: The share of all eigenvectors, rounded down. AlphaEdit keeps about 0.7.
+            threshold: Instead of a share, a bound: eigenvalues strictly below it count. AlphaEdit's
+                code has 0.02, for the scale of Llama 3's inputs.
+
+        Raises:
+            ValueError: When there are no statistics of this site, both or neither of ``fraction``
+                and ``threshold`` are given, or nothing or everything would be left.
+        """
+        if (fraction is None) == (threshold is None):
+            raise ValueError("pass either fraction or threshold")
+        eigenvalues, eigenvectors = torch.linalg.eigh(self._second_moment(name).double())
+        if threshold is None:
+            n_kept = math.floor((fraction or 0.0) * len(eigenvalues))
+        else:
+            n_kept = int((eigenvalues < threshold).sum())
+        if not 0 < n_kept < len(eigenvalues):
+            raise ValueError(
+                f"fraction={fraction}, threshold={threshold}: this keeps {n_kept} of the "
+                f"{len(eigenvalues)} eigenvectors of {name}, and there is nothing to project on or "
+                f"away; the eigenvalues are {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}"
+            )
+        kept = eigenvectors[:, :n_kept]
+        return kept @ kept.mT
+
+    def require_for(self, model: Model, sites: Sequence[WeightSite]) -> None:
+        """Make sure that these are statistics of the inputs of some weights of a model.
+
+        Raises:
+            ValueError: When one is missing, has another width, or is of another model.
+        """
+        if self.model is not None and self.model != model_name(model):
+            raise ValueError(
+                f"statistics: they are of {self.model}, and this is {model_name(model)}; make "
+                "them with key_statistics(model, texts, layer)"
+            )
+        for site in sites:
+            shape = tuple(self._second_moment(site.name).shape)
+            if shape != (site.d_in, site.d_in):
+                raise ValueError(
+                    f"statistics: those of {site.name} are {list(shape)}, and its inputs have "
+                    f"width {site.d_in}; they are of another model"
+                )
+
+    def _second_moment(self, name: str) -> Float[Tensor, "d_in d_in"]:
         if name not in self.second_moments:
             raise ValueError(
                 f"statistics: there are none of {name}, only of {', '.join(self.second_moments)}; "
                 "make them with key_statistics(model, texts, layer)"
             )
-        exact = x.to(device="cpu", dtype=torch.float64)
-        keys = torch.cholesky_solve(exact.mT, self._factors[name]).mT
-        scale = exact.square().sum(-1, keepdim=True) / (exact * keys).sum(-1, keepdim=True)
-        return (keys * scale).to(x)
+        return self.second_moments[name]
 
-    @cached_property
-    def _factors(self) -> dict[str, Float[Tensor, "d_in d_in"]]:
-        """Cholesky factors of the second moments with the ridge, in float64."""
-        factors = {}
-        for name, C in self.second_moments.items():
-            exact = C.double().clone()
+    def _factor(self, name: str) -> Float[Tensor, "d_in d_in"]:
+        """The Cholesky factor of the second moment with the ridge, in float64."""
+        if name not in self._factors:
+            exact = self._second_moment(name).double().clone()
             exact.diagonal().add_(self.ridge * exact.diagonal().mean())
-            try:
-                factors[name] = torch.linalg.cholesky(exact)
-            except torch.linalg.LinAlgError as error:
+            factor, failure = torch.linalg.cholesky_ex(exact)
+            pivots = factor.diagonal().square()
+            rounding = len(exact) * torch.finfo(exact.dtype).eps
+            if failure or not pivots.min() > rounding * exact.diagonal().max():
                 raise ValueError(
                     f"statistics: the second moment of the inputs of {name} is singular with "
                     f"ridge={self.ridge}; take a larger ridge, or more text than {self.n_tokens} "
                     "tokens"
-                ) from error
-        return factors
+                )
+            self._factors[name] = factor
+        return self._factors[name]
 
     def save(self, path: str | Path, model: Model) -> Path:
         """Write the statistics to one safetensors file.
@@ -123,7 +201,7 @@ class KeyStatistics:
                 f"{path} has the statistics of {made_for}, and this model has other weights "
                 f"({', '.join(expected)}); revert the edits that are applied, or remove the file"
             )
-        return cls({name: moments[name] for name in names}, n_tokens, ridge)
+        return cls({name: moments[name] for name in names}, n_tokens, ridge, made_for)
 
 
 def key_statistics(
@@ -176,7 +254,7 @@ def key_statistics(
                 f"path: {path} has the statistics of {', '.join(loaded.second_moments)}, not of "
                 f"layer={layer!r}; pass another path"
             )
-        return KeyStatistics(loaded.second_moments, loaded.n_tokens, ridge)
+        return KeyStatistics(loaded.second_moments, loaded.n_tokens, ridge, loaded.model)
     every = [texts] if isinstance(texts, str) else list(texts)
     if not every:
         raise ValueError("texts are empty; pass at least one")
@@ -194,7 +272,10 @@ def key_statistics(
     n_tokens = sum(map(len, tokens))
     dtype = torch.promote_types(model.cfg.dtype, torch.float32)
     statistics = KeyStatistics(
-        {name: (total / n_tokens).to(dtype) for name, total in moments.items()}, n_tokens, ridge
+        {name: (total / n_tokens).to(dtype) for name, total in moments.items()},
+        n_tokens,
+        ridge,
+        model_name(model),
     )
     if path is not None:
         statistics.save(path, model)

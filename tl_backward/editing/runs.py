@@ -57,6 +57,41 @@ def weight_inputs(
     raise RuntimeError(f"{sites[-1].name} took no part in the forward pass")
 
 
+@torch.no_grad()
+def read_at(
+    model: Model,
+    points: Sequence[str],
+    tokens: Int[Tensor, "batch pos"],
+    positions: Int[Tensor, "batch"],
+    edit: WeightEdit | None = None,
+) -> list[Float[Tensor, "batch _"]]:
+    """What passes some HookPoints at one position of each text, from a run that stops there.
+
+    Args:
+        model: A TransformerLens model.
+        points: Names of the HookPoints.
+        tokens: Texts, padded on the right.
+        positions: The position in each.
+        edit: An edit that takes part by its hooks.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def see(point: str, x: Tensor, hook: Any) -> None:
+        seen[point] = x[torch.arange(len(x)), positions.to(x.device)]
+        if len(seen) == len(points):
+            raise _Stop
+
+    hooks = [] if edit is None else edit.fwd_hooks()
+    hooks += [(point, partial(see, point)) for point in points]
+    with attached_hook_points(model), model.hooks(fwd_hooks=hooks):
+        try:
+            _logits(model, tokens)
+        except _Stop:
+            return [seen[point] for point in points]
+    missing = ", ".join(point for point in points if point not in seen)
+    raise RuntimeError(f"nothing passed {missing}")
+
+
 class WholeRun:
     """A forward pass on some texts, from the middle of which others can start.
 
@@ -139,20 +174,35 @@ class WholeRun:
         with ExitStack() as stack:
             stack.enter_context(attached_hook_points(self._model))
             hooks = edit_hooks(self._model, edits, rows)
-            points = [self._model.hook_dict[f"unembed.hook_{side}"] for side in ("in", "out")]
-            gathered = places is not None and not any(point.fwd_hooks for point in points)
-            if places is not None and gathered:
-                hooks.append(("unembed.hook_in", partial(_at_places, places, len(of_copies))))
-            stack.enter_context(self._model.hooks(fwd_hooks=hooks))
             below = zip(self._model.blocks[:first], self._block_outputs, strict=False)
             for block, output in below:
-                stack.enter_context(_returning(block, _repeated(output, len(of_copies))))
-            logits = _logits(self._model, self._tokens.repeat(len(of_copies), 1))
-        if gathered:
-            return logits
-        if places is None:
-            return logits.unflatten(0, (len(of_copies), -1))
-        return _at_places(places, len(of_copies), logits)
+                stack.enter_context(returning(block, _repeated(output, len(of_copies))))
+            tokens = self._tokens.repeat(len(of_copies), 1)
+            if places is not None:
+                return logits_at(self._model, tokens, places, hooks, len(of_copies))
+            stack.enter_context(self._model.hooks(fwd_hooks=hooks))
+            return _logits(self._model, tokens).unflatten(0, (len(of_copies), -1))
+
+
+def logits_at(
+    model: Model,
+    tokens: Int[Tensor, "copies_and_batch pos"],
+    places: Places,
+    fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
+    copies: int = 1,
+) -> Float[Tensor, "copies place d_vocab"]:
+    """The logits at some places of each copy of a batch, from one forward pass.
+
+    Only those are unembedded, unless there are hooks at the unembedding.
+    """
+    with attached_hook_points(model):
+        points = [model.hook_dict[f"unembed.hook_{side}"] for side in ("in", "out")]
+        if any(point.fwd_hooks for point in points):
+            with model.hooks(fwd_hooks=list(fwd_hooks)):
+                return _at_places(places, copies, _logits(model, tokens))
+        gather = ("unembed.hook_in", partial(_at_places, places, copies))
+        with model.hooks(fwd_hooks=[*fwd_hooks, gather]):
+            return _logits(model, tokens)
 
 
 def _at_places(
@@ -201,7 +251,7 @@ def _stop(*_: Any) -> None:
 
 
 @contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+def returning(module: nn.Module, output: Any) -> Iterator[None]:
     """The module with a forward pass that computes nothing and returns ``output``."""
     attributes = vars(module)
     own = {"forward": attributes["forward"]} if "forward" in attributes else {}

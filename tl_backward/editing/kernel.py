@@ -1,0 +1,63 @@
+"""The kernel that editors share: what is to be written for some keys, and nothing else.
+
+For keys ``K`` ``[d_in, n]``, wanted changes of the output ``R`` ``[n, d_out]``, a symmetric ``M``
+and a number ``ridge``, the update is ``dW = U R`` with ``U = M K (K^T M K + ridge I)^-1``. Without
+a ridge the output for each key changes by its own row of ``R`` alone. Only an ``n x n`` system is
+solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_backward.factors import GradientFactors
+
+Metric: TypeAlias = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_in"]]
+"""Multiplies every row by the symmetric matrix ``M``."""
+
+
+def kernel(
+    keys: Float[Tensor, "n d_in"],
+    metric: Metric | None = None,
+    ridge: float = 0.0,
+    probes: Float[Tensor, "n d_in"] | None = None,
+) -> Float[Tensor, "n d_in"]:
+    """The rows of ``U^T``, in float64 on the CPU.
+
+    Args:
+        keys: The rows of ``K^T``.
+        metric: Multiplies rows by ``M``, as ``KeyStatistics.solve`` does by ``C^-1``. Default: the
+            identity.
+        ridge: What is added to the diagonal of ``K^T M K``.
+        probes: The inputs whose outputs are to change by ``R``, if not the keys themselves:
+            ``U = M K (P^T M K + ridge I)^-1``.
+
+    Raises:
+        ValueError: When the system is singular, as with two equal keys and no ridge.
+    """
+    exact = keys.to(device="cpu", dtype=torch.float64)
+    asked = exact if probes is None else probes.to(exact)
+    weighted = exact if metric is None else metric(exact)
+    gram = einsum(asked, weighted, "probe d_in, key d_in -> probe key")
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
+    singular_values = torch.linalg.svdvals(gram)
+    rounding = len(gram) * torch.finfo(gram.dtype).eps
+    if not singular_values.isfinite().all() or singular_values[-1] <= rounding * singular_values[0]:
+        raise ValueError(
+            "the keys of this update do not tell its facts apart (the system that the kernel "
+            "solves is singular): leave out facts with the same subject and beginning, or give "
+            "lambda a positive value"
+        )
+    return torch.linalg.solve(gram.mT, weighted)
+
+
+def update(rows: Float[Tensor, "n d_in"], changes: Float[Tensor, "n d_out"]) -> GradientFactors:
+    """``dW = U R`` in factored form, in the precision of ``R``, at least float32."""
+    dtype = torch.promote_types(changes.dtype, torch.float32)
+    return GradientFactors(rows.to(changes.device, dtype), changes.to(dtype))

@@ -1,0 +1,153 @@
+"""MEMIT: many facts, spread over several layers (Meng et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
+from typing import TypeAlias
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_backward.editing.contexts import checked_templates, memit_contexts
+from tl_backward.editing.editor_report import report_of
+from tl_backward.editing.kernel import kernel, update
+from tl_backward.editing.key_statistics import KeyStatistics
+from tl_backward.editing.mlp_outputs import w_out_sites
+from tl_backward.editing.subject_facts import read_subjects, subject_facts
+from tl_backward.editing.value_search import SearchSettings, search_values
+from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.sites import Model, WeightSite, require_eval_mode
+from tl_backward.capture.tokens import Target
+
+KernelRows: TypeAlias = Callable[
+    [WeightSite, Float[Tensor, "fact d_in"]], Float[Tensor, "fact d_in"]
+]
+"""The kernel of a site for some keys: the rows of ``U^T``."""
+
+
+def memit(
+    model: Model,
+    prompts: Sequence[str],
+    targets: Target,
+    *,
+    subjects: Sequence[str],
+    layers: int | Iterable[int],
+    statistics: KeyStatistics,
+    weight: float = 20_000,
+    contexts: Sequence[Sequence[str]] | None = None,
+    steps: int = 20,
+    lr: float = 0.5,
+    decay: float = 0.5,
+    kl: float = 0.0625,
+    clamp: float = 0.75,
+    prepend_bos: bool | None = None,
+) -> WeightEdit:
+    """Make targets follow prompts, by MEMIT's updates of W_out in several layers.
+
+    For each fact the output ``z`` of the last of the layers is searched that makes the target
+    probable. Layer by layer, with those before edited, W_out is then changed by
+    ``(weight C + K K^T)^-1 K R``: the facts' keys ``K``, and what is missing to ``z``, divided by
+    the number of layers left, as ``R``. The defaults are those of the published code for GPT-2 XL
+    (layers 13 to 17 there).
+
+    Args:
+        model: A TransformerLens model in eval mode. It is left as it is: see :class:`WeightEdit`.
+        prompts: Texts that contain their subjects, or ``{}`` in their places.
+        targets: What is to follow, one for all prompts or one for each in a list: text (mind the
+            leading space) or token ids.
+        subjects: One for each prompt. If it is there several times, the last counts.
+        layers: The layers of W_out; negative ones count from the last.
+        statistics: ``C``, from :func:`key_statistics`, with ``ridge=0`` as in the published code.
+        weight: How much the sample of ``C`` counts, in tokens; a larger one makes smaller changes.
+        contexts: Kinds of templates with ``{}`` for the prompt. A key is the mean over the kinds of
+            the means within them; the search takes all alike, and ``z``'s beginning in the first.
+            Default: the plain prompt, and five short texts before it that the model writes, the
+            same each time. For many edits of one model make them once, by :func:`memit_contexts`.
+        steps: As for :func:`rome`.
+        lr: As there.
+        decay: As there.
+        kl: As there.
+        clamp: As there.
+        prepend_bos: As there.
+
+    Returns:
+        The edit, not applied, with an :class:`EditorReport` in ``edit.report``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: As for :func:`rome`, and when
+            there is a norm between W_out and the residual stream, where ``z`` is.
+
+    Warns:
+        UserWarning: As for :func:`rome`.
+
+    Example:
+        >>> statistics = key_statistics(model, texts, [3, 4, 5], ridge=0)
+        >>> edit = memit(model, ["Lionel Messi plays for", "Rome is the capital of"],
+        ...              [" Paris", " France"], subjects=["Lionel Messi", "Rome"],
+        ...              layers=[3, 4, 5], statistics=statistics)
+    """
+    if not weight > 0:
+        raise ValueError(f"weight must be positive, got {weight!r}")
+    sites = w_out_sites(model, layers)
+    statistics.require_for(model, sites)
+
+    def rows(site: WeightSite, keys: Tensor) -> Tensor:
+        return kernel(keys, partial(statistics.solve, site.name), ridge=weight)
+
+    settings = SearchSettings(steps, lr, decay, kl, clamp)
+    return spread(model, prompts, targets, subjects, sites, rows, contexts, settings, prepend_bos)
+
+
+def spread(
+    model: Model,
+    prompts: Sequence[str],
+    targets: Target,
+    subjects: Sequence[str],
+    sites: Sequence[WeightSite],
+    rows: KernelRows,
+    contexts: Sequence[Sequence[str]] | None,
+    settings: SearchSettings,
+    prepend_bos: bool | None,
+) -> WeightEdit:
+    """Search the facts' values at the last site's block, and write them layer by layer."""
+    require_eval_mode(model)
+    for site in sites:
+        if site.hook_residual is not None:
+            raise NotImplementedError(
+                f"{site.name}: a norm follows before the residual stream, so that its output "
+                "cannot be chosen for what is missing there; use rome, which searches the value "
+                "at W_out itself"
+            )
+    kinds = _checked_kinds(memit_contexts(model, prepend_bos) if contexts is None else contexts)
+    templates = list(chain.from_iterable(kinds))
+    facts = subject_facts(model, prompts, targets, subjects, templates, prepend_bos)
+    layer = sites[-1].layer or 0
+    point = f"blocks.{layer}.hook_resid_post"
+    values = search_values(model, facts, point, layer, settings)
+    in_contexts = [text for fact in facts for text in fact.in_contexts]
+    edit, all_keys = WeightEdit(model, {}), {}
+    for i, site in enumerate(sites):
+        (each,) = read_subjects(model, [site.hook_in], in_contexts, edit)
+        of_kinds = rearrange(each, "(fact context) d_in -> context fact d_in", fact=len(facts))
+        means = [kind.mean(0) for kind in of_kinds.split([len(kind) for kind in kinds])]
+        keys = all_keys[site.name] = torch.stack(means).mean(0)
+        (now,) = read_subjects(model, [point], [fact.plain for fact in facts], edit)
+        missing = (values.initial + values.change - now) / (len(sites) - i)
+        edit = edit + WeightEdit(model, {site.name: update(rows(site, keys), missing)})
+    edit.report = report_of(sites, facts, values, all_keys)
+    return edit
+
+
+def _checked_kinds(contexts: Sequence[Sequence[str]]) -> list[list[str]]:
+    if isinstance(contexts, str) or any(isinstance(kind, str) for kind in contexts):
+        raise TypeError(
+            'contexts must be a list of kinds, each a list of templates, such as [["{}"], '
+            f'["The cat. {{}}"]], got {contexts!r}'
+        )
+    if not contexts:
+        raise ValueError('contexts are empty; [["{}"]] is the plain prompt alone')
+    return [checked_templates(kind) for kind in contexts]

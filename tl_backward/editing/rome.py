@@ -1,0 +1,101 @@
+"""ROME: one fact, written into one layer at the subject's last token (Meng et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from tl_backward.editing.contexts import checked_templates, rome_contexts
+from tl_backward.editing.editor_report import report_of
+from tl_backward.editing.kernel import kernel, update
+from tl_backward.editing.key_statistics import KeyStatistics
+from tl_backward.editing.mlp_outputs import w_out_sites
+from tl_backward.editing.subject_facts import read_subjects, subject_facts
+from tl_backward.editing.value_search import SearchSettings, search_values
+from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.sites import Model, require_eval_mode
+from tl_backward.capture.tokens import Target
+
+
+def rome(
+    model: Model,
+    prompt: str,
+    target: Target,
+    *,
+    subject: str,
+    layer: int,
+    statistics: KeyStatistics | None,
+    contexts: Sequence[str] | None = None,
+    steps: int = 20,
+    lr: float = 0.5,
+    decay: float = 0.5,
+    kl: float = 0.0625,
+    clamp: float = 4.0,
+    prepend_bos: bool | None = None,
+) -> WeightEdit:
+    """Make a target follow a prompt, by ROME's rank-one update of one W_out.
+
+    At the subject's last token of the plain prompt W_out then gives just the value ``v* = v0 + d``
+    that makes the target probable: ``dW = outer(C^-1 k, v* - v) / (x . C^-1 k)``, with the input
+    ``x`` and output ``v`` there, and the mean ``k`` of the inputs in all contexts. The defaults are
+    those of the published code for GPT-2 XL (layer 17 there).
+
+    Args:
+        model: A TransformerLens model in eval mode. It is left as it is: see :class:`WeightEdit`.
+        prompt: Text that contains the subject, or ``{}`` in its place.
+        target: What is to follow: text (mind the leading space) or token ids.
+        subject: Whom or what the fact is about. If it is in the prompt several times, the last
+            counts.
+        layer: The layer of W_out; negative ones count from the last.
+        statistics: ``C``, from :func:`key_statistics`, with ``ridge=0`` as in the published code.
+            None leaves the whitening out.
+        contexts: Templates with ``{}`` for the prompt; ``v0`` is taken in the first. Default: the
+            plain prompt, and twenty short texts before it that the model writes, the same each
+            time. For many edits of one model make them once, by :func:`rome_contexts`.
+        steps: Forward passes of the search at most, of the layers from the edited one upwards;
+            Adam makes one update less. The search ends when the loss is below 0.05.
+        lr: The learning rate of Adam.
+        decay: The weight of ``|d| / |v0|^2`` in the loss.
+        kl: The weight of the KL divergence from the unedited model after "{subject} is a".
+        clamp: The largest ``|d|``, in units of ``|v0|``.
+        prepend_bos: As in ``model.to_tokens``; the published code has none for GPT-2. Default: the
+            model's setting.
+
+    Returns:
+        The edit, not applied, with an :class:`EditorReport` in ``edit.report``.
+
+    Raises:
+        TypeError: When model, prompt, target, subject or contexts are malformed.
+        ValueError: For a subject that is not in the prompt, an empty target, a layer that does not
+            exist, settings out of range, statistics of another layer or model, a singular ``C``,
+            texts that are too long, a model in training mode or without tokenizer, and a loss that
+            is not finite from the start.
+        NotImplementedError: When the layer has no W_out, or several (mixtures of experts).
+        RuntimeError: Under ``torch.inference_mode``.
+
+    Warns:
+        UserWarning: When the subject is in the prompt several times, and when the loss of a later
+            step is not finite (the value of the least loss so far is kept).
+
+    Example:
+        >>> statistics = key_statistics(model, texts, 5, ridge=0)
+        >>> edit = rome(model, "Lionel Messi plays for", " Paris", subject="Lionel Messi", layer=5,
+        ...             statistics=statistics)
+        >>> edit.report.losses, edit.report.change_norms
+    """
+    settings = SearchSettings(steps, lr, decay, kl, clamp)
+    (site,) = w_out_sites(model, [layer])
+    require_eval_mode(model)
+    if statistics is not None:
+        statistics.require_for(model, [site])
+    templates = checked_templates(rome_contexts(model) if contexts is None else contexts)
+    facts = subject_facts(model, [prompt], [target], [subject], templates, prepend_bos)
+    values = search_values(model, facts, site.hook_out, site.layer or 0, settings)
+    x, v = read_subjects(model, [site.hook_in, site.hook_out], [facts[0].plain])
+    (each,) = read_subjects(model, [site.hook_in], facts[0].in_contexts)
+    key = each.mean(0, keepdim=True)
+    metric = None if statistics is None else partial(statistics.solve, site.name)
+    rows = kernel(key, metric, probes=x)
+    factors = update(rows, values.initial + values.change - v)
+    report = report_of([site], facts, values, {site.name: key})
+    return WeightEdit(model, {site.name: factors}, report)

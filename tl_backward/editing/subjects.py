@@ -1,0 +1,124 @@
+"""The subject of a prompt, and the token with which it ends."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import NamedTuple
+
+from tl_backward.sites import Model
+from tl_backward.capture.tokens import prompt_tokens
+
+SLOT = "{}"
+
+
+class Span(NamedTuple):
+    """Characters of a text."""
+
+    start: int
+    end: int
+
+
+class SubjectToken(NamedTuple):
+    """Where the last token of the subject is.
+
+    Attributes:
+        position: The token that holds the subject's last character.
+        counted: The position that follows from the numbers of tokens of prefix and subject, each
+            tokenised by itself, as the published implementations of ROME and MEMIT count. It is
+            another one where the tokenizer joins characters across the subject's ends.
+    """
+
+    position: int
+    counted: int
+
+
+def subject_in(prompt: str, subject: str) -> tuple[str, Span]:
+    """The prompt with the subject in its slot, if it has one, and where the subject is.
+
+    Args:
+        prompt: Text that contains the subject, or ``{}`` in its place.
+        subject: Whom or what the fact is about. Spaces around it do not count.
+
+    Raises:
+        TypeError: When one of them is no text.
+        ValueError: When the subject is empty or not in the prompt, or there are several slots.
+
+    Warns:
+        UserWarning: When the subject is in the prompt several times. The last one is taken.
+    """
+    for argument, text in (("prompt", prompt), ("subject", subject)):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"{argument} must be text, in which the subject can be found, got {text!r}"
+            )
+    subject = subject.strip()
+    if not subject:
+        raise ValueError("subject is empty; pass the words of the prompt that the fact is about")
+    slots = prompt.count(SLOT)
+    if slots > 1:
+        raise ValueError(f"prompt {prompt!r} has {slots} slots {SLOT}; the subject takes one")
+    if slots:
+        start = prompt.index(SLOT)
+        return prompt.replace(SLOT, subject), Span(start, start + len(subject))
+    literal = re.escape(subject)
+    found = list(re.finditer(rf"(?<!\w){literal}(?!\w)", prompt))
+    found = found or list(re.finditer(literal, prompt))
+    if not found:
+        raise ValueError(f"subject {subject!r} is not in the prompt {prompt!r}")
+    if len(found) > 1:
+        warnings.warn(
+            f"subject {subject!r} is in the prompt {prompt!r} {len(found)} times, and the last is "
+            f"taken; to take another, write {SLOT} in its place",
+            stacklevel=2,
+        )
+    return prompt, Span(*found[-1].span())
+
+
+def subject_token(
+    model: Model, text: str, span: Span, prepend_bos: bool | None, ids: list[int]
+) -> SubjectToken:
+    """The token that holds the last character of a span of a text.
+
+    A tokenizer that gives no offsets of characters leaves the count, see :class:`SubjectToken`.
+
+    Args:
+        model: A TransformerLens model.
+        text: The whole text.
+        span: The subject in it.
+        prepend_bos: As in ``model.to_tokens``.
+        ids: The tokens of the text.
+    """
+    counted = _count(model, text, span, prepend_bos)
+    offsets = _offsets(model, text, ids)
+    if offsets is None:
+        return SubjectToken(counted, counted)
+    last = span.end - 1
+    position = max(i for i, (start, end) in enumerate(offsets) if start <= last < end)
+    return SubjectToken(position, counted)
+
+
+def _offsets(model: Model, text: str, ids: list[int]) -> list[Span] | None:
+    """The characters of each token, none of those that the tokenizer puts before the text."""
+    tokenizer = model.tokenizer
+    if not tokenizer.is_fast:
+        return None
+    for special in (False, True):
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        n_before = len(ids) - len(encoded["input_ids"])
+        if n_before >= 0 and ids[n_before:] == encoded["input_ids"]:
+            before = [Span(0, 0)] * n_before
+            return before + [Span(*offsets) for offsets in encoded["offset_mapping"]]
+    return None
+
+
+def _count(model: Model, text: str, span: Span, prepend_bos: bool | None) -> int:
+    """The tokens of the prefix, and of the subject with its leading space, less one."""
+    prefix, subject = text[: span.start], text[span.start : span.end]
+    if not prefix.strip():
+        return len(prompt_tokens(model, prefix + subject, prepend_bos, "right")[0]) - 1
+    if prefix.endswith(" "):
+        prefix, subject = prefix[:-1], f" {subject}"
+    (before,) = prompt_tokens(model, prefix, prepend_bos, "right")
+    (of_subject,) = prompt_tokens(model, subject, False, "right")
+    return len(before) + len(of_subject) - 1
