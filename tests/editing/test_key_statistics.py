@@ -183,3 +183,59 @@ def test_statistics_that_do_not_fit(models):
         tlb.editing.forward_pass_shift(
             model, [1, 2, 3], 5, layer=0, lr=0.1, key="whitened", statistics=few
         )
+
+
+# solving, and the directions that inputs hardly have
+
+
+def random_statistics(ridge=0.0, n_texts=60):
+    x = torch.randn(n_texts, 11, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return KeyStatistics({"site": x.mT @ x / n_texts}, n_tokens=n_texts, ridge=ridge)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.5])
+def test_solve_against_a_dense_solve(ridge):
+    statistics = random_statistics(ridge)
+    C = statistics.second_moments["site"]
+    C = C + ridge * C.diagonal().mean() * torch.eye(11, dtype=torch.float64)
+    x = torch.randn(4, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(statistics.solve("site", x), torch.linalg.solve(C, x.mT).mT)
+
+
+@pytest.mark.parametrize(("fraction", "rank"), [(0.1, 1), (0.5, 5), (0.99, 10)])
+def test_the_null_space_has_a_share_of_the_directions(fraction, rank):
+    """It is a projector, and what it leaves has the smallest second moment there is."""
+    statistics = random_statistics()
+    P, C = statistics.null_space("site", fraction=fraction), statistics.second_moments["site"]
+    torch.testing.assert_close(P, P.mT)
+    torch.testing.assert_close(P @ P, P)
+    assert float(P.trace()) == pytest.approx(rank)
+    smallest = torch.linalg.svdvals(C).flip(0)[:rank]
+    assert float((P @ C).trace()) == pytest.approx(float(smallest.sum()))
+
+
+def test_the_null_space_below_a_threshold():
+    """Eigenvalues 1 to 5: strictly below 3 are two."""
+    statistics = KeyStatistics({"site": torch.diag(torch.arange(5.0, 0, -1))}, 9, 0.0)
+    expected = torch.diag(torch.tensor([0.0, 0, 0, 1, 1], dtype=torch.float64))
+    torch.testing.assert_close(statistics.null_space("site", threshold=3.0), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either fraction or threshold"),
+        ({"fraction": 0.5, "threshold": 0.5}, "either fraction or threshold"),
+        ({"fraction": 0.0}, "keeps 0 of the 11"),
+        ({"fraction": 1.0}, "keeps 11 of the 11"),
+        ({"threshold": 1e-9}, "keeps 0 of the 11"),
+    ],
+)
+def test_a_null_space_that_is_nothing_or_everything_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        random_statistics().null_space("site", **options)
+
+
+def test_a_second_moment_that_is_singular_but_for_rounding_is_refused():
+    with pytest.raises(ValueError, match="singular with ridge=0"):
+        random_statistics(n_texts=10).solve("site", torch.ones(1, 11, dtype=torch.float64))

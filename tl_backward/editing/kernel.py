@@ -25,7 +25,7 @@ Metric: TypeAlias = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_in"]]
 def kernel(
     keys: Float[Tensor, "n d_in"],
     metric: Metric | None = None,
-    ridge: float = 0.0,
+    ridge: int | float = 0.0,
     probes: Float[Tensor, "n d_in"] | None = None,
 ) -> Float[Tensor, "n d_in"]:
     """The rows of ``U^T``, in float64 on the CPU.

@@ -40,7 +40,7 @@ class KeyStatistics:
 
     second_moments: dict[str, Float[Tensor, "d_in d_in"]]
     n_tokens: int
-    ridge: float
+    ridge: int | float
     model: str | None = None
     _factors: dict[str, Float[Tensor, "d_in d_in"]] = field(
         default_factory=dict, init=False, repr=False
@@ -209,7 +209,7 @@ def key_statistics(
     texts: Iterable[Any],
     layer: int | Sequence[int],
     *,
-    ridge: float = 0.01,
+    ridge: int | float = 0.01,
     path: str | Path | None = None,
     batch_size: int = 16,
     prepend_bos: bool | None = None,

@@ -37,13 +37,13 @@ def memit(
     subjects: Sequence[str],
     layers: int | Iterable[int],
     statistics: KeyStatistics,
-    weight: float = 20_000,
+    weight: int | float = 20_000,
     contexts: Sequence[Sequence[str]] | None = None,
     steps: int = 20,
-    lr: float = 0.5,
-    decay: float = 0.5,
-    kl: float = 0.0625,
-    clamp: float = 0.75,
+    lr: int | float = 0.5,
+    decay: int | float = 0.5,
+    kl: int | float = 0.0625,
+    clamp: int | float = 0.75,
     prepend_bos: bool | None = None,
 ) -> WeightEdit:
     """Make targets follow prompts, by MEMIT's updates of W_out in several layers.

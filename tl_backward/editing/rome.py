@@ -27,10 +27,10 @@ def rome(
     statistics: KeyStatistics | None,
     contexts: Sequence[str] | None = None,
     steps: int = 20,
-    lr: float = 0.5,
-    decay: float = 0.5,
-    kl: float = 0.0625,
-    clamp: float = 4.0,
+    lr: int | float = 0.5,
+    decay: int | float = 0.5,
+    kl: int | float = 0.0625,
+    clamp: int | float = 4.0,
     prepend_bos: bool | None = None,
 ) -> WeightEdit:
     """Make a target follow a prompt, by ROME's rank-one update of one W_out.

@@ -81,13 +81,14 @@ def read_at(
         if len(seen) == len(points):
             raise _Stop
 
-    hooks = [] if edit is None else edit.fwd_hooks()
-    hooks += [(point, partial(see, point)) for point in points]
-    with attached_hook_points(model), model.hooks(fwd_hooks=hooks):
-        try:
-            _logits(model, tokens)
-        except _Stop:
-            return [seen[point] for point in points]
+    with attached_hook_points(model):
+        hooks = [] if edit is None else edit.fwd_hooks()
+        hooks += [(point, partial(see, point)) for point in points]
+        with model.hooks(fwd_hooks=hooks):
+            try:
+                _logits(model, tokens)
+            except _Stop:
+                return [seen[point] for point in points]
     missing = ", ".join(point for point in points if point not in seen)
     raise RuntimeError(f"nothing passed {missing}")
 

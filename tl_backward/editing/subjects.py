@@ -88,14 +88,22 @@ def subject_token(
         span: The subject in it.
         prepend_bos: As in ``model.to_tokens``.
         ids: The tokens of the text.
+
+    Raises:
+        ValueError: When no token holds that character.
     """
     counted = _count(model, text, span, prepend_bos)
     offsets = _offsets(model, text, ids)
     if offsets is None:
         return SubjectToken(counted, counted)
     last = span.end - 1
-    position = max(i for i, (start, end) in enumerate(offsets) if start <= last < end)
-    return SubjectToken(position, counted)
+    holding = [i for i, (start, end) in enumerate(offsets) if start <= last < end]
+    if not holding:
+        raise ValueError(
+            f"subject: the tokenizer leaves out {text[last]!r}, the last character of "
+            f"{text[slice(*span)]!r}"
+        )
+    return SubjectToken(holding[-1], counted)
 
 
 def _offsets(model: Model, text: str, ids: list[int]) -> list[Span] | None:

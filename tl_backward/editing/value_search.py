@@ -52,10 +52,10 @@ class SearchSettings:
     """
 
     steps: int
-    lr: float
-    decay: float
-    kl: float
-    clamp: float
+    lr: int | float
+    decay: int | float
+    kl: int | float
+    clamp: int | float
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
