@@ -272,7 +272,7 @@ def test_the_search_ends_below_its_bound(boot, monkeypatch):
     model, settings = boot("llama"), {"contexts": PLAIN, "kl": 0.0, "decay": 0.0}
     (whole,) = rome(model, **settings).report.losses
     bound = (whole[5] + whole[6]) / 2
-    monkeypatch.setattr("tl_backward.editing.value_search.ENOUGH", bound)
+    monkeypatch.setattr("tl_backward.editing._value_search.ENOUGH", bound)
     (losses,) = rome(model, **settings).report.losses
     assert losses == pytest.approx(whole[:7])
     assert losses[-1] < bound <= min(losses[:-1])
@@ -296,8 +296,8 @@ def test_the_change_is_clamped(boot, clamp):
 @pytest.mark.parametrize("at_once", [1, 10_000])
 def test_facts_in_one_batch_get_what_they_get_alone(boot, monkeypatch, at_once):
     """Of unequal lengths and targets, whose searches end at different steps."""
-    monkeypatch.setattr("tl_backward.editing.value_search.ENOUGH", 4.3)
-    monkeypatch.setattr("tl_backward.editing.subject_facts.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("tl_backward.editing._value_search.ENOUGH", 4.3)
+    monkeypatch.setattr("tl_backward.editing._subject_facts.TOKENS_AT_ONCE", at_once)
     model = boot("llama")
     targets = [TARGET, " Rome and in Berlin", " located"]
     settings = {"steps": 30, "clamp": 10.0, "kl": 0.01}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from tl_backward.editing.kernel import kernel, update
+from tl_backward.editing._kernel import kernel, update
 
 D_IN, D_OUT, N = 13, 5, 3
 GENERATOR = torch.Generator().manual_seed(2)

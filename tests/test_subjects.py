@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from tl_backward.editing.subjects import Span, subject_in, subject_token
+from tl_backward.editing._subjects import Span, subject_in, subject_token
 
 TEXT = st.text(sorted(set("".join(TEXTS))), min_size=1, max_size=6)
 """Of characters that the tests' tokenizer knows."""

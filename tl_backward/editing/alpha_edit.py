@@ -8,15 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward.capture.tokens import Target
+from tl_backward.editing._kernel import kernel
+from tl_backward.editing._mlp_outputs import w_out_sites
+from tl_backward.editing._value_search import SearchSettings
 from tl_backward.editing.editor_report import EditorReport
-from tl_backward.editing.kernel import kernel
 from tl_backward.editing.key_statistics import KeyStatistics
 from tl_backward.editing.memit import spread
-from tl_backward.editing.mlp_outputs import w_out_sites
-from tl_backward.editing.value_search import SearchSettings
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, WeightSite
-from tl_backward.capture.tokens import Target
 
 FRACTION = 0.7
 """The share of eigenvectors that AlphaEdit keeps, about, by its authors' account."""

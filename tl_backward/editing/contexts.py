@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_backward.editing.subjects import SLOT
-from tl_backward.sites import Model
 from tl_backward.capture.tokens import prompt_tokens
+from tl_backward.editing._subjects import SLOT
+from tl_backward.sites import Model
 
 SEED = 0
 TOP_K = 5

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_backward.editing.subject_facts import SubjectFact
-from tl_backward.editing.value_search import Values
+from tl_backward.editing._subject_facts import SubjectFact
+from tl_backward.editing._value_search import Values
 from tl_backward.sites import WeightSite
 
 

@@ -12,16 +12,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward.capture.tokens import Target
+from tl_backward.editing._kernel import kernel, update
+from tl_backward.editing._mlp_outputs import w_out_sites
+from tl_backward.editing._subject_facts import read_subjects, subject_facts
+from tl_backward.editing._value_search import SearchSettings, search_values
 from tl_backward.editing.contexts import checked_templates, memit_contexts
 from tl_backward.editing.editor_report import report_of
-from tl_backward.editing.kernel import kernel, update
 from tl_backward.editing.key_statistics import KeyStatistics
-from tl_backward.editing.mlp_outputs import w_out_sites
-from tl_backward.editing.subject_facts import read_subjects, subject_facts
-from tl_backward.editing.value_search import SearchSettings, search_values
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, WeightSite, require_eval_mode
-from tl_backward.capture.tokens import Target
 
 KernelRows: TypeAlias = Callable[
     [WeightSite, Float[Tensor, "fact d_in"]], Float[Tensor, "fact d_in"]

@@ -22,14 +22,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_backward.capture.run import frozen, require_ready
-from tl_backward.editing.subject_facts import (
+from tl_backward.editing._subject_facts import (
     SubjectFact,
     SubjectText,
     in_batches,
     padded_texts,
     read_subjects,
 )
-from tl_backward.editing.upper_layers import UpperLayers
+from tl_backward.editing._upper_layers import UpperLayers
 from tl_backward.sites import Model, all_parameters
 
 ENOUGH = 0.05

@@ -6,8 +6,8 @@ import re
 import warnings
 from typing import NamedTuple
 
-from tl_backward.sites import Model
 from tl_backward.capture.tokens import prompt_tokens
+from tl_backward.sites import Model
 
 SLOT = "{}"
 

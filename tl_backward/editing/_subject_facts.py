@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_backward.capture.tokens import Target, pad_id, padded, prompt_tokens, target_tokens
+from tl_backward.editing._subjects import SLOT, Span, subject_in, subject_token
 from tl_backward.editing.runs import read_at
-from tl_backward.editing.subjects import SLOT, Span, subject_in, subject_token
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model
-from tl_backward.capture.tokens import Target, pad_id, padded, prompt_tokens, target_tokens
 
 ESSENCE = "{} is a"
 TOKENS_AT_ONCE = 4096
