@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import HAS_BRIDGE, HAS_HOOKED_TRANSFORMER, PROMPT, TARGET, relative_error
 from safetensors.torch import load_file
+from test_forward_shift import seen_at
 from test_weight_edit import applied_logits, hooked_logits, logits, same_bits, state, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -529,12 +530,33 @@ def test_a_singular_second_moment_is_refused(boot):
 
 
 @NEEDS_BRIDGE
-def test_what_cannot_be_made_right_is_refused(boot, make_family):
+def test_what_cannot_be_made_right_is_refused(boot):
     model = boot("gpt2")
     with pytest.raises(RuntimeError, match="inference_mode"), torch.inference_mode():
         rome(model, statistics=None)
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         rome(model, statistics=None)
-    with pytest.raises(NotImplementedError, match="a norm follows"):
-        memit(make_family("gemma2"))
+
+
+@NEEDS_BRIDGE
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_memit_refuses_what_does_not_reach_the_stream_as_it_is(make_family, family):
+    """Behind a post-norm, and behind a factor of the residual stream."""
+    with pytest.raises(NotImplementedError, match="by a norm or a factor"):
+        memit(make_family(family))
+
+
+@NEEDS_BRIDGE
+@pytest.mark.parametrize("family", ["gemma2", "granite", "gpt_neox", "bloom", "phi3", "opt"])
+def test_romes_value_in_other_families(make_family, family):
+    """Post-norms, factors, parallel blocks, fused weights: the output is v0 + d all the same."""
+    model = make_family(family)
+    edit = rome(model, contexts=PLAIN, steps=4)
+    (site,) = tlb.weight_sites(model, "W_out", 1)
+    at = edit.report.positions[0][0]
+    before = seen_at(model, site.hook_out, model.to_tokens(PROMPT))[at]
+    after = seen_at(model, site.hook_out, model.to_tokens(PROMPT), edit.fwd_hooks())[at]
+    (losses,) = edit.report.losses
+    assert losses[-1] != losses[0]
+    assert edit.report.change_norms == pytest.approx([float((after - before).norm())], rel=1e-4)

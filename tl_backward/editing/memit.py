@@ -15,13 +15,16 @@ from torch import Tensor
 from tl_backward.capture.tokens import Target
 from tl_backward.editing._kernel import kernel, update
 from tl_backward.editing._mlp_outputs import w_out_sites
-from tl_backward.editing._subject_facts import read_subjects, subject_facts
+from tl_backward.editing._subject_facts import SubjectFact, read_subjects, subject_facts
 from tl_backward.editing._value_search import SearchSettings, search_values
 from tl_backward.editing.contexts import checked_templates, memit_contexts
 from tl_backward.editing.editor_report import report_of
 from tl_backward.editing.key_statistics import KeyStatistics
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, WeightSite, require_eval_mode
+
+TOLERANCE = 0.05
+"""Relative, for half precision: a factor or a norm changes far more."""
 
 KernelRows: TypeAlias = Callable[
     [WeightSite, Float[Tensor, "fact d_in"]], Float[Tensor, "fact d_in"]
@@ -79,7 +82,8 @@ def memit(
 
     Raises:
         TypeError, ValueError, NotImplementedError, RuntimeError: As for :func:`rome`, and when
-            there is a norm between W_out and the residual stream, where ``z`` is.
+            a norm or a factor changes what W_out writes before it is added to the residual stream,
+            where ``z`` is.
 
     Warns:
         UserWarning: As for :func:`rome`.
@@ -115,18 +119,12 @@ def spread(
 ) -> WeightEdit:
     """Search the facts' values at the last site's block, and write them layer by layer."""
     require_eval_mode(model)
-    for site in sites:
-        if site.hook_residual is not None:
-            raise NotImplementedError(
-                f"{site.name}: a norm follows before the residual stream, so that its output "
-                "cannot be chosen for what is missing there; use rome, which searches the value "
-                "at W_out itself"
-            )
     kinds = _checked_kinds(memit_contexts(model, prepend_bos) if contexts is None else contexts)
     templates = list(chain.from_iterable(kinds))
     facts = subject_facts(model, prompts, targets, subjects, templates, prepend_bos)
     layer = sites[-1].layer or 0
     point = f"blocks.{layer}.hook_resid_post"
+    _require_direct_write(model, sites[-1], point, facts[0])
     values = search_values(model, facts, point, layer, settings)
     in_contexts = [text for fact in facts for text in fact.in_contexts]
     edit, all_keys = WeightEdit(model, {}), {}
@@ -140,6 +138,19 @@ def spread(
         edit = edit + WeightEdit(model, {site.name: update(rows(site, keys), missing)})
     edit.report = report_of(sites, facts, values, all_keys)
     return edit
+
+
+def _require_direct_write(model: Model, site: WeightSite, point: str, fact: SubjectFact) -> None:
+    """Make sure that a change of W_out's output is the change of the block's."""
+    x, before = read_subjects(model, [site.hook_in, point], [fact.plain])
+    trial = WeightEdit(model, {site.name: update(kernel(x), before)})
+    (after,) = read_subjects(model, [point], [fact.plain], trial)
+    if (after - 2 * before).norm() > TOLERANCE * before.norm():
+        raise NotImplementedError(
+            f"{site.name}: what it writes is changed (by a norm or a factor) before it is added to "
+            "the residual stream, so it cannot be chosen for what is missing there; use rome, "
+            "which searches the value at W_out itself"
+        )
 
 
 def _checked_kinds(contexts: Sequence[Sequence[str]]) -> list[list[str]]:
