@@ -6,6 +6,7 @@ from tl_backward.capture import run_with_backward_cache
 from tl_backward.capture.objectives import kl_divergence, lm_cross_entropy_loss, logit_diff
 from tl_backward.editing import (
     KeyStatistics,
+    MendEditor,
     WeightEdit,
     alpha_edit,
     edit_hooks,
@@ -15,6 +16,7 @@ from tl_backward.editing import (
     key_statistics,
     memit,
     rome,
+    train_mend,
 )
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLensResult, BackwardLogitLens
@@ -35,6 +37,7 @@ __all__ = [
     "BackwardLogitLens",
     "GradientFactors",
     "KeyStatistics",
+    "MendEditor",
     "WeightEdit",
     "WeightSite",
     "add_hook_points",
@@ -53,6 +56,7 @@ __all__ = [
     "rome",
     "run_with_backward_cache",
     "sweep",
+    "train_mend",
     "weight_sites",
 ]
 

@@ -1,5 +1,6 @@
 """Low-rank edits of weights: by hooks, or applied and undone exactly."""
 
+from tl_backward.editing._mend_training import train_mend
 from tl_backward.editing.alpha_edit import alpha_edit
 from tl_backward.editing.contexts import memit_contexts, rome_contexts
 from tl_backward.editing.editor_report import EditorReport
@@ -8,6 +9,7 @@ from tl_backward.editing.gradient_step import FineTuneReport, fine_tune, gradien
 from tl_backward.editing.hooks import edit_hooks
 from tl_backward.editing.key_statistics import KeyStatistics, key_statistics
 from tl_backward.editing.memit import memit
+from tl_backward.editing.mend import MendEditor, MendReport
 from tl_backward.editing.rome import rome
 from tl_backward.editing.weight_edit import WeightEdit
 
@@ -15,6 +17,8 @@ __all__ = [
     "EditorReport",
     "FineTuneReport",
     "KeyStatistics",
+    "MendEditor",
+    "MendReport",
     "ShiftReport",
     "StepNotFoundError",
     "WeightEdit",
@@ -28,4 +32,5 @@ __all__ = [
     "memit_contexts",
     "rome",
     "rome_contexts",
+    "train_mend",
 ]

@@ -27,6 +27,8 @@ def low_rank_hooks(
 ) -> ForwardHooks:
     """Hooks that note ``x`` and add ``(x u^T) v`` to ``y``, each thread for itself.
 
+    Gradients flow to ``u`` and ``v``.
+
     Args:
         site: Where ``x`` and ``y`` are.
         u: Left vectors, for every row of a batch or, with a batch of 1, for all rows.

@@ -1,0 +1,267 @@
+"""The training of MEND's networks, on the edited model without a copy of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from tl_backward.capture.run import frozen, require_ready
+from tl_backward.capture.tokens import pad_id, padded, prompt_tokens, target_tokens
+from tl_backward.editing._low_rank_hooks import ForwardHooks, low_rank_hooks
+from tl_backward.editing._upper_layers import UpperLayers
+from tl_backward.editing.mend import MendEditor, MendReport, mlp_sites
+from tl_backward.sites import Model, all_parameters
+
+
+@runtime_checkable
+class TrainingRecord(Protocol):
+    """What training needs of a record, as :func:`tl_backward.evaluation.load_records` gives it."""
+
+    @property
+    def prompt(self) -> str:
+        """What the new target is to follow."""
+
+    @property
+    def target_new(self) -> str:
+        """What is to follow, without a leading space."""
+
+    @property
+    def target_true(self) -> str:
+        """What follows the prompts about neighbours."""
+
+    @property
+    def paraphrase_prompts(self) -> Sequence[str]:
+        """The prompt in other words."""
+
+    @property
+    def neighborhood_prompts(self) -> Sequence[str]:
+        """Prompts about others, after which nothing is to change."""
+
+
+class _Text(NamedTuple):
+    """A prompt and the target that is scored after it."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+class _Example(NamedTuple):
+    """A record as tokens: the prompt to edit for, texts to hold after it, and others to keep."""
+
+    edit: _Text
+    outer: list[_Text]
+    local: list[_Text]
+
+
+def train_mend(
+    model: Model,
+    records: Iterable[TrainingRecord],
+    *,
+    layers: int | Iterable[int] | None = None,
+    weights: str | Iterable[str] | None = None,
+    rank: int = 1920,
+    steps: int = 1000,
+    batch_size: int = 10,
+    lr: float = 1e-6,
+    step_size_lr: float = 1e-4,
+    edit_weight: float = 0.1,
+    locality_weight: float = 1.0,
+    clip: float = 100.0,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+) -> MendEditor:
+    """Train an editor that turns the gradient of any fact into an edit (Mitchell et al. 2022).
+
+    At every step each record of a batch is edited on its own, and the networks are trained for two
+    things: the new target is to follow the record's prompt or one of its paraphrases, and after a
+    prompt about a neighbour little is to change. The loss is ``edit_weight * NLL + locality_weight
+    * KL(original || edited)``. The edited outputs are ``y + (x x~^T) delta~``: there is no copy of
+    the model and no second derivative, and the layers below the edited ones run without gradient.
+    Shows a progress bar when it takes longer than two seconds.
+
+    The defaults are those of the published code, but for ``steps``: it trains for days. A short
+    training needs a larger ``lr``, and on a CPU a smaller ``rank``.
+
+    Args:
+        model: A TransformerLens model in eval mode. It is left as it is.
+        records: CounterFact records, or others with the same attributes; not those that the editor
+            is to be measured on.
+        layers: Layers to edit; negative ones count from the last. Default: the last three.
+        weights: Kinds of weights to edit. Default: those of the MLPs.
+        rank: Inner width of the networks' layers.
+        steps: How many updates of the networks.
+        batch_size: Records in each.
+        lr: The learning rate of Adam for the networks.
+        step_size_lr: The learning rate of Adam for the step sizes of the edits.
+        edit_weight: See above.
+        locality_weight: See above.
+        clip: The largest norm of the gradient of all networks together.
+        seed: Of the first parameters and of the order of the records.
+        prepend_bos: As in ``model.to_tokens``.
+
+    Returns:
+        The editor, with the losses in ``editor.report``.
+
+    Raises:
+        TypeError: When model or records are malformed.
+        ValueError: For no record, weights or layers that do not exist, settings out of range, a
+            record that is longer than the model's context, a model in training mode, and a loss
+            that is not finite.
+        NotImplementedError: When a weight has no site.
+        RuntimeError: Under ``torch.inference_mode``.
+
+    Example:
+        >>> records = load_records("counterfact.json")
+        >>> editor = train_mend(model, records[1000:], rank=64, lr=1e-4, steps=500)
+        >>> edit = editor("Lionel Messi plays for", " Paris")
+    """
+    _require_valid(
+        {"rank": rank, "steps": steps, "batch_size": batch_size},
+        {"lr": lr, "step_size_lr": step_size_lr, "clip": clip},
+        {"edit_weight": edit_weight, "locality_weight": locality_weight},
+    )
+    sites = mlp_sites(model, weights, layers)
+    require_ready(model, list(all_parameters(model)))
+    examples = [_example(model, record, prepend_bos) for record in records]
+    if not examples:
+        raise ValueError("records are empty; pass at least one")
+    editor = MendEditor(model, sites, rank, prepend_bos, seed)
+    editor.networks.requires_grad_(True)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": list(editor.networks.transforms.parameters()), "lr": lr},
+            {"params": [editor.networks.step_sizes], "lr": step_size_lr},
+        ]
+    )
+    generator = torch.Generator().manual_seed(seed)
+    edit_losses, locality_losses = [], []
+    for step in tqdm(range(steps), desc="MEND", delay=2, leave=False):
+        chosen = torch.randint(len(examples), (batch_size,), generator=generator).tolist()
+        batch = [_drawn(examples[i], generator) for i in chosen]
+        with frozen(all_parameters(model)), torch.enable_grad():
+            edit_loss, locality_loss = _losses(editor, batch)
+            loss = edit_weight * edit_loss + locality_weight * locality_loss
+            if not loss.isfinite():
+                raise ValueError(
+                    f"the loss is {loss.item()} at step {step}; take a smaller lr or step_size_lr"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(editor.networks.parameters(), clip)
+        optimizer.step()
+        edit_losses.append(edit_loss.item())
+        locality_losses.append(locality_loss.item())
+    editor.networks.requires_grad_(False)
+    editor.report = MendReport(tuple(edit_losses), tuple(locality_losses))
+    return editor
+
+
+def _losses(
+    editor: MendEditor, batch: Sequence[_Example]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The edit loss and the locality loss of some examples, each under its own edit."""
+    model = editor.model
+    texts = [example.outer[0] for example in batch] + [example.local[0] for example in batch]
+    tokens, _ = padded(
+        [torch.tensor([*prompt, *target[:-1]]) for prompt, target in texts], pad_id(model), "right"
+    )
+    rows, positions, targets, shares = _terms(texts)
+    first = min(site.layer or 0 for site in editor.sites)
+    n_edit = sum(len(text.target) for text in texts[: len(batch)])
+    upper = UpperLayers(model, tokens, (rows, positions), first)
+    logits = upper.run(_edit_hooks(editor, batch))
+    after, before = _log_probs(logits), _log_probs(upper.logits)
+    shares = shares.to(after) / len(batch)
+    nll = -after.gather(1, targets.to(after.device)[:, None]).squeeze(1)[:n_edit]
+    probabilities = before[n_edit:].exp()
+    ratio = (before - after)[n_edit:].masked_fill(probabilities == 0, 0)
+    divergence = (probabilities * ratio).sum(-1)
+    return nll @ shares[:n_edit], divergence @ shares[n_edit:]
+
+
+def _edit_hooks(editor: MendEditor, batch: Sequence[_Example]) -> ForwardHooks:
+    """Hooks that edit for each example in its own two rows: those of both halves of the texts."""
+    edits = [example.edit for example in batch]
+    each = editor.gradients([edit.prompt for edit in edits], [edit.target for edit in edits])
+    hooks: ForwardHooks = []
+    for i, site in enumerate(editor.sites):
+        xs, deltas = zip(*(of_example[site.name] for of_example in each), strict=True)
+        lengths = [len(x) for x in xs]
+        editor.networks.observe(i, torch.cat(xs), torch.cat(deltas))
+        new_xs, new_deltas = editor.networks(i, torch.cat(xs), torch.cat(deltas))
+        u, v = (pad_sequence(new.split(lengths), batch_first=True) for new in (new_xs, new_deltas))
+        hooks += low_rank_hooks(site, u.repeat(2, 1, 1), v.repeat(2, 1, 1))
+    return hooks
+
+
+def _terms(
+    texts: Sequence[_Text],
+) -> tuple[Int[Tensor, "term"], Int[Tensor, "term"], Int[Tensor, "term"], Float[Tensor, "term"]]:
+    """For each token of each target: its row, the position that predicts it, it, and its share."""
+    terms = [
+        (row, len(prompt) - 1 + j, token, 1 / len(target))
+        for row, (prompt, target) in enumerate(texts)
+        for j, token in enumerate(target)
+    ]
+    rows, positions, targets, shares = zip(*terms, strict=True)
+    return (
+        torch.tensor(rows),
+        torch.tensor(positions),
+        torch.tensor(targets),
+        torch.tensor(shares, dtype=torch.float64),
+    )
+
+
+def _example(model: Model, record: TrainingRecord, prepend_bos: bool | None) -> _Example:
+    new, true = (
+        target_tokens(model, f" {target}", None)[0]
+        for target in (record.target_new, record.target_true)
+    )
+
+    def after(prompts: Sequence[str], target: list[int]) -> list[_Text]:
+        tokens = prompt_tokens(model, list(prompts), prepend_bos, "right")
+        return [_Text(ids.tolist(), target) for ids in tokens]
+
+    outer = after([record.prompt, *record.paraphrase_prompts], new)
+    example = _Example(outer[0], outer, after(record.neighborhood_prompts, true))
+    longest = max(len(text.prompt) + len(text.target) - 1 for text in [*outer, *example.local])
+    if model.cfg.n_ctx is not None and longest > model.cfg.n_ctx:
+        raise ValueError(
+            f"records: {record.prompt!r} has a text of {longest} tokens, more than the model's "
+            f"context of {model.cfg.n_ctx}; leave this record out"
+        )
+    return example
+
+
+def _drawn(example: _Example, generator: torch.Generator) -> _Example:
+    """The example with one of its texts of each kind."""
+
+    def one(texts: list[_Text]) -> list[_Text]:
+        return [texts[int(torch.randint(len(texts), (), generator=generator))]]
+
+    return _Example(example.edit, one(example.outer), one(example.local))
+
+
+def _log_probs(logits: Float[Tensor, "place d_vocab"]) -> Float[Tensor, "place d_vocab"]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _require_valid(
+    whole: dict[str, Any], positive: dict[str, Any], not_negative: dict[str, Any]
+) -> None:
+    for argument, value in whole.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
+    for argument, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{argument} must be a positive finite number, got {value!r}")
+    for argument, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{argument} must be a finite number of at least 0, got {value!r}")
