@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from tl_backward.capture.tokens import Prompt, pad_id, padded, prompt_tokens
 from tl_backward.editing._facts import Facts
-from tl_backward.editing._shift_terms import unit_shift
+from tl_backward.editing._joint_steps import smallest_steps
+from tl_backward.editing._shift_terms import ShiftRule, unit_shift
 from tl_backward.editing._step_search import Step, smallest_step
-from tl_backward.editing.key_statistics import KeyStatistics
 from tl_backward.editing.runs import WholeRun
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
@@ -29,8 +29,8 @@ N_TURNS = 6
 class Candidate(NamedTuple):
     """A shift in some layers, the step that it is to have, and how much it changes elsewhere.
 
-    Where each token of the target has a step of its own, ``step`` is the largest, ``unit`` has the
-    terms in their proportions, and ``of_each`` says what the steps are.
+    Where terms have steps of their own, ``step`` is the largest, ``unit`` has the terms in their
+    proportions, and ``of_each`` says what the steps are.
     """
 
     sites: Sequence[WeightSite]
@@ -47,7 +47,7 @@ class ShiftSearch:
         model: A TransformerLens model.
         facts: Prompts and targets.
         sites: Where shifts may be.
-        statistics: For whitened keys; None for plain ones.
+        rule: What the shifts' terms are made of.
         margin: How far above all others the targets' logits have to come, in nats.
         skip_if_predicted: Whether facts that are predicted get no shift.
     """
@@ -57,12 +57,12 @@ class ShiftSearch:
         model: Model,
         facts: Facts,
         sites: Sequence[WeightSite],
-        statistics: KeyStatistics | None,
+        rule: ShiftRule,
         margin: float,
         skip_if_predicted: bool,
     ) -> None:
         self._model, self._facts, self._sites = model, facts, sites
-        self._statistics, self.margin = statistics, margin
+        self._rule, self.margin = rule, margin
         self._run = WholeRun(model, facts.tokens, sites)
         self._runs = [self._run]
         predicted = facts.gaps(self._run.logits[facts.places][None])[0] > 0
@@ -81,14 +81,16 @@ class ShiftSearch:
     def candidate(self, sites: Sequence[WeightSite], lr: float | Literal["auto"]) -> Candidate:
         """The shift in the layers of some sites, with a given step or the smallest that does.
 
-        Each of several tokens of one prompt's target gets a step of its own, if that makes a
-        smaller update than the same step for all.
+        With a joint rule every term has a step of its own. Else each of several tokens of one
+        prompt's target has one, if that makes a smaller update than the same step for all.
         """
         unit = unit_shift(
-            self._model, sites, self._facts, self._run.inputs, ~self.skipped, self._statistics
+            self._model, sites, self._facts, self._run.inputs, ~self.skipped, self._rule
         )
         if lr != "auto":
             return Candidate(sites, unit, Step(lr, *self._gaps(unit, [lr])))
+        if self._rule.joint and len(self._facts.ids) > 1:
+            return self._with_joint_steps(sites, unit)
         step = smallest_step(
             lambda sizes: self._gaps(unit, sizes), self._guess(sites, unit), self.margin
         )
@@ -166,6 +168,25 @@ class ShiftSearch:
         largest = max(sizes)
         unit = _scaled(common.unit, [size / (largest or 1.0) for size in sizes])
         return Candidate(common.sites, unit, Step(largest, worst), tuple(sizes))
+
+    def _with_joint_steps(self, sites: Sequence[WeightSite], unit: WeightEdit) -> Candidate:
+        """Each term's step is about the smallest that lifts it, with the others in place."""
+        wanted = (~self.skipped)[self._facts.example]
+
+        def all_gaps(sizes: Float[Tensor, "term"]) -> Float[Tensor, "every_term"]:
+            edit = _scaled(unit, sizes.tolist())
+            logits = self._run.edited_logits([edit], self._facts.places)
+            return self._facts.term_gaps(logits)[0]
+
+        def gaps(copies: Float[Tensor, "copy term"]) -> Float[Tensor, "copy term"]:
+            return torch.stack([all_gaps(sizes)[wanted] for sizes in copies])
+
+        guess = self._guess(sites, unit)
+        steps = smallest_steps(gaps, int(wanted.sum()), guess, self.margin)
+        worst = float((all_gaps(steps.sizes) + self.margin * ~wanted).min())
+        largest = float(steps.sizes.max())
+        scaled = _scaled(unit, (steps.sizes / largest).tolist())
+        return Candidate(sites, scaled, Step(largest, worst), tuple(steps.sizes.tolist()))
 
     def _smallest(self, gaps: Callable[[Sequence[float]], list[float]], guess: float) -> float:
         """The size of the smallest step that succeeds, which may be none."""

@@ -89,7 +89,7 @@ def subject_facts(
             a text is longer than the model's context.
 
     Warns:
-        UserWarning: As :func:`subject_in`.
+        UserWarning: As :func:`subject_in` and :func:`target_tokens`.
     """
     for argument, texts in (("prompts", prompts), ("subjects", subjects)):
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
@@ -98,20 +98,21 @@ def subject_facts(
         raise ValueError(f"there are {len(prompts)} prompts, but {len(subjects)} subjects")
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer, which finds the subject's tokens")
-    each_target = target_tokens(model, targets, len(prompts), "targets")
+    filled = [subject_in(*one) for one in zip(prompts, subjects, strict=True)]
+    plain = [_subject_text(model, SLOT, *one, prepend_bos) for one in filled]
+    after = [torch.tensor(text.ids) for text in plain]
+    each_target = target_tokens(model, targets, len(prompts), "targets", after)
     facts = []
-    for prompt, subject, target in zip(prompts, subjects, each_target, strict=True):
-        filled, span = subject_in(prompt, subject)
-        plain, *in_contexts = [
-            _subject_text(model, template, filled, span, prepend_bos)
-            for template in (SLOT, *contexts)
+    for text, (prompt, span), target in zip(plain, filled, each_target, strict=True):
+        in_contexts = [
+            _subject_text(model, template, prompt, span, prepend_bos) for template in contexts
         ]
-        about = filled[slice(*span)]
+        about = prompt[slice(*span)]
         essence = _subject_text(
             model, SLOT, ESSENCE.replace(SLOT, about), Span(0, len(about)), prepend_bos
         )
-        facts.append(SubjectFact(plain, in_contexts, essence, target))
-        _require_room(model, facts[-1], filled)
+        facts.append(SubjectFact(text, in_contexts, essence, target))
+        _require_room(model, facts[-1], prompt)
     return facts
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import warnings
 from typing import NamedTuple
 
+from tl_backward._user_warnings import warn_user
 from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.sites import Model
 
@@ -67,10 +67,9 @@ def subject_in(prompt: str, subject: str) -> tuple[str, Span]:
     if not found:
         raise ValueError(f"subject {subject!r} is not in the prompt {prompt!r}")
     if len(found) > 1:
-        warnings.warn(
+        warn_user(
             f"subject {subject!r} is in the prompt {prompt!r} {len(found)} times, and the last is "
-            f"taken; to take another, write {SLOT} in its place",
-            stacklevel=2,
+            f"taken; to take another, write {SLOT} in its place"
         )
     return prompt, Span(*found[-1].span())
 

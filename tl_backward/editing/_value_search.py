@@ -11,7 +11,6 @@ first context, and KL is taken at the subject's last token of "{subject} is a".
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_backward._user_warnings import warn_user
 from tl_backward.capture.run import frozen, require_ready
 from tl_backward.editing._subject_facts import (
     SubjectFact,
@@ -221,7 +221,7 @@ def _found(
             clamped = torch.where(sizes > largest, d * largest / sizes, d)
             d.copy_(torch.where(searching[:, None], clamped, kept))
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warn_user(note)
     return Values(v0, kept, tuple(map(tuple, history)), tuple(notes))
 
 

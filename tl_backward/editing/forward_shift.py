@@ -13,7 +13,7 @@ import torch
 from tl_backward.capture.tokens import Prompt, Target
 from tl_backward.editing._facts import Facts
 from tl_backward.editing._shift_search import Candidate, ShiftSearch
-from tl_backward.editing._shift_terms import unit_shift
+from tl_backward.editing._shift_terms import ShiftRule, unit_shift
 from tl_backward.editing.key_statistics import KeyStatistics
 from tl_backward.editing.runs import WholeRun, weight_inputs
 from tl_backward.editing.weight_edit import WeightEdit
@@ -31,7 +31,7 @@ class ShiftReport:
         n_passes: Forward passes from the bottom of the model, to its top or to the edited layer.
         n_upper_passes: Forward passes of the layers from the edit upwards, with several steps in
             one batch each.
-        lrs: The step of each of the target's tokens, where the search gave them steps of their own.
+        lrs: The steps of the terms, where the search gave them steps of their own.
         gap: With ``"auto"``, how far the logit of the worst target is above all others with the
             edit, in nats (of a skipped one, with the margin added, which it need not have).
         changes: With ``layer="auto"``, for each layer in which an edit succeeds, its step and how
@@ -73,6 +73,9 @@ def forward_pass_shift(
     skip_if_predicted: bool = True,
     key: Literal["input", "whitened"] = "input",
     statistics: KeyStatistics | None = None,
+    value: Literal["target", "centred"] = "target",
+    joint: bool = False,
+    ridge: int | float = 0.0,
     margin: float = 0.1,
     texts: Prompt | None = None,
     prepend_bos: bool | None = None,
@@ -119,6 +122,16 @@ def forward_pass_shift(
             ``|x|^2 C^-1 x / (x^T C^-1 x)``, by which the output for ``x`` itself changes as much
             (``lr`` keeps its meaning), and for other inputs less.
         statistics: For the whitened key, from :func:`key_statistics`.
+        value: What is written: ``"target"`` is the paper's ``D^T[t]``; ``"centred"`` is that less
+            the mean of all columns of ``W_U``, a direction that the embeddings share and that makes
+            no target more probable than others.
+        joint: Whether the keys of all terms are solved for together, so that W_out's output for
+            each prompt changes by its own ``lr |x|^2`` times its value alone, and for a skipped
+            prompt not at all; else the terms add up. With ``lr="auto"`` every term then has a step
+            of its own (``edit.report.lrs``).
+        ridge: With ``joint``, what is added to the diagonal of the matrix of the keys' products, in
+            units of its mean. It keeps keys that are nearly alike from giving large updates, at the
+            price of some mixing.
         margin: For ``"auto"``, in nats.
         texts: For ``layer="auto"``, as prompts. Longer ones than the model's context are cut.
         prepend_bos: As in ``model.to_tokens``; the paper uses False. Default: the model's setting.
@@ -142,19 +155,20 @@ def forward_pass_shift(
         ...     print(model.generate("Lionel Messi plays for", max_new_tokens=5))
     """
     _require_valid(lr, position, tokens, iterations, key, statistics, margin)
+    rule = _rule(value, statistics, joint, ridge)
     automatic = "auto" in (layer, lr)
     if automatic and iterations != 1:
         raise ValueError('iterations: a search ("auto") makes one update; leave iterations out')
+    if joint and layer == "auto":
+        raise ValueError("layer: with joint=True the layer is not searched; pass it")
     if texts is not None and layer != "auto":
         raise ValueError('texts are for layer="auto"; leave them out')
     sites = weight_sites(model, "W_out", None if layer == "auto" else layer)
     require_eval_mode(model)
     facts = Facts(model, prompt, target, position, tokens, prepend_bos)
     if not automatic:
-        return _with_fixed_step(
-            model, facts, sites, float(lr), iterations, skip_if_predicted, statistics
-        )
-    search = ShiftSearch(model, facts, sites, statistics, margin, skip_if_predicted)
+        return _with_fixed_step(model, facts, sites, float(lr), iterations, skip_if_predicted, rule)
+    search = ShiftSearch(model, facts, sites, rule, margin, skip_if_predicted)
     if search.skipped.all():
         edit = WeightEdit(model, {})
         edit.report = ShiftReport((), 0.0, tuple(search.skipped.tolist()), search.n_passes)
@@ -173,7 +187,7 @@ def _with_fixed_step(
     lr: float,
     iterations: int,
     skip_if_predicted: bool,
-    statistics: KeyStatistics | None,
+    rule: ShiftRule,
 ) -> WeightEdit:
     edit, skipped, n_passes = WeightEdit(model, {}), (False,) * facts.n_prompts, 0
     for _ in range(iterations):
@@ -187,7 +201,7 @@ def _with_fixed_step(
         n_passes += 1
         if not wanted.any():
             break
-        edit = edit + lr * unit_shift(model, sites, facts, inputs, wanted, statistics)
+        edit = edit + lr * unit_shift(model, sites, facts, inputs, wanted, rule)
     edit.report = ShiftReport(_layers(sites), lr, skipped, n_passes)
     return edit
 
@@ -253,6 +267,16 @@ def _require_valid(
         )
     if not math.isfinite(margin) or margin < 0:
         raise ValueError(f"margin must be a finite number of at least 0, got {margin!r}")
+
+
+def _rule(value: Any, statistics: KeyStatistics | None, joint: Any, ridge: Any) -> ShiftRule:
+    if value not in ("target", "centred"):
+        raise ValueError(f"value must be 'target' or 'centred', got {value!r}")
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge must be a finite number of at least 0, got {ridge!r}")
+    if ridge and not joint:
+        raise ValueError("ridge is for joint=True; leave it out")
+    return ShiftRule(value, statistics, joint, ridge)
 
 
 def _layers(sites: Sequence[WeightSite]) -> tuple[int, ...]:
