@@ -1,6 +1,7 @@
 """Low-rank edits of weights: by hooks, or applied and undone exactly."""
 
 from tl_backward.editing._mend_training import train_mend
+from tl_backward.editing.adam import adam_fine_tune
 from tl_backward.editing.alpha_edit import alpha_edit
 from tl_backward.editing.contexts import memit_contexts, rome_contexts
 from tl_backward.editing.editor_report import EditorReport
@@ -22,6 +23,7 @@ __all__ = [
     "ShiftReport",
     "StepNotFoundError",
     "WeightEdit",
+    "adam_fine_tune",
     "alpha_edit",
     "edit_hooks",
     "fine_tune",

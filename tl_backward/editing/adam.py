@@ -1,0 +1,122 @@
+"""Fine-tuning as the papers of editors compare with it: Adam on one W_out, bounded or not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_backward.capture.run import frozen, require_ready
+from tl_backward.capture.tokens import Prompt, Target
+from tl_backward.editing._facts import Facts
+from tl_backward.editing._mlp_outputs import w_out_sites
+from tl_backward.editing._upper_layers import UpperLayers
+from tl_backward.editing.gradient_step import FineTuneReport
+from tl_backward.editing.hooks import adding_hooks
+from tl_backward.editing.weight_edit import WeightEdit
+from tl_backward.factors import GradientFactors
+from tl_backward.sites import Model, all_parameters
+
+ENOUGH = 0.01
+"""It ends when the mean loss is below, in nats."""
+
+
+def adam_fine_tune(
+    model: Model,
+    prompt: Prompt,
+    target: Target,
+    *,
+    layer: int,
+    lr: int | float = 5e-4,
+    steps: int = 25,
+    bound: float | None = None,
+    prepend_bos: bool | None = None,
+) -> WeightEdit:
+    """Adam on the W_out of one layer until the target is nearly certain: a baseline for editors.
+
+    The loss is the target's negative log-likelihood, mean over its tokens (teacher-forced), of
+    several prompts the sum; it ends when its mean over the prompts is below 0.01. The weight itself
+    is not touched, and the layers below run once. With a ``bound`` no element of W_out changes by
+    more, which keeps the edit small (FT+L in the papers). Adam's update has no low rank: its
+    factors are as large as W_out.
+
+    Args:
+        model: A TransformerLens model in eval mode.
+        prompt: Text or token ids, of one prompt or of several.
+        target: What to fine-tune towards, one for all prompts or one for each in a list.
+        layer: The layer of W_out; negative ones count from the last.
+        lr: The learning rate of Adam.
+        steps: Steps at most.
+        bound: The largest change of any element. Default: none.
+        prepend_bos: As in ``model.to_tokens``. Default: the model's setting.
+
+    Returns:
+        The edit, not applied, with a :class:`FineTuneReport` in ``edit.report``.
+
+    Raises:
+        TypeError: When model, prompt or target is malformed.
+        ValueError: For a layer that does not exist, settings out of range, a model in training
+            mode, and a loss that is not finite.
+        NotImplementedError: When the layer has no W_out, or several (mixtures of experts).
+        RuntimeError: Under ``torch.inference_mode``.
+
+    Example:
+        >>> edit = adam_fine_tune(model, "Lionel Messi plays for", " Paris", layer=20, bound=5e-4)
+        >>> edit.report.losses
+    """
+    _require_valid(lr, steps, bound)
+    (site,) = w_out_sites(model, [layer])
+    require_ready(model, list(all_parameters(model)))
+    facts = Facts(model, prompt, target, -1, "all", prepend_bos)
+    upper = UpperLayers(model, facts.tokens, facts.places, site.layer or 0)
+    dtype = torch.promote_types(site.parameter.dtype, torch.float32)
+    device = upper.logits.device
+    change = torch.zeros(site.d_in, site.d_out, dtype=dtype, device=device, requires_grad=True)
+    identity = torch.eye(site.d_out, dtype=dtype, device=device)
+    adam = torch.optim.Adam([change], lr=lr)
+    losses: list[Tensor] = []
+    with frozen(all_parameters(model)), torch.enable_grad():
+        while True:
+            logits = upper.run(adding_hooks(site, change.mT[None], identity[None]))
+            of_prompts = _losses(facts, logits)
+            losses.append(of_prompts.detach())
+            if not of_prompts.isfinite().all():
+                raise ValueError(
+                    f"the loss is {of_prompts.sum().item()} after {len(losses) - 1} steps; take a "
+                    "smaller lr"
+                )
+            if of_prompts.mean() < ENOUGH or len(losses) > steps:
+                break
+            (change.grad,) = torch.autograd.grad(of_prompts.sum(), change)
+            adam.step()
+            if bound is not None:
+                change.data.clamp_(-bound, bound)
+    predicted = facts.gaps(logits.detach()[None])[0] > 0
+    report = FineTuneReport(
+        len(losses) - 1,
+        tuple(predicted.tolist()),
+        tuple(tuple(of_prompt) for of_prompt in torch.stack(losses, dim=1).tolist()),
+    )
+    factors = GradientFactors(change.detach().mT, identity)
+    return WeightEdit(model, {site.name: factors} if len(losses) > 1 else {}, report)
+
+
+def _losses(facts: Facts, logits: Float[Tensor, "term d_vocab"]) -> Float[Tensor, "batch"]:
+    """Of each prompt, the mean negative log-likelihood of its target's tokens."""
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    nll = -log_probs.gather(1, facts.ids.to(logits.device)[:, None]).squeeze(1)
+    of_prompt = facts.example.to(logits.device)
+    total = nll.new_zeros(facts.n_prompts).index_add(0, of_prompt, nll)
+    return total / of_prompt.bincount(minlength=facts.n_prompts)
+
+
+def _require_valid(lr: Any, steps: Any, bound: Any) -> None:
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be a positive finite number, got {lr!r}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+    if bound is not None and not 0 < bound < math.inf:
+        raise ValueError(f"bound must be a positive finite number, or None, got {bound!r}")
