@@ -532,7 +532,8 @@ def test_a_refusal_does_not_keep_the_folder(tmp_path):
 SLEEPER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from test_sweep import RECORDS, Calls
+from helpers.counting import RECORDS
+from helpers.counting import Calls
 from tl_backward.sweep import sweep
 
 rows = sweep(10, RECORDS, Calls(), batch_size=2, path=sys.argv[2], progress=False)

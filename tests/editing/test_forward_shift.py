@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers.edits import (
+    W_out,
     applied_logits,
     embedding,
     gap,
@@ -47,10 +48,6 @@ def unharmed(model):
     before = state(model)
     yield model
     assert state(model) == before
-
-
-def W_out(model, layer):
-    return tlb.weight_sites(model, "W_out", layer)[0]
 
 
 # what the update is

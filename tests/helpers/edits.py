@@ -30,6 +30,15 @@ def factors(site, n=2, seed=0, dtype=torch.float64, scale=0.1):
     return GradientFactors(draw(n, site.d_in).to(dtype), scale * draw(n, site.d_out).to(dtype))
 
 
+def name_of(layer):
+    """The name of the site of W_out in a layer."""
+    return f"blocks.{layer}.mlp.W_out"
+
+
+def W_out(model, layer):
+    return tlb.weight_sites(model, "W_out", layer)[0]
+
+
 def random_edit(model, name, **options):
     (site,) = (site for site in tlb.weight_sites(model) if site.name == name)
     return WeightEdit(model, {name: factors(site, **options)})

@@ -12,10 +12,10 @@ from torch import Tensor
 from tl_backward.capture.run import frozen, require_ready
 from tl_backward.capture.tokens import Prompt, Target
 from tl_backward.editing._facts import Facts
+from tl_backward.editing._low_rank_hooks import low_rank_hooks
 from tl_backward.editing._mlp_outputs import w_out_sites
 from tl_backward.editing._upper_layers import UpperLayers
 from tl_backward.editing.gradient_step import FineTuneReport
-from tl_backward.editing.hooks import adding_hooks
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, all_parameters
@@ -80,7 +80,7 @@ def adam_fine_tune(
     losses: list[Tensor] = []
     with frozen(all_parameters(model)), torch.enable_grad():
         while True:
-            logits = upper.run(adding_hooks(site, change.mT[None], identity[None]))
+            logits = upper.run(low_rank_hooks(site, change.mT[None], identity[None]))
             of_prompts = _losses(facts, logits)
             losses.append(of_prompts.detach())
             if not of_prompts.isfinite().all():

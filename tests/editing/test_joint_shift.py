@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS, relative_error
+from helpers.edits import W_out, embedding, gap, same_bits, seen_at, weights
+from helpers.gradients import relative_error
+from helpers.state import state
+from helpers.versions import HAS_BRIDGE, MODELS
 from hypothesis import given
 from hypothesis import strategies as st
-from test_forward_shift import W_out, embedding, gap, seen_at
-from test_weight_edit import same_bits, state, weights
 
 import tl_backward as tlb
 from tl_backward.editing import StepNotFoundError, forward_pass_shift

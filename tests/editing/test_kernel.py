@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error
+from helpers.gradients import relative_error
 
 from tl_backward.editing._kernel import kernel, update
 

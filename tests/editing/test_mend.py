@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, PROMPT, TARGET, relative_error
-from test_editors import UPDATES, name_of
-from test_weight_edit import applied_logits, hooked_logits, same_bits, state, weights
+from helpers.edits import applied_logits, hooked_logits, name_of, same_bits, weights
+from helpers.gradients import relative_error
+from helpers.published_updates import UPDATES
+from helpers.state import state
+from helpers.texts import PROMPT, TARGET
+from helpers.versions import HAS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward.editing import MendEditor

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, HAS_HOOKED_TRANSFORMER, PROMPT, TARGET, relative_error
+from helpers.edits import (
+    applied_logits,
+    hooked_logits,
+    logits,
+    name_of,
+    same_bits,
+    seen_at,
+    weights,
+)
+from helpers.gradients import relative_error
+from helpers.published_updates import DATA, STORED, UPDATES
+from helpers.state import state
+from helpers.texts import PROMPT, TARGET
+from helpers.versions import HAS_BRIDGE, HAS_HOOKED_TRANSFORMER
 from safetensors.torch import load_file
-from test_forward_shift import seen_at
-from test_weight_edit import applied_logits, hooked_logits, logits, same_bits, state, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_backward as tlb
 from tl_backward.editing import EditorReport, memit_contexts, rome_contexts
 
-DATA = Path(__file__).parent / "data" / "editors"
-STORED = json.loads((DATA / "updates.json").read_text())
-UPDATES = load_file(DATA / "updates.safetensors")
 PLAIN = ["{}"]
 KINDS = [["{}"], ["A city. {}", "London is not in Rome. {}"]]
 NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
-
-
-def name_of(layer):
-    return f"blocks.{layer}.mlp.W_out"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def stored_model():
                     "gpt2", hf_model=hf, tokenizer=tokenizer, dtype=torch.float64, device="cpu"
                 )
             else:
-                from test_both_classes import hooked
+                from helpers.hooked import hooked
 
                 made[cls] = hooked(hf, tokenizer)
             made[cls](torch.tensor([[1, 2]]))  # a bridge adds hooks at its first forward pass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, TEXTS
+from helpers.texts import TEXTS
+from helpers.versions import HAS_BRIDGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -41,7 +42,7 @@ def tokenised(tokenizer):
     """A model with nothing but a tokenizer, of a class of TransformerLens."""
     if not HAS_BRIDGE:
         pytest.skip("there is no bridge")
-    from conftest import tiny_config
+    from helpers.bridges import tiny_config
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_BRIDGE, MODELS, relative_error
-from test_weight_edit import applied_logits, hooked_logits, same_bits, state, weights
+from helpers.edits import applied_logits, hooked_logits, same_bits, weights
+from helpers.gradients import relative_error
+from helpers.state import state
+from helpers.versions import HAS_BRIDGE, MODELS
 
 import tl_backward as tlb
 from tl_backward.editing import adam_fine_tune
