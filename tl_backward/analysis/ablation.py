@@ -108,7 +108,7 @@ def _hooks(
     readers = [kind for kind in READERS[part] if kind in kinds]
     sites = weight_sites(model, readers, ablated)
     if backward:
-        return [(name, _zero) for name in dict.fromkeys(site.hook_in for site in sites)]
+        return [(name, _zero) for name in dict.fromkeys(site.hook_in for site in sites) if name]
     layers = dict.fromkeys(site.layer for site in sites)
     return [(f"blocks.{layer}.{WRITERS[part]}", _zero) for layer in layers]
 

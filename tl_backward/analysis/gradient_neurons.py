@@ -14,7 +14,7 @@ from tl_backward.analysis.over_records import FactRun, Records, Row, over_record
 from tl_backward.analysis.registry import figure_of
 from tl_backward.lens import BackwardLogitLens
 from tl_backward.sites import Model, weight_sites
-from tl_backward.sites.kinds import READ_BY_INPUT
+from tl_backward.sites.kinds import reads_stream
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,7 @@ def gradient_neurons(
         >>> table[table["coefficient"] > 0].groupby("segment")["top_overlap"].mean()
     """
     for site in weight_sites(model, weights, layers):
-        n = site.d_out if site.kind in READ_BY_INPUT else site.d_in
+        n = site.d_out if reads_stream(site.kind) else site.d_in
         if not 1 <= n_neurons <= n:
             raise ValueError(f"n_neurons must be in [1, {n}] for {site.name}, got {n_neurons}")
     lens = BackwardLogitLens(model)
@@ -102,7 +102,7 @@ def _neurons(
     """For each of the largest neurons, a row for each position."""
     g = run.cache[name]
     vectors, coefficients = g.inputs, g.vjps
-    if place_of(name)["weight"] not in READ_BY_INPUT:
+    if not reads_stream(place_of(name)["weight"]):
         vectors, coefficients = coefficients, vectors
     norms, indices = _neuron_norms(vectors, coefficients).topk(n_neurons)
     chosen = coefficients[:, indices]

@@ -17,7 +17,7 @@ from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLogitLens
 from tl_backward.sites import Model, weight_sites
-from tl_backward.sites.kinds import READ_BY_VJP
+from tl_backward.sites.kinds import writes_stream
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,7 +124,7 @@ def optimizer_updates(
                     total[name] = total[name] + update * (lengths[name] / update.norm())
                     place = {"optimizer": optimizer, "step": step, **place_of(name)}
                     size = {"loss": cache.loss, "n_tokens": len(run.segments)}
-                    by_vjp = place["weight"] in READ_BY_VJP
+                    by_vjp = writes_stream(place["weight"])
                     read = _compare(lens, raw[name], update, by_vjp, n_neurons, top_k)
                     found.append({**place, **size, **_spectrum(update), **read})
         return found

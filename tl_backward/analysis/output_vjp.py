@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records
 from tl_backward.analysis.registry import figure_of
-from tl_backward.sites import Model
+from tl_backward.sites import Model, unembedding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,7 @@ def output_vjp(model: Model, records: Records, **options: Any) -> pd.DataFrame:
     Example:
         >>> output_vjp(model, records)[["output_cosine", "residual_cosine"]].describe()
     """
-    W_U = model.W_U.detach()
+    W_U = unembedding(model).detach()
     embedding_norms = W_U.norm(dim=0)
     end = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 

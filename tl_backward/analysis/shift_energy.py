@@ -10,7 +10,7 @@ import torch
 from tl_backward.analysis.figures import over_layers
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
 from tl_backward.analysis.registry import figure_of
-from tl_backward.sites import Model
+from tl_backward.sites import Model, unembedding
 from tl_backward.sites.kinds import READ_BY_VJP
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def shift_energy(
             f"weights={weights!r}: only {' and '.join(READ_BY_VJP)} write to the residual stream, "
             "where the target's embedding is"
         )
-    W_U = model.W_U.detach()
+    W_U = unembedding(model).detach()
 
     def rows(run: FactRun) -> list[Row]:
         target = W_U[:, run.target]

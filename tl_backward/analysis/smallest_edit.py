@@ -17,7 +17,7 @@ from tl_backward.editing.runs import WholeRun
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.evaluation.perplexity import perplexity
 from tl_backward.factors import GradientFactors
-from tl_backward.sites import Model, weight_sites
+from tl_backward.sites import Model, unembedding, weight_sites
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +79,7 @@ def smallest_edit(
     layers = {*range(0, n_layers, 5), n_layers - 1} if layers is None else layers
     sites = weight_sites(model, "W_out", layers)
     norms = {site.name: float(site.parameter.detach().norm()) for site in sites}
-    W_U = model.W_U.detach()
+    W_U = unembedding(model).detach()
     before = None if texts is None else float(perplexity(model, texts))
 
     def rows(run: FactRun) -> list[Row]:

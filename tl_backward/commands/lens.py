@@ -101,14 +101,14 @@ def lens(
 
 def _last_token_table(result: BackwardLensResult, kind: str) -> Table:
     from tl_backward.plotting import visible
-    from tl_backward.sites.kinds import READ_BY_INPUT
+    from tl_backward.sites.kinds import reads_stream
 
     readout = result[kind]
     ranked = result.target if isinstance(result.target, str) else result.target[-1]
     table = Table(
         title=f"{kind} at the last token {visible(result.str_tokens[-1])!r}",
         caption=(
-            f"{BY_INPUT if kind in READ_BY_INPUT else BY_VJP}\nrank of {visible(ranked)!r}: "
+            f"{BY_INPUT if reads_stream(kind) else BY_VJP}\nrank of {visible(ranked)!r}: "
             f"0 is the most probable token, {result.d_vocab - 1} the least"
         ),
         header_style="bold",

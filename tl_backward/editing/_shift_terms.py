@@ -15,7 +15,7 @@ from tl_backward.editing._kernel import kernel
 from tl_backward.editing.key_statistics import KeyStatistics
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
-from tl_backward.sites import Model, WeightSite
+from tl_backward.sites import Model, WeightSite, unembedding
 
 
 class ShiftRule(NamedTuple):
@@ -62,7 +62,7 @@ def unit_shift(
         NotImplementedError: When the unembedding does not read what the weights write.
     """
     terms = wanted[facts.example].nonzero().squeeze(1)
-    W_U = model.W_U.detach()
+    W_U = unembedding(model).detach()
     values = W_U[:, facts.ids[terms].to(W_U.device)].mT
     if rule.value == "centred":
         dtype = torch.promote_types(W_U.dtype, torch.float32)

@@ -16,6 +16,7 @@ from tl_backward.capture.tokens import Prompt, Target
 from tl_backward.editing._facts import Facts
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, attached_hook_points
+from tl_backward.sites.names import parse_site_name
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _required(argument: str, wanted: Any, captured: set[Any]) -> set[Any]:
 
 
 def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
+    return parse_site_name(name).kind
 
 
 def _layer(name: str) -> int | None:

@@ -44,7 +44,8 @@ def edit_hooks(
         ValueError: When an edit is of another model or of none or not finite, or ``rows`` name
             edits that there are not; and in the forward pass, when the batch has another number of
             rows.
-        NotImplementedError: When another weight shares a part of the memory of an edited one.
+        NotImplementedError: When another weight shares a part of the memory of an edited one, and
+            for the matrices of LoRA adapters, which have no HookPoints.
 
     Example:
         >>> with model.hooks(fwd_hooks=edit_hooks(model, [paris, rome], rows=[0, 0, 1, -1])):

@@ -22,7 +22,8 @@ from tl_backward.editing._made_for import MadeFor, fingerprints, model_name
 from tl_backward.editing._weight_change import WeightChanges, standing_changes
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, WeightSite, weight_sites
-from tl_backward.sites.kinds import READ_BY_INPUT
+from tl_backward.sites.kinds import reads_stream, writes_stream
+from tl_backward.sites.names import parse_site_name
 from tl_backward.sites.ties import is_same_matrix, is_transposed, rearranged, shares_memory
 
 KIND = "WeightEdit"
@@ -202,13 +203,15 @@ class WeightEdit:
         direction in common that hides the target; subtract ``model.W_U.mean(1)`` then.
 
         Raises:
-            ValueError: When the edit is empty.
+            ValueError: When the edit is empty, or one of its weights has the residual stream on
+                neither side (``W_in.lora_B``, ``W_out.lora_A``).
 
         Example:
             >>> lens.read(*edit.residual_vectors()).top_tokens()
         """
         vectors, labels = [], []
         for name, g in self.factors.items():
+            _require_beside_the_stream(name)
             of_site = g.inputs if _is_read_by_input(name) else g.vjps
             vectors += [one.to(torch.promote_types(one.dtype, torch.float32)) for one in of_site]
             labels += [f"{name} term {i}" for i in range(len(of_site))]
@@ -428,4 +431,11 @@ def _seen_from(other: WeightSite, site: WeightSite, update: GradientFactors) -> 
 
 def _is_read_by_input(name: str) -> bool:
     """Whether the side of the residual stream is the weight's input."""
-    return name.rpartition(".")[2] in (*READ_BY_INPUT, "W_U")
+    kind = parse_site_name(name).kind
+    return reads_stream(kind) or kind == "W_U"
+
+
+def _require_beside_the_stream(name: str) -> None:
+    kind = parse_site_name(name).kind
+    if not (reads_stream(kind) or writes_stream(kind) or kind in ("W_E", "W_pos", "W_U")):
+        raise ValueError(f"{name} has the residual stream on neither side, so it cannot be read")

@@ -14,7 +14,7 @@ from tl_backward.capture.tokens import decode_each
 from tl_backward.lens._options import ReadoutOptions
 from tl_backward.lens._targets import Targets
 from tl_backward.lens._vocabulary import read_vocabulary
-from tl_backward.lens.readout import READ_FORWARD, Readout
+from tl_backward.lens.readout import Readout, is_forward
 from tl_backward.sites import Model, unembed
 from tl_backward.sites.names import layer_of
 from tl_backward.translators import Translator
@@ -47,7 +47,7 @@ def read_vectors(
     if not rows.isfinite().all():
         by_lens = "" if options.lens is None else " that lens returned"
         raise ValueError(f"{kind}: the vectors{by_lens} are not finite")
-    turned = options.direction == "descent" and kind not in READ_FORWARD
+    turned = options.direction == "descent" and not is_forward(kind)
     ends = (options.top_k, options.bottom_k)
     top_k, bottom_k = ends[::-1] if turned else ends
     read = read_vocabulary(

@@ -14,7 +14,7 @@ from tl_backward.cache import BackwardCache
 from tl_backward.cache.residual import SliceInput
 from tl_backward.cache.rows import Positions, kept_positions, plain_index, selected
 from tl_backward.sites import FoundSites, Model, weights_processing
-from tl_backward.sites.kinds import READ_BY_INPUT
+from tl_backward.sites.kinds import reads_stream
 from tl_backward.sites.names import parse_site_name
 
 
@@ -117,7 +117,7 @@ def residual_side(
     cache: BackwardCache, name: str, vjps: Literal["residual", "output"]
 ) -> Float[Tensor, "*batch n d_model"]:
     """What a weight is read by."""
-    if parse_site_name(name).kind in READ_BY_INPUT:
+    if reads_stream(parse_site_name(name).kind):
         return cache[name].inputs
     return cache.residual_vjps(name) if vjps == "residual" else cache[name].vjps
 

@@ -35,10 +35,10 @@ from tl_backward.lens._selection import (
 )
 from tl_backward.lens._targets import Targets, TargetTokens, targets_for
 from tl_backward.lens._vocabulary import ReturnType
-from tl_backward.lens.readout import READ_FORWARD, Readout
+from tl_backward.lens.readout import Readout, is_forward, is_weight_kind
 from tl_backward.lens.result import BackwardLensResult
 from tl_backward.sites import FoundSites, Model, find_sites, layer_numbers, require_model
-from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP
+from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP, reads_stream
 from tl_backward.translators import Translator
 
 
@@ -287,7 +287,7 @@ class BackwardLogitLens:
         U, S, Vh = cache[name].svd()
         if not is_integer(k) or not 1 <= k <= len(S):
             raise ValueError(f"k must be an integer in [1, {len(S)}], got {k!r}")
-        vectors = U.mT[:k] if weight in READ_BY_INPUT else Vh[:k]
+        vectors = U.mT[:k] if reads_stream(weight) else Vh[:k]
         return self.read(vectors, [f"{name} singular {i}" for i in range(k)], **options)
 
     def neurons(
@@ -317,7 +317,7 @@ class BackwardLogitLens:
         name = self._site_name(cache, weight, layer)
         neurons = list(neurons) if isinstance(neurons, Iterable) else [neurons]
         g = cache[name]
-        g = g if weight in READ_BY_INPUT else g.T
+        g = g if reads_stream(weight) else g.T
         wrong = [j for j in neurons if not 0 <= j < g.shape[1]]
         if wrong:
             raise ValueError(f"neurons={wrong}: {weight} has neurons 0 to {g.shape[1] - 1}")
@@ -341,8 +341,10 @@ class BackwardLogitLens:
         """The one weight whose gradient has vectors of the residual stream on one side."""
         found = find_sites(self.model)
         require_same_model(self.model, found, cache)
-        if weight == "W_U":
-            raise ValueError("weight='W_U' neither reads the residual stream nor writes to it")
+        if weight not in ("W_E", "W_pos") and not is_weight_kind(weight):
+            raise ValueError(
+                f"weight={weight!r} neither reads the residual stream nor writes to it"
+            )
         sites = found.select(weight, layer)
         if len(sites) > 1:
             raise ValueError(f"layer={layer!r}: {weight} is in {len(sites)} layers; pass one")
@@ -388,7 +390,7 @@ class _Reader:
         """The readout of the vectors under some labels, on the device of the first."""
         labels, each = list(vectors), [self._selection.rows(of) for of in vectors.values()]
         stack = torch.stack([of.to(each[0].device) for of in each])
-        forward = kind in READ_FORWARD
+        forward = is_forward(kind)
         for same_direction, other, readout in self._done:
             if same_direction == forward and torch.equal(other, stack):
                 layers = [layer_of_entry(label) for label in labels]
@@ -409,11 +411,17 @@ def _readable_kinds(
     if weights is None:
         raise TypeError("weights must be kinds such as ('W_in', 'W_out'), or () for none")
     kinds = [weights] if isinstance(weights, str) else list(weights)
-    for kind in ("W_E", "W_pos", "W_U"):
-        if kind in kinds:
+    for kind in kinds:
+        if kind in ("W_E", "W_pos", "W_U"):
             raise ValueError(
                 f"weights={kind!r} is not between two residual streams; the lens reads "
                 f"{', '.join(READ_BY_INPUT + READ_BY_VJP)}"
+            )
+        if "." in kind and not is_weight_kind(kind):
+            raise ValueError(
+                f"weights={kind!r} has the residual stream on neither side; of LoRA adapters the "
+                f"lens reads lora_A of {', '.join(READ_BY_INPUT)} and lora_B of "
+                f"{' and '.join(READ_BY_VJP)}"
             )
     if vjps not in ("residual", "output"):
         raise ValueError(f"vjps must be 'residual' or 'output', got {vjps!r}")

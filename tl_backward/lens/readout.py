@@ -8,11 +8,19 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_backward.sites.kinds import READ_BY_INPUT
+from tl_backward.sites.kinds import reads_stream, writes_stream
 
-READ_FORWARD = (*READ_BY_INPUT, "forward")
-"""What comes from the forward pass, whose most probable tokens are what counts."""
 VALUE_COLUMNS = {"logits": "logit", "log_probs": "log_prob", "probs": "probability"}
+
+
+def is_weight_kind(kind: str) -> bool:
+    """Whether the lens reads a weight by this name, and not the residual stream."""
+    return reads_stream(kind) or writes_stream(kind)
+
+
+def is_forward(kind: str) -> bool:
+    """Whether it is of the forward pass, whose most probable tokens are what counts."""
+    return reads_stream(kind) or kind == "forward"
 
 
 @dataclass(frozen=True, eq=False)

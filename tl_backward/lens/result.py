@@ -13,9 +13,8 @@ from torch import Tensor
 
 from tl_backward._integers import as_ranges
 from tl_backward.lens._vocabulary import ReturnType
-from tl_backward.lens.readout import VALUE_COLUMNS, Readout
+from tl_backward.lens.readout import VALUE_COLUMNS, Readout, is_weight_kind
 from tl_backward.lens.tables import data_frame, lens_tables
-from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +107,7 @@ class BackwardLensResult(Mapping[str, Readout]):
         frame = self.to_dataframe()
         last = frame[frame.position.eq(int(self.positions[-1])) & frame.end.ne("target")]
         last = last[last.k.eq(0) | last.end.eq("vocab")]
-        is_weight, is_vocab = last.weight.isin(READ_BY_INPUT + READ_BY_VJP), last.end.eq("vocab")
+        is_weight, is_vocab = last.weight.map(is_weight_kind), last.end.eq("vocab")
         tokens, values = last.token.map(repr), last[VALUE_COLUMNS[self.return_type]]
         cells = last.assign(
             entry=last.label.where(~is_weight, last.layer.astype(str)),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_backward.lens.readout import READ_FORWARD, VALUE_COLUMNS, Readout
+from tl_backward.lens.readout import VALUE_COLUMNS, Readout, is_forward, is_weight_kind
 from tl_backward.plotting.tables import Cell, LensTables, Table
-from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP
+from tl_backward.sites.kinds import reads_stream
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,12 +68,12 @@ def lens_tables(result: BackwardLensResult) -> LensTables:
 
 def _table(result: BackwardLensResult, kind: str) -> Table:
     readout = result[kind]
-    is_weight = kind in READ_BY_INPUT + READ_BY_VJP
+    is_weight = is_weight_kind(kind)
     positions = torch.as_tensor(result.positions).tolist()
-    turned = result.direction == "descent" and kind not in READ_FORWARD
+    turned = result.direction == "descent" and not is_forward(kind)
     targets = _targets(result, readout, len(positions))
     ranks = readout.target_ranks.reshape(*readout.norms.shape, -1).tolist()
-    top_counts = kind in READ_FORWARD or result.direction == "descent"
+    top_counts = is_forward(kind) or result.direction == "descent"
     scale = readout.vjp_norms.max().item()
     top, bottom = readout.top_tokens(), readout.bottom_tokens()
     empty = readout.zero_mask | (readout.vjp_norms == 0)
@@ -96,7 +96,7 @@ def _table(result: BackwardLensResult, kind: str) -> Table:
     return Table(
         kind=kind,
         is_weight=is_weight,
-        by_input=kind in READ_BY_INPUT,
+        by_input=reads_stream(kind),
         top_counts=top_counts,
         ends=("least", "most") if turned else ("most", "least"),
         positions=positions,

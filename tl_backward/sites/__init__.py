@@ -55,6 +55,7 @@ __all__ = [
     "require_model",
     "residual_points",
     "unembed",
+    "unembedding",
     "weight_sites",
     "weights_processing",
 ]
@@ -205,6 +206,15 @@ def attached_hook_points(model: Model) -> AbstractContextManager[None]:
     return _backend(model).attached_hook_points(model)
 
 
+def unembedding(model: Model) -> Float[Tensor, "d_model d_vocab"]:
+    """The matrix that makes the logits, as :func:`unembed` uses it.
+
+    Raises:
+        NotImplementedError: When a LoRA adapter adds to what it does.
+    """
+    return _backend(model).unembedding(model)
+
+
 def unembed(
     model: Model, vectors: Float[Tensor, "rows d_model"], apply_ln: bool = True
 ) -> Float[Tensor, "rows d_vocab"]:
@@ -219,7 +229,8 @@ def _backend(model: Model) -> Backend:
             return backend
     hint = "load one with TransformerBridge.boot_transformers(...)"
     if isinstance(model, nn.Module) and hasattr(model, "config"):
-        hint = "wrap it with TransformerBridge.boot_transformers(..., hf_model=model)"
+        inner = "model.get_base_model()" if hasattr(model, "get_base_model") else "model"
+        hint = f"wrap it with TransformerBridge.boot_transformers(..., hf_model={inner})"
     raise TypeError(
         "model must be a TransformerLens HookedTransformer, or a TransformerBridge of a "
         f"decoder-only language model, got {type(model).__name__}; {hint}"

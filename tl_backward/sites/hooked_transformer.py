@@ -139,6 +139,11 @@ def modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
     return model.named_modules()
 
 
+def unembedding(model: Any) -> Float[Tensor, "d_model d_vocab"]:
+    """The matrix that makes the logits."""
+    return model.W_U
+
+
 def unembed(
     model: Any, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
 ) -> Float[Tensor, "rows d_vocab"]:

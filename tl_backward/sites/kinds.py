@@ -6,3 +6,15 @@ READ_BY_INPUT = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
 """Kinds that read the residual stream: their inputs ``x_i`` are vectors of it (Eq 9)."""
 READ_BY_VJP = ("W_O", "W_out")
 """Kinds that write to it: their VJPs ``delta_i`` are vectors of it (Eq 10)."""
+
+
+def reads_stream(kind: str) -> bool:
+    """Whether the input of a weight is the residual stream: of ``W_in``, and ``W_in.lora_A``."""
+    weight, _, adapter = kind.partition(".")
+    return weight in READ_BY_INPUT and adapter.partition(".")[0] in ("", "lora_A")
+
+
+def writes_stream(kind: str) -> bool:
+    """Whether a weight adds to the residual stream: ``W_out``, and ``W_out.lora_B``."""
+    weight, _, adapter = kind.partition(".")
+    return weight in READ_BY_VJP and adapter.partition(".")[0] in ("", "lora_B")

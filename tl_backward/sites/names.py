@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_NAME = re.compile(r"(?:blocks\.(?P<layer>\d+)\.)?(?:\w+\.)*?(?P<kind>W_\w+(?:\.\w+)*)")
+_NAME = re.compile(r"(?:blocks\.(?P<layer>\d+)\.)?(?:\w+\.)*?(?P<kind>W_\w+(?:\.[^.]+)*)")
 
 
 class SiteName(NamedTuple):

@@ -79,6 +79,9 @@ class Backend(Protocol):
     def left_padding_obstacle(self, model: Any) -> str | None:
         """Why texts padded on the left differ from the texts alone; None if they do not."""
 
+    def unembedding(self, model: Any) -> Float[Tensor, "d_model d_vocab"]:
+        """The matrix that makes the logits, if one alone does."""
+
     def unembed(
         self, model: Any, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
     ) -> Float[Tensor, "rows d_vocab"]:

@@ -41,8 +41,10 @@ class WeightSite:
         name: ``"blocks.5.mlp.W_out"``, unique in the model.
         kind: ``"W_out"``.
         layer: ``5``, or ``None`` outside the blocks.
-        hook_in: Name of the HookPoint that ``x`` passes.
-        hook_out: Name of the HookPoint that ``y`` passes.
+        hook_in: Name of the HookPoint that ``x`` passes; ``None`` where there is none, within a
+            LoRA layer.
+        hook_out: Name of the HookPoint that ``y`` passes, with what LoRA adapters add to it;
+            ``None`` where there is none.
         d_in: Width of ``x``.
         d_out: Width of ``y``.
         hook_residual: Name of the HookPoint that ``y`` passes behind a post-norm, on its way into
@@ -57,8 +59,8 @@ class WeightSite:
     name: str
     kind: str
     layer: int | None
-    hook_in: str
-    hook_out: str
+    hook_in: str | None
+    hook_out: str | None
     d_in: int
     d_out: int
     x_tap: Callable[[], Tap] = field(repr=False)

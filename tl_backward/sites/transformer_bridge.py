@@ -8,7 +8,7 @@ HookPoints before and after it may show their hooks a reshaped copy.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_backward.sites.adapters import (
+    adapted,
+    adapter_matrices,
+    applied_adapters,
+    base_layer,
+    not_plain_lora,
+    unused_copies,
+)
+from tl_backward.sites.kinds import writes_stream
 from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
@@ -67,7 +76,12 @@ def accepts(model: object) -> bool:
 
 
 def survey(model: Any) -> Iterator[WeightSite | Obstacle]:
-    """Every weight matrix of the model: its site, or what keeps it from having one."""
+    """Every weight matrix of the model: its site, or what keeps it from having one.
+
+    Raises:
+        NotImplementedError: When the bridge leaves an adapter of ``peft`` out of its forward pass.
+    """
+    _require_adapters_at_work(model)
     return told_apart(_matrices(model))
 
 
@@ -75,37 +89,114 @@ def _matrices(model: Any) -> Iterator[WeightSite | Obstacle]:
     for kind, path in LOOKUPS.items():
         component = model._modules.get(path)
         if _weight(component) is not None:
-            yield _lookup(kind, path, component)
+            yield from _lookup(kind, path, component)
     for layer, block in enumerate(model._modules.get("blocks") or ()):
         for part, projections in PROJECTIONS.items():
             for kind, projection in projections.items():
                 yield from _projection(kind, layer, block, part, projection)
     component = model._modules.get("unembed")
     if _weight(component) is not None:
-        yield _linear("unembed.W_U", "W_U", None, "unembed", component)
+        for found in _linear("unembed.W_U", "W_U", None, "unembed", component):
+            yield _apart_from_embedding(found, model._modules.get("embed"))
 
 
-def _lookup(kind: str, path: str, component: Any) -> WeightSite | Obstacle:
-    module, name = component.original_component, f"{path}.{kind}"
-    if not _lookup_scale(module):
+def _apart_from_embedding(found: WeightSite | Obstacle, embed: Any) -> WeightSite | Obstacle:
+    """A site whose parameter is not also, under another name, an adapter of the embedding."""
+    adapters = adapter_matrices(getattr(embed, "original_component", None), "embed.W_E")
+    if isinstance(found, WeightSite):
+        storages = {one.weight.untyped_storage().data_ptr() for one in adapters}
+        if storages and found.parameter.untyped_storage().data_ptr() in storages:
+            reason = "it shares its numbers with an adapter of embed.W_E, to which edits go too"
+            return Obstacle(found.name, found.kind, None, reason, found.parameter)
+    return found
+
+
+def _require_adapters_at_work(model: Any) -> None:
+    """Refuse what would be the gradient of another model than the one with the adapters."""
+    found = adapted(modules(model))
+    if not found:
+        return
+    copied, bypassed = _by_part(_copied(model)), _by_part(_bypassed(model))
+    for path, module in found:
+        name = path.replace("._original_component", "")
+        applied, merged = applied_adapters(module), module.merged_adapters
+        if merged and module.disable_adapters:
+            raise NotImplementedError(
+                f"the adapter {merged[0]!r} of {name} is merged and disabled, so the next forward "
+                "pass would change the weight; call unmerge_adapter() of peft first"
+            )
+        why = copied.get(id(module)) if applied or merged else None
+        why = why or (bypassed.get(id(module)) if applied else None)
+        if why is not None:
+            raise NotImplementedError(
+                f"TransformerLens leaves the adapter {(applied + merged)[0]!r} of {name} out of "
+                f"the forward pass: the weight is {why}. Merge it into the weight before booting: "
+                "boot_transformers(..., hf_model=peft_model.merge_and_unload())"
+            )
+
+
+def _by_part(unused: Iterable[tuple[nn.Module, str]]) -> dict[int, str]:
+    """The reasons by the ``id`` of each module and of those inside it."""
+    return {id(part): why for module, why in unused for part in module.modules()}
+
+
+def _copied(model: Any) -> Iterator[tuple[nn.Module, str]]:
+    """The modules of which the bridge uses copies of the weights."""
+    for block in model._modules.get("blocks") or ():
+        for name, part in block._modules.items():
+            fused = part._modules.get("qkv") if name == "attn" else None
+            if fused is not None:
+                yield fused, "split into W_Q, W_K and W_V by the bridge, and used no more"
+            original = getattr(part, "original_component", None)
+            fused = getattr(original, getattr(part, "fused_attr", ""), None)
+            if fused is not None:
+                yield fused, "split into W_gate and W_in by the bridge, and used no more"
+        mlp = block._modules.get("mlp")
+        for kind, projection in PROJECTIONS["mlp"].items():
+            if hasattr(mlp, f"_processed_{kind}") and projection in mlp._modules:
+                yield mlp._modules[projection], f"replaced by a processed {kind} of the bridge"
+
+
+def _bypassed(model: Any) -> Iterator[tuple[nn.Module, str]]:
+    """The modules whose weights the bridge multiplies by without calling them."""
+    for block in model._modules.get("blocks") or ():
+        for part, projections in PROJECTIONS.items():
+            parent = block._modules.get(part)
+            for kind, projection in projections.items():
+                component = getattr(parent, "_modules", {}).get(projection)
+                setting = _treats_heads_apart(parent, kind)
+                if component is not None and setting is not None:
+                    yield component, f"used head by head with cfg.{setting}"
+                elif component is not None and _multiplies_by_itself(parent):
+                    yield component, "multiplied by without its module in compatibility mode"
+
+
+def _lookup(kind: str, path: str, component: Any) -> Iterator[WeightSite | Obstacle]:
+    name = f"{path}.{kind}"
+    whole, module = component.original_component, base_layer(component.original_component)
+    reason = not_plain_lora(whole)
+    if reason is None and not _lookup_scale(module):
         reason = f"its {type(module).__name__} is no plain look-up"
-        return Obstacle(name, kind, None, reason, module.weight)
-    return WeightSite(
-        name=name,
-        kind=kind,
-        layer=None,
-        hook_in=f"{path}.hook_in",
-        hook_out=f"{path}.hook_out",
-        d_in=module.weight.shape[0],
-        d_out=module.weight.shape[1],
-        x_tap=lambda: Tap(module, "input"),
-        y_tap=lambda: Tap(module, "output"),
-        holder=(module, "weight"),
-        layout=unchanged,
-        encode=partial(_one_hot, module),
-        padding_row=module.padding_idx,
-        hook_out_scale=getattr(component, "_output_contribution_scale", 1.0),
-    )
+    if reason is not None:
+        yield Obstacle(name, kind, None, reason, module.weight)
+    else:
+        yield WeightSite(
+            name=name,
+            kind=kind,
+            layer=None,
+            hook_in=f"{path}.hook_in",
+            hook_out=f"{path}.hook_out",
+            d_in=module.weight.shape[0],
+            d_out=module.weight.shape[1],
+            x_tap=lambda: Tap(module, "input"),
+            y_tap=lambda: Tap(module, "output"),
+            holder=(module, "weight"),
+            layout=unchanged,
+            encode=partial(_one_hot, module),
+            padding_row=module.padding_idx,
+            hook_out_scale=getattr(component, "_output_contribution_scale", 1.0),
+        )
+    yield from _adapters(name, kind, None, path, component)
 
 
 def _projection(
@@ -122,10 +213,10 @@ def _projection(
     if reason is not None:
         yield Obstacle(name, kind, layer, reason, _weight(component))
     elif component is not None:
-        site = _linear(name, kind, layer, f"blocks.{layer}.{part}.{projection}", component)
-        if isinstance(site, WeightSite):
-            site = _behind_post_norm(_in_compatibility_mode(site, parent, component), block)
-        yield site
+        for found in _linear(name, kind, layer, f"blocks.{layer}.{part}.{projection}", component):
+            if isinstance(found, WeightSite):
+                found = _behind_post_norm(_in_compatibility_mode(found, parent, component), block)
+            yield found
 
 
 def _obstacle(kind: str, projection: str, block: Any, parent: Any, component: Any) -> str | None:
@@ -135,12 +226,18 @@ def _obstacle(kind: str, projection: str, block: Any, parent: Any, component: An
     module = type(parent.original_component).__name__
     if _is_sparse(parent):
         return f"its {module} is a mixture of experts, whose weights are stacked in one parameter"
-    for setting in PER_HEAD.get(kind, ()):
-        if getattr(parent.config, setting, False):
-            return f"cfg.{setting} treats every head by itself; set it to False"
+    setting = _treats_heads_apart(parent, kind)
+    if setting is not None:
+        return f"cfg.{setting} treats every head by itself; set it to False"
     if component is None and kind != "W_gate":
         return f"its {module} has no {projection!r} projection of its own"
     return None
+
+
+def _treats_heads_apart(parent: Any, kind: str) -> str | None:
+    """The setting by which attention uses a weight head by head; None if there is none."""
+    config = getattr(parent, "config", None)
+    return next((one for one in PER_HEAD.get(kind, ()) if getattr(config, one, False)), None)
 
 
 def _in_its_place(block: Any) -> str | None:
@@ -158,19 +255,49 @@ def _in_its_place(block: Any) -> str | None:
 
 def _linear(
     name: str, kind: str, layer: int | None, path: str, component: Any
-) -> WeightSite | Obstacle:
-    module = component.original_component
-    reason = _not_affine(module)
+) -> Iterator[WeightSite | Obstacle]:
+    """A linear layer, and the LoRA adapters beside it."""
+    whole, module = component.original_component, base_layer(component.original_component)
+    reason = not_plain_lora(whole) or _not_affine(module)
     if reason is not None:
-        return Obstacle(name, kind, layer, reason, _weight(component))
+        yield Obstacle(name, kind, layer, reason, _weight(component))
+    else:
+        yield _site(name, kind, layer, module, f"{path}.hook_in", f"{path}.hook_out")
+    yield from _adapters(name, kind, layer, path, component)
+
+
+def _adapters(
+    name: str, kind: str, layer: int | None, path: str, component: Any
+) -> Iterator[WeightSite | Obstacle]:
+    """The matrices of the LoRA adapters beside a weight."""
+    of_all = not_plain_lora(component.original_component)
+    for matrix in adapter_matrices(component.original_component, name):
+        full, whole_kind = f"{name}.{matrix.kind}", f"{kind}.{matrix.kind}"
+        reason = of_all or matrix.unused
+        if reason is not None or matrix.module is None:
+            yield Obstacle(full, whole_kind, layer, str(reason), matrix.weight)
+        else:
+            hook_in = f"{path}.hook_in" if matrix.kind.startswith("lora_A") else None
+            yield _site(full, whole_kind, layer, matrix.module, hook_in, None)
+
+
+def _site(
+    name: str,
+    kind: str,
+    layer: int | None,
+    module: Any,
+    hook_in: str | None,
+    hook_out: str | None,
+) -> WeightSite:
+    """The site of a module that computes ``x W + b``."""
     stored_out_in = isinstance(module, nn.Linear)
     d_out, d_in = module.weight.shape if stored_out_in else module.weight.shape[::-1]
     return WeightSite(
         name=name,
         kind=kind,
         layer=layer,
-        hook_in=f"{path}.hook_in",
-        hook_out=f"{path}.hook_out",
+        hook_in=hook_in,
+        hook_out=hook_out,
         d_in=d_in,
         d_out=d_out,
         x_tap=lambda: Tap(module, "input"),
@@ -182,7 +309,7 @@ def _linear(
 
 def _in_compatibility_mode(site: WeightSite, mlp: Any, component: Any) -> WeightSite:
     """A processed gated MLP multiplies by its weights without calling the modules."""
-    if not (getattr(mlp, "_use_processed_weights", False) and _is_gated(mlp)):
+    if not _multiplies_by_itself(mlp):
         return site
     site = replace(site, y_tap=lambda: Tap(component.hook_out, "input"))
     if hasattr(mlp, f"_processed_{site.kind}"):  # TransformerLens 3 keeps them beside the modules
@@ -197,9 +324,14 @@ def _in_compatibility_mode(site: WeightSite, mlp: Any, component: Any) -> Weight
     return replace(site, x_tap=lambda: Tap(mlp.hook_in, "output"), hook_in=hook_in)
 
 
+def _multiplies_by_itself(mlp: Any) -> bool:
+    """Whether an MLP is a processed gated one, which does not call the modules of its weights."""
+    return getattr(mlp, "_use_processed_weights", False) and _is_gated(mlp)
+
+
 def _behind_post_norm(site: WeightSite, block: Any) -> WeightSite:
     """Where TransformerLens takes what a part of the block writes from the norm behind it."""
-    hook = RESIDUAL_HOOKS.get(site.kind, "")
+    hook = RESIDUAL_HOOKS[site.kind.partition(".")[0]] if writes_stream(site.kind) else ""
     norm = block._modules.get(str(block.hook_aliases.get(hook)).partition(".")[0])
     if not hasattr(norm, "hook_normalized"):
         return site
@@ -293,22 +425,11 @@ def named_parameters(model: Any) -> Iterator[NamedParameter]:
 
 def reasons(model: Any) -> dict[int, str]:
     """Why parameters have no site, by ``id``: those of which a processed copy is in use."""
-    found = {}
-    for block in model._modules.get("blocks") or ():
-        for part, parts in (("attn", "W_Q, W_K and W_V"), ("mlp", "W_gate and W_in")):
-            parent = block._modules.get(part)
-            original = getattr(parent, "original_component", None)
-            fused = [getattr(parent, "_modules", {}).get("qkv")]
-            fused.append(getattr(original, getattr(parent, "fused_attr", ""), None))
-            for module in filter(None, fused):
-                for parameter in module.parameters():
-                    found[id(parameter)] = f"split into {parts} by the bridge, and used no more"
-        mlp = block._modules.get("mlp")
-        for kind, projection in PROJECTIONS["mlp"].items():
-            if hasattr(mlp, f"_processed_{kind}") and projection in mlp._modules:
-                for parameter in mlp._modules[projection].parameters():
-                    found[id(parameter)] = f"replaced by a processed {kind} that is no parameter"
-    return found
+    unused = [*_copied(model)]
+    for _, module in modules(model):
+        why = "peft has copies of this layer for its adapters, and another is in use"
+        unused += [(copy, why) for copy in unused_copies(module)]
+    return {id(parameter): why for module, why in unused for parameter in module.parameters()}
 
 
 def attached_hook_points(model: Any) -> AbstractContextManager[None]:
@@ -362,11 +483,26 @@ def modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
             waiting.extend((prefix + name, child) for name, child in children if child is not None)
 
 
+def unembedding(model: Any) -> Float[Tensor, "d_model d_vocab"]:
+    """The matrix that makes the logits.
+
+    Raises:
+        NotImplementedError: When an adapter of ``peft`` adds to what it does.
+    """
+    applied = applied_adapters(model.unembed.original_component)
+    if applied:
+        raise NotImplementedError(
+            f"unembed.W_U has the adapter {applied[0]!r} beside it, so no single matrix makes the "
+            "logits; call merge_adapter() of peft"
+        )
+    return model.W_U
+
+
 def unembed(
     model: Any, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
 ) -> Float[Tensor, "rows d_vocab"]:
     """Final norm, unembedding and output transform, as ``logit_readout`` of TL 4.3 applies them."""
-    W_U = model.W_U
+    W_U = unembedding(model)
     vectors = vectors.to(device=W_U.device, dtype=W_U.dtype)
     if apply_ln:
         vectors = final_norm(model, vectors)
