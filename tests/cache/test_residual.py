@@ -340,6 +340,12 @@ def test_only_what_is_behind_the_chosen_layers_is_there(any_model):
         cache.accumulated_vjps()
 
 
+def test_a_capture_of_no_weights_has_the_whole_stream(any_model):
+    _, cache = tlb.run_with_backward_cache(any_model, TOKENS, TARGET, weights=())
+    _, whole = tlb.run_with_backward_cache(any_model, TOKENS, TARGET)
+    assert not cache and torch.equal(cache.accumulated_vjps(), whole.accumulated_vjps())
+
+
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [

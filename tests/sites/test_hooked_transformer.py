@@ -91,7 +91,7 @@ def check_every_site(model, step=STEP, tolerance=1e-6):
             checked["finite difference"] = max(checked["finite difference"], difference)
     checked["models"] += 1
 
-    with backend.attached_hook_points(model):
+    with attached_hook_points(model):
         assert {h for site in tlb.weight_sites(model) for h in (site.hook_in, site.hook_out)} <= (
             model.hook_dict.keys()
         )
@@ -168,7 +168,7 @@ def test_the_coverage_says_where_the_gradient_of_a_bias_is(settings):
     model = build(**settings)
     _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET)
     vjps = {}
-    with backend.attached_hook_points(model):
+    with attached_hook_points(model):
         ends = [f"blocks.{layer}.mlp.out.hook_in" for layer in range(2)]
         note = [(name, lambda vjp, hook: vjps.update({hook.name: vjp.clone()})) for name in ends]
         with model.hooks(bwd_hooks=note):
@@ -192,7 +192,7 @@ def test_post_norms_are_known(settings):
     """A site says where its output is behind a norm; without one it is there already."""
     model = build(**settings)
     _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET)
-    with backend.attached_hook_points(model):
+    with attached_hook_points(model):
         _, activations = model.run_with_cache(TOKENS)
     seen = {}
     ends = [f"blocks.{i}.{end}" for i in range(2) for end in ("hook_attn_out", "hook_mlp_out")]
@@ -290,7 +290,7 @@ def test_adding_twice_and_removing(model):
     backend.add_hook_points(model)
     once = state(model)
     backend.add_hook_points(model)
-    with backend.attached_hook_points(model):
+    with attached_hook_points(model):
         tlb.run_with_backward_cache(model, TOKENS, TARGET)
     assert state(model) == once
     assert set(model.hook_dict) == names | added_names(model)
@@ -304,7 +304,7 @@ def test_adding_twice_and_removing(model):
 
 def test_they_go_also_after_an_exception(model):
     before = state(model)
-    with pytest.raises(KeyboardInterrupt), backend.attached_hook_points(model):
+    with pytest.raises(KeyboardInterrupt), attached_hook_points(model):
         raise KeyboardInterrupt
     assert state(model) == before
 
@@ -345,7 +345,7 @@ def test_cached_inputs_and_gradients_are_the_factors(model):
     def see(gradient, hook):
         seen[hook.name] = gradient[0].flatten(1).clone()
 
-    with backend.attached_hook_points(model):
+    with attached_hook_points(model):
         names = [site.hook_out for site in tlb.weight_sites(model)]
         with model.hooks(bwd_hooks=[(name, see) for name in names]):
             reference_loss(model, TOKENS, TARGET).backward()
@@ -468,7 +468,7 @@ def test_an_edited_vjp_reaches_everything_upstream(model):
     def stop(tensor, hook):
         return tensor.detach()
 
-    with backend.attached_hook_points(model):
+    with attached_hook_points(model):
         with model.hooks(bwd_hooks=[("blocks.1.mlp.out.hook_out", zero)]):
             _, cut = tlb.run_with_backward_cache(model, TOKENS, TARGET)
         with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", stop)]):
@@ -640,7 +640,7 @@ def test_weights_used_once_per_head_are_refused_by_name(settings, weights):
         with pytest.raises(NotImplementedError, match=rf"blocks\.0\.attn\.{weight}.*{setting}"):
             tlb.run_with_backward_cache(model, TOKENS, TARGET, weights=weight)
     assert state(model) == before
-    with backend.attached_hook_points(model):
+    with attached_hook_points(model):
         assert torch.equal(model(TOKENS), logits)
     rest = {site.kind for site in tlb.weight_sites(model)} - set(weights)
     _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET, weights=rest)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Bool
 from torch import Tensor
 
+from tl_backward.capture.run_hooks import Run
 from tl_backward.sites import Model
 
 ATTENTION_SCORES = ("hook_attn_scores", "hook_pattern")
@@ -23,9 +23,8 @@ class GuardedHooks:
     Autograd hands the very same tensor to all branches of a sum, as of the residual stream. At
     padding the VJP stays 0 whatever a hook returns, so that a text gets what it gets alone.
 
-    Its context is the forward pass, in which PyTorch collects the hooks.
-
     Args:
+        run: The run, before its forward pass, in which PyTorch collects the hooks.
         model: A model with all of its backward hooks.
         mask: 1 at the tokens of the batch, 0 at padding.
 
@@ -33,22 +32,18 @@ class GuardedHooks:
         are_done: Whether the backward pass is over. Then nothing may pass a hook any more.
     """
 
-    def __init__(self, model: Model, mask: Int[Tensor, "batch pos"]) -> None:
+    def __init__(self, run: Run, model: Model, mask: Bool[Tensor, "batch pos"]) -> None:
         self.are_done = False
-        self._points = {point for point in model.hook_dict.values() if point.bwd_hooks}
-        self._padding = None if mask.all() else mask.eq(0)
-        self._handles = ExitStack()
+        self._run = run
+        self._padding = None if mask.all() else ~mask
+        for point in {point for point in model.hook_dict.values() if point.bwd_hooks}:
+            run.hook_backward(point, self._before, self._behind)
 
-    def __enter__(self) -> GuardedHooks:
-        for point in self._points:
-            self._handles.callback(point.register_full_backward_pre_hook(self._before).remove)
-            self._handles.callback(point.register_full_backward_hook(self._behind).remove)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._handles.close()
-
-    def _before(self, point: Any, vjps: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    def _before(
+        self, point: Any, vjps: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...] | None:
+        if not self._concern_the_run(vjps):
+            return None
         if self.are_done:
             raise CalledAgain(
                 "per_head=True passes through attention once for every head, and would call the "
@@ -59,6 +54,8 @@ class GuardedHooks:
     def _behind(
         self, point: Any, patched: tuple[Any, ...], given: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...] | None:
+        if not self._concern_the_run(given):
+            return None
         for returned, vjp in zip(patched, given, strict=False):
             if returned is not None and vjp is not None:
                 _require_alike(point, returned, vjp)
@@ -68,6 +65,9 @@ class GuardedHooks:
             None if vjp is None else _without_padding(point, vjp, self._padding.to(vjp.device))
             for vjp in patched
         )
+
+    def _concern_the_run(self, vjps: tuple[Tensor | None, ...]) -> bool:
+        return any(vjp is not None and self._run.may_own(vjp) for vjp in vjps)
 
 
 def _require_alike(point: Any, returned: Any, vjp: Tensor) -> None:

@@ -13,7 +13,7 @@ from tl_backward.cache.residual import NODES, Residual
 from tl_backward.cache.rows import Rows
 from tl_backward.capture._backward_hooks import CalledAgain
 from tl_backward.capture.recorder import Recorder, vjp_between
-from tl_backward.sites import Model, Tap, attention_outputs, residual_points
+from tl_backward.sites import FoundSites, Model, Tap, residual_points
 from tl_backward.sites.names import layer_of
 
 
@@ -27,10 +27,12 @@ class Watched:
     per_head: bool
 
 
-def watch_residual(recorder: Recorder, model: Model, after: int | None, per_head: bool) -> Watched:
+def watch_residual(
+    recorder: Recorder, model: Model, found: FoundSites, after: int | None, per_head: bool
+) -> Watched:
     """Record the residual stream: all of it, or only what is behind the layer ``after``."""
     first = -1 if after is None else after + 1
-    n_layers = model.cfg.n_layers
+    n_layers = found.n_layers
     for name, point in residual_points(model).items():
         layer = layer_of(name)
         behind = n_layers if name.endswith("hook_resid_post") else -1 if layer is None else layer
@@ -42,8 +44,8 @@ def watch_residual(recorder: Recorder, model: Model, after: int | None, per_head
         if not middle:
             recorder.keep_value(Tap(point, "output"), name, copy=not name.endswith(NODES))
     z_of_layer = {}
-    for site in attention_outputs(model):
-        if site.layer is not None and site.layer >= first:
+    for site in found.sites:
+        if site.kind == "W_O" and site.layer is not None and site.layer >= first:
             z_of_layer[site.layer] = name = f"blocks.{site.layer}.attn.hook_z"
             recorder.keep_place(site.x_tap(), name, on_a_branch=True)
             recorder.keep_value(site.x_tap(), name)

@@ -1,19 +1,19 @@
-"""Hooks that note, during one forward pass, where the backward pass has to be read."""
+"""Hooks that note, in one forward pass, where the backward pass has to be read."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tl_backward.capture.run_hooks import Run
 from tl_backward.sites import Tap
 
 
@@ -31,43 +31,38 @@ class _Value(NamedTuple):
 
 
 class Recorder:
-    """Keeps tensors that pass, and their places in the autograd graph, each time they pass.
+    """Keeps tensors each time they pass in a run, and their places in the autograd graph.
 
-    It looks on until its context ends, and has what it saw afterwards, too. Below the first place
-    nothing requires a gradient: the graph is begun there.
+    What a hook of someone else runs is left out. Below the first place nothing requires a gradient:
+    the graph begins there.
 
     Args:
+        run: The run. Its backward pass changes nothing that is kept.
         batch_size: Number of texts. What passes once for all of them, such as the embeddings of
             positions, is repeated for each, so that each gets its own VJP.
         device: Where tensors are moved as soon as they are there. Default: they stay.
     """
 
-    def __init__(self, batch_size: int, device: torch.device | None = None) -> None:
+    def __init__(self, run: Run, batch_size: int, device: torch.device | None = None) -> None:
         self.places: dict[Hashable, list[Place]] = defaultdict(list)
         self._values: dict[Hashable, list[_Value]] = defaultdict(list)
+        self._uses_in_hooks: list[tuple[Hashable, GradientEdge]] = []
+        self._run = run
         self._batch_size = batch_size
         self._device = device
         self._kept_values = WeakTensorKeyDictionary()
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._hooks.close()
 
     def keep_value(self, tap: Tap, key: Hashable, copy: bool = False) -> None:
         """Keep the tensor that passes the tap, or a copy where the model may change it later."""
-
-        def see(x: Tensor) -> None:
-            value = self._kept(x)
-            value = value.clone() if copy and value.device == x.device else value
-            self._values[key].append(_Value(value, value._version))
-
-        self._hooks.callback(_hook(tap, see).remove)
+        self.watch(tap, partial(self._keep_value, key, copy))
 
     def keep_place(
-        self, tap: Tap, key: Hashable, on_a_branch: bool = False, own_branch: bool = False
+        self,
+        tap: Tap,
+        key: Hashable,
+        on_a_branch: bool = False,
+        own_branch: bool = False,
+        alone: bool = False,
     ) -> None:
         """Keep the place where ``dL/dy`` arrives for the tensor ``y`` that passes the tap.
 
@@ -80,26 +75,56 @@ class Recorder:
                 view's place out of the graph.
             own_branch: Whether only what comes through the tap counts, not the other uses of ``y``.
                 Then the model goes on with a copy.
+            alone: Whether the loss must not depend on what passes the tap in someone's hook.
         """
+        if on_a_branch:
+            self.watch(tap, partial(self._keep_place, key))
+        else:
+            self._listen(tap, partial(self._replace_and_keep_place, key, own_branch, alone))
 
-        def see(y: Tensor) -> Tensor | None:
-            replaced = None
-            if on_a_branch:
-                edge = get_gradient_edge(y) if y.requires_grad else None
-            else:
-                if len(y) < self._batch_size:
-                    y = y.expand(self._batch_size, *y.shape[1:])
-                if not y.requires_grad:
-                    replaced = y = y.detach().requires_grad_().clone()
-                elif own_branch or y._is_view():
-                    replaced = y = y.clone()
-                edge = get_gradient_edge(y)
-            kept_on = self._device or y.device
-            no_gradient = partial(torch.zeros, y.shape, dtype=y.dtype, device=kept_on)
-            self.places[key].append(Place(edge, y.device, no_gradient))
-            return replaced
+    def watch(self, tap: Tap, see: Callable[[Any], None]) -> None:
+        """Show ``see`` what passes the tap in the forward pass."""
+        self._listen(tap, partial(self._show, see))
 
-        self._hooks.callback(_hook(tap, see).remove)
+    def _show(self, see: Callable[[Any], None], x: Any) -> None:
+        if self._run.is_forward() and not self._run.depth:
+            see(x)
+
+    def _keep_value(self, key: Hashable, copy: bool, x: Tensor) -> None:
+        value = self._kept(x)
+        value = value.clone() if copy and value.device == x.device else value
+        self._values[key].append(_Value(value, value._version))
+
+    def _keep_place(self, key: Hashable, y: Tensor) -> None:
+        edge = get_gradient_edge(y) if y.requires_grad else None
+        no_gradient = partial(torch.zeros, y.shape, dtype=y.dtype, device=self._device or y.device)
+        self.places[key].append(Place(edge, y.device, no_gradient))
+
+    def _replace_and_keep_place(
+        self, key: Hashable, own_branch: bool, alone: bool, y: Tensor
+    ) -> Tensor | None:
+        run, in_hook = self._run, self._run.depth > 0
+        if not run.may_own(y) or (in_hook and not alone):
+            return None
+        if not torch.is_grad_enabled():
+            if run.is_forward() and not in_hook:
+                raise NotImplementedError(
+                    f"the model runs {_name(key)} under torch.no_grad(), so no VJP arrives there; "
+                    "of gradient checkpointing, only use_reentrant=False works"
+                )
+            return None
+        replaced = None
+        if len(y) < self._batch_size and not in_hook:
+            y = y.expand(self._batch_size, *y.shape[1:])
+        if not y.requires_grad:
+            replaced = y = y.detach().requires_grad_().clone()
+        elif own_branch or y._is_view():
+            replaced = y = y.clone()
+        if run.is_forward() and in_hook:
+            self._uses_in_hooks.append((key, get_gradient_edge(y)))
+        elif run.is_forward():
+            self._keep_place(key, y)
+        return replaced
 
     def values(self, key: Hashable) -> list[Tensor]:
         """The tensors that passed, as they were then.
@@ -109,7 +134,7 @@ class Recorder:
         """
         for tensor, version in self._values[key]:
             if tensor._version != version:
-                raise RuntimeError(f"the input of {key} was changed in place after its use")
+                raise RuntimeError(f"the input of {_name(key)} was changed in place after its use")
         return [
             tensor.expand(self._batch_size, *tensor.shape[1:])
             if len(tensor) < self._batch_size
@@ -118,12 +143,27 @@ class Recorder:
         ]
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> dict[Hashable, list[Tensor]]:
-        """The VJPs at all places, from one backward pass that forms no weight gradient."""
+        """The VJPs at all places, from one backward pass that forms no weight gradient.
+
+        Raises:
+            NotImplementedError: When the loss depends on what passed a tap in someone's hook.
+        """
         edges = [place.edge for places in self.places.values() for place in places if place.edge]
+        edges += [edge for _, edge in self._uses_in_hooks]
         found: dict[GradientEdge | None, Tensor | None] = {}
         if loss.requires_grad and edges:
-            keep = _vjps_at if self._device is None else self._moved_vjps_at
-            found = keep(loss, edges, retain_graph)
+            if self._device is not None:
+                found = self._moved_vjps_at(loss, edges, retain_graph)
+            elif self._run.others_have_hooks:
+                found = _vjps_behind_hooks(loss, edges, retain_graph)
+            else:
+                found = _vjps_at(loss, edges, retain_graph)
+        for key, edge in self._uses_in_hooks:
+            if found.get(edge) is not None:
+                raise NotImplementedError(
+                    f"a hook on the model runs {_name(key)} again, and the loss depends on the "
+                    "result, which is no row of the factors; run it under torch.no_grad()"
+                )
         return {
             key: [
                 place.no_gradient() if (vjp := found.get(place.edge)) is None else vjp
@@ -143,9 +183,7 @@ class Recorder:
             found[edge] = None if vjp is None else vjp.to(self._device)
 
         leaves = _leaves_behind(edges)
-        with ExitStack() as hooks:
-            for edge in dict.fromkeys(edges):
-                hooks.callback(edge.node.register_prehook(partial(move, edge)).remove)
+        with _shown(edges, move):
             of_leaves = _vjps_at(loss, leaves, retain_graph)
         for edge in set(leaves).intersection(edges):
             vjp = of_leaves[edge]
@@ -161,12 +199,61 @@ class Recorder:
             known = self._kept_values[x] = _Value(x.detach().to(self._device), x._version)
         return known.tensor
 
+    def _listen(self, tap: Tap, see: Callable[[Any], Tensor | None]) -> None:
+        """Show ``see`` the tensor that passes the tap; what it returns takes the tensor's place."""
+        run, module, outside = self._run, tap.module, tap.is_outside_of_hooks
+        if tap.side == "input":
+            run.hook_forward_pre(module, partial(_see_input, see), first=outside)
+        else:
+            run.hook_forward(module, partial(_see_output, see), first=not outside)
+
+
+def _see_input(
+    see: Callable[[Any], Tensor | None], module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    replaced = see(args[0])
+    return None if replaced is None else (replaced, *args[1:])
+
+
+def _see_output(
+    see: Callable[[Any], Tensor | None], module: nn.Module, args: tuple[Any, ...], output: Any
+) -> Tensor | None:
+    return see(output)
+
 
 def _vjps_at(
     loss: Tensor, edges: list[GradientEdge], retain_graph: bool
 ) -> dict[GradientEdge | None, Tensor | None]:
     vjps = torch.autograd.grad(loss, edges, allow_unused=True, retain_graph=retain_graph)
     return dict(zip(edges, vjps, strict=True))
+
+
+def _vjps_behind_hooks(
+    loss: Tensor, edges: list[GradientEdge], retain_graph: bool
+) -> dict[GradientEdge | None, Tensor | None]:
+    """The VJPs behind all hooks of their tensors.
+
+    ``autograd.grad`` gives those before the hooks, except where the backward pass ends.
+    """
+    found: dict[GradientEdge | None, Tensor | None] = {}
+
+    def note(edge: GradientEdge, vjps: tuple[Tensor | None, ...]) -> None:
+        found[edge] = vjps[edge.output_nr]
+
+    with _shown(edges, note):
+        at_ends = _vjps_at(loss, edges, retain_graph)
+    return at_ends | found
+
+
+@contextmanager
+def _shown(
+    edges: Iterable[GradientEdge], see: Callable[[GradientEdge, tuple[Tensor | None, ...]], None]
+) -> Iterator[None]:
+    """Show ``see`` the VJPs at the nodes of some edges when the backward pass gets there."""
+    with ExitStack() as hooks:
+        for edge in dict.fromkeys(edges):
+            hooks.callback(edge.node.register_prehook(partial(see, edge)).remove)
+        yield
 
 
 def depends_on(loss: Tensor, y: Tensor) -> bool:
@@ -210,13 +297,6 @@ def vjp_between(later: Place, vjp: Tensor, earlier: Place) -> Tensor:
     return earlier.no_gradient() if part is None else part.to(vjp.device)
 
 
-def _hook(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Show ``see`` the tensor that passes the tap; what it returns takes the tensor's place."""
-    if tap.side == "output":
-        return tap.module.register_forward_hook(lambda module, args, output: see(output))
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        replaced = see(args[0])
-        return None if replaced is None else (replaced, *args[1:])
-
-    return tap.module.register_forward_pre_hook(before)
+def _name(key: Hashable) -> Hashable:
+    """The name in a key that is a name or begins with one."""
+    return key[0] if isinstance(key, tuple) else key

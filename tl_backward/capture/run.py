@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal, TypedDict
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward._undo import Undo
 from tl_backward.cache import BackwardCache
 from tl_backward.cache.rows import Positions, Rows, kept_positions
 from tl_backward.capture._backward_hooks import GuardedHooks
 from tl_backward.capture._residual_stream import needs_graph, residual_from, watch_residual
+from tl_backward.capture.batch import Batch, batch_of
 from tl_backward.capture.objectives import (
     Loss,
     Objective,
@@ -25,32 +25,21 @@ from tl_backward.capture.objectives import (
     target_nll,
 )
 from tl_backward.capture.recorder import Recorder, depends_on
-from tl_backward.capture.tokens import (
-    Prompt,
-    Target,
-    decode_each,
-    is_single,
-    pad_id,
-    padded,
-    padding_side_of,
-    prompt_tokens,
-    single_token_ids,
-    target_tokens,
-)
+from tl_backward.capture.run_hooks import Hooks, Run, freeze, run_uncompiled, set_grad_enabled
+from tl_backward.capture.tokens import Prompt, Target, decode_each, single_token_ids
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import (
+    FoundSites,
     Model,
     WeightSite,
-    all_parameters,
-    attached_hook_points,
-    left_padding_obstacle,
+    all_modules,
+    find_sites,
+    layer_numbers,
+    occupy,
     passed_if_hooked,
     require_eval_mode,
-    weight_sites,
     weights_processing,
 )
-
-Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
 class CaptureOptions(TypedDict, total=False):
@@ -105,7 +94,7 @@ def run_with_backward_cache(
             each text, shape ``[batch]``. It sees all prompts at once where they are of one length,
             and each alone otherwise. Made for it: :func:`logit_diff`, :func:`kl_divergence` and
             :func:`lm_cross_entropy_loss`.
-        weights: Kinds of weights to capture, such as ``"W_out"``. Default: all.
+        weights: Kinds of weights to capture, such as ``"W_out"``, or ``()`` for none. Default: all.
         layers: Layers to capture; negative ones count from the last. Default: all.
         positions: Positions of every prompt to keep in the factors: an index, a slice or a list of
             indices, and a tuple for a slice, as in TransformerLens. The factors then stand for
@@ -154,104 +143,128 @@ def run_with_backward_cache(
         >>> losses, cache = run_with_backward_cache(model, [one, another], [" Paris", " Rome"])
         >>> cache["W_out", 5].example(1).norm()
     """
-    sites = weight_sites(model, weights, layers)
-    parameters = list(all_parameters(model))
-    require_ready(model, parameters)
+    with Undo() as undo, undo, undo:
+        occupy(model, undo)
+        found = find_sites(model)
+        sites = _captured_sites(found, weights, layers)
+        modules = [module for _, module in all_modules(model)]
+        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+        require_ready(model, parameters)
+        _require_one_loss(target, loss_fn)
+        batch = batch_of(model, prompt, target, prepend_bos=prepend_bos, padding_side=padding_side)
+        objective = _objective(model, batch, loss_fn)
+        kept = [
+            kept_positions(positions, len(text), None if batch.single else b)
+            for b, text in enumerate(batch.texts)
+        ]
+        rows = Rows(batch.single, batch.width, batch.starts, kept)
+
+        freeze(parameters, undo)
+        set_grad_enabled(True, undo)
+        run = Run(undo)
+        lazy_hooks = [(name, _no_op) for name in passed_if_hooked(model)]
+        run.put_hooks(model, undo, [*fwd_hooks, *lazy_hooks], bwd_hooks)
+        run.step_aside_for_others(modules, undo)
+        run_uncompiled(modules, undo)
+        guarded = GuardedHooks(run, model, batch.mask)
+        recorder = Recorder(run, len(batch), None if device is None else torch.device(device))
+        _watch_weights(recorder, sites)
+        watched = watch_residual(recorder, model, found, _lowest(found, sites, layers), per_head)
+        logits = batch.logits(model)
+
+        run.stage = "loss"
+        losses = losses_of_examples(objective, logits, batch.spans, batch.tokens.to(logits.device))
+        _require_used(recorder, sites)
+
+        run.stage = "backward"
+        vjps = recorder.backward(losses.sum(), retain_graph=needs_graph(recorder, watched))
+        guarded.are_done = True
+        _require_finite(vjps, batch.padding_side)
+        if logits.requires_grad and loss_fn is not None and not isinstance(loss_fn, Objective):
+            _warn_if_flat(losses, logits, vjps)
+        losses = losses.detach() if device is None else losses.detach().to(device)
+        cache = BackwardCache(
+            factors={site.name: _factors_of(recorder, site, vjps, rows) for site in sites},
+            behind_norms={
+                site.name: rows.of(vjps[site.name, "residual"])
+                for site in sites
+                if site.residual_tap is not None
+            },
+            residual=residual_from(recorder, watched, vjps, rows),
+            weights_processing=weights_processing(model),
+            tokens=batch.whole(batch.texts),
+            str_tokens=batch.whole([decode_each(model, text.tolist()) for text in batch.texts]),
+            positions=batch.whole(kept),
+            target_ids=batch.target_ids,
+            target_positions=batch.whole(batch.predicting),
+            loss=batch.whole(losses),
+        )
+        return cache.loss, cache
+
+
+def require_ready(model: Model, parameters: Sequence[Tensor]) -> None:
+    """Make sure that a backward pass is possible, and that nothing in the model is random.
+
+    Raises:
+        RuntimeError: Under ``torch.inference_mode``.
+        ValueError: When training mode changes what the model computes.
+    """
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in parameters):
+        raise RuntimeError(
+            "there is no backward pass under torch.inference_mode(), nor through weights made "
+            "under it; leave that block (torch.no_grad() is fine), or load the model outside it"
+        )
+    require_eval_mode(model)
+
+
+def _captured_sites(
+    found: FoundSites, weights: str | Iterable[str] | None, layers: int | Iterable[int] | None
+) -> list[WeightSite]:
+    """The sites that are asked for; with no kinds, none."""
+    kinds = weights if weights is None or isinstance(weights, str) else list(weights)
+    return found.select(kinds, layers) if kinds != [] else []
+
+
+def _lowest(
+    found: FoundSites, sites: Sequence[WeightSite], layers: int | Iterable[int] | None
+) -> int | None:
+    """The lowest layer to which the backward pass has to go; None for all the way down."""
+    if sites and all(site.kind == "W_U" for site in sites):
+        return found.n_layers
+    wanted = layer_numbers(found.n_layers, layers)
+    if wanted is None:
+        return None
+    return min((site.layer or 0 for site in sites), default=min(wanted))
+
+
+def _require_one_loss(target: Target | None, loss_fn: Loss | None) -> None:
     if (target is None) == (loss_fn is None):
         raise ValueError("pass either target= or loss_fn=, what to differentiate")
     if loss_fn is not None:
         require_loss(loss_fn)
-    side = padding_side_of(model, padding_side)
-    single = is_single(prompt)
-    texts = prompt_tokens(model, prompt, prepend_bos, side)
-    n_prompts = None if single else len(texts)
-    if target is None:
-        targets: list[list[int]] = [[]] * len(texts)
-    else:
-        targets = target_tokens(model, target, n_prompts, after=texts)
-    target_positions = [
-        torch.arange(len(text) - 1, len(text) - 1 + len(ids))
-        for text, ids in zip(texts, targets, strict=True)
-    ]
-    texts = [
-        torch.cat([text, text.new_tensor(ids[:-1])])
-        for text, ids in zip(texts, targets, strict=True)
-    ]
-    _require_room(model, texts, targets, single)
-    if isinstance(loss_fn, Objective):
-        loss_fn = loss_fn.resolved(
-            lambda argument, value: single_token_ids(model, argument, value, n_prompts, texts),
-            [len(text) for text in texts],
-        )
-    tokens, mask = padded(texts, pad_id(model), side)
-    if side == "left" and not mask.all():
-        _require_left_padding(model)
-    starts = [0 if side == "right" else tokens.shape[1] - len(text) for text in texts]
-    kept = [
-        kept_positions(positions, len(text), None if single else b) for b, text in enumerate(texts)
-    ]
-    rows = Rows(single, tokens.shape[1], starts, kept)
 
-    with frozen(parameters), torch.enable_grad():
-        with ExitStack() as of_this_run:
-            of_this_run.enter_context(attached_hook_points(model))
-            fwd_hooks = [*fwd_hooks, *((name, _look_on) for name in passed_if_hooked(model))]
-            of_this_run.enter_context(model.hooks(fwd_hooks=fwd_hooks, bwd_hooks=list(bwd_hooks)))
-            guarded = of_this_run.enter_context(GuardedHooks(model, mask))
-            recorder = Recorder(len(texts), None if device is None else torch.device(device))
-            of_this_run.enter_context(recorder)
-            _watch_weights(recorder, sites)
-            after = None if layers is None else min(site.layer or 0 for site in sites)
-            if all(site.kind == "W_U" for site in sites):
-                after = model.cfg.n_layers
-            watched = watch_residual(recorder, model, after, per_head)
-            tokens = tokens.to(model.cfg.device)
-            logits = model(tokens, return_type="logits", **_padding(model, mask, side))
-        losses = losses_of_examples(
-            target_nll(targets) if loss_fn is None else loss_fn,
-            logits,
-            [slice(start, start + len(text)) for start, text in zip(starts, texts, strict=True)],
-            tokens,
-        )
-        _require_used(recorder, sites)
-        vjps = recorder.backward(losses.sum(), retain_graph=needs_graph(recorder, watched))
-        guarded.are_done = True
-        _require_finite(sites, vjps, side)
-        if logits.requires_grad and loss_fn is not None and not isinstance(loss_fn, Objective):
-            _notice_flat(losses, logits, vjps)
-        residual = residual_from(recorder, watched, vjps, rows)
-        factors = {site.name: _factors_of(recorder, site, vjps, rows) for site in sites}
-        behind_norms = {
-            site.name: rows.of(vjps[site.name, "residual"])
-            for site in sites
-            if site.residual_tap is not None
-        }
 
-    losses = losses.detach() if device is None else losses.detach().to(device)
-    whole = partial(_single_or_batch, single=single)
-    cache = BackwardCache(
-        factors=factors,
-        behind_norms=behind_norms,
-        residual=residual,
-        weights_processing=weights_processing(model),
-        tokens=whole(texts),
-        str_tokens=whole([decode_each(model, text.tolist()) for text in texts]),
-        positions=whole(kept),
-        target_ids=_target_ids(targets, single),
-        target_positions=whole(target_positions),
-        loss=whole(losses),
+def _objective(model: Model, batch: Batch, loss_fn: Loss | None) -> Loss:
+    """The loss of a batch: a target's, or the given one with ids for the tokens that it names."""
+    if loss_fn is None:
+        return target_nll(batch.targets)
+    if not isinstance(loss_fn, Objective):
+        return loss_fn
+    n_prompts = None if batch.single else len(batch)
+    return loss_fn.resolved(
+        lambda argument, value: single_token_ids(model, argument, value, n_prompts, batch.texts),
+        [len(text) for text in batch.texts],
     )
-    return cache.loss, cache
 
 
-def _look_on(tensor: Tensor, hook: Any) -> None:
-    """A hook that has a HookPoint passed, and does nothing."""
+def _no_op(tensor: Tensor, hook: Any) -> None:
+    """No-op hook: its presence makes TransformerLens call the HookPoint."""
 
 
 def _watch_weights(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
     for site in sites:
         recorder.keep_value(site.x_tap(), site.name)
-        recorder.keep_place(site.y_tap(), (site.name, "y"))
+        recorder.keep_place(site.y_tap(), (site.name, "y"), alone=True)
         if site.residual_tap is not None:
             recorder.keep_place(site.residual_tap(), (site.name, "residual"))
 
@@ -272,27 +285,22 @@ def _require_used(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
             raise RuntimeError(f"{site.name} took no part in the forward pass")
 
 
-def _require_finite(
-    sites: Sequence[WeightSite], vjps: Mapping[Any, list[Tensor]], side: str
-) -> None:
-    places = [(site.name, vjp) for site in sites for vjp in vjps[site.name, "y"]]
-    device = places[0][1].device
-    sums = torch.stack(
-        [
-            vjp.sum(dtype=torch.promote_types(vjp.dtype, torch.float32)).to(device)
-            for _, vjp in places
-        ]
+def _require_finite(vjps: Mapping[Hashable, list[Tensor]], side: str) -> None:
+    places = [(name, vjp) for name, each in vjps.items() for vjp in each]
+    sums = [vjp.sum(dtype=torch.promote_types(vjp.dtype, torch.float32)) for _, vjp in places]
+    is_finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite()
+    if is_finite.all():
+        return
+    last = places[int(is_finite.logical_not().nonzero()[-1])][0]
+    name = last[0] if isinstance(last, tuple) else last
+    advice = "padding_side='right', or " if side == "left" else ""
+    raise ValueError(
+        f"the VJPs at {name} are not finite, though the loss is; try {advice}a higher precision, "
+        "and check loss_fn and the hooks on the model"
     )
-    if not sums.isfinite().all():
-        name = places[int(sums.isfinite().logical_not().nonzero()[-1])][0]
-        advice = "padding_side='right', or " if side == "left" else ""
-        raise ValueError(
-            f"the VJPs at {name} are not finite, though the loss is; try {advice}a higher "
-            "precision, and check loss_fn and the hooks on the model"
-        )
 
 
-def _notice_flat(losses: Tensor, logits: Tensor, vjps: Mapping[Any, list[Tensor]]) -> None:
+def _warn_if_flat(losses: Tensor, logits: Tensor, vjps: Mapping[Any, list[Tensor]]) -> None:
     """A zero gradient is right for a saturated loss, and wrong for one that was detached."""
     flat = torch.ones(len(losses), dtype=torch.bool)
     for vjp in chain.from_iterable(vjps.values()):
@@ -309,82 +317,3 @@ def _notice_flat(losses: Tensor, logits: Tensor, vjps: Mapping[Any, list[Tensor]
         "the loss from them",
         stacklevel=3,
     )
-
-
-def _require_room(
-    model: Model, texts: Sequence[Tensor], targets: Sequence[Sequence[int]], single: bool
-) -> None:
-    n_ctx = model.cfg.n_ctx
-    for b, (text, ids) in enumerate(zip(texts, targets, strict=True)):
-        if n_ctx is not None and len(text) > n_ctx:
-            which = "" if single else f" (example {b})"
-            appended = len(ids[:-1])
-            and_target = f" and {appended} of its target" if appended else ""
-            raise ValueError(
-                f"prompt{which} has {len(text) - appended} tokens{and_target}, more than the "
-                f"model's context of {n_ctx}; shorten it"
-            )
-
-
-def _require_left_padding(model: Model) -> None:
-    reason = left_padding_obstacle(model)
-    if reason is not None:
-        raise NotImplementedError(
-            f"prompts of different lengths, padding_side='left': {reason}; pass "
-            "padding_side='right', which gives every text what it gets alone"
-        )
-
-
-def _padding(model: Model, mask: Int[Tensor, "batch pos"], side: str) -> dict[str, Any]:
-    """How to tell the model which positions are padding.
-
-    A causal model does not see what is to the right of a text.
-    """
-    if mask.all():
-        return {}
-    arguments: dict[str, Any] = {} if model.tokenizer is None else {"padding_side": side}
-    if side == "left":
-        arguments["attention_mask"] = mask.to(model.cfg.device)
-    return arguments
-
-
-def _single_or_batch(each: Any, single: bool) -> Any:
-    return each[0] if single else each
-
-
-def _target_ids(targets: Sequence[Sequence[int]], single: bool) -> Int[Tensor, "..."]:
-    """The targets in one tensor; -1 fills up those with fewer tokens than others."""
-    longest = max(map(len, targets))
-    ids = torch.tensor([[*of, *[-1] * (longest - len(of))] for of in targets], dtype=torch.long)
-    ids = ids.squeeze(1) if longest == 1 else ids
-    return ids[0] if single else ids
-
-
-@contextmanager
-def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Freeze the parameters, so that the graph holds no path to a weight gradient."""
-    thawed = []
-    try:
-        for parameter in parameters:
-            if parameter.requires_grad and parameter.is_leaf:
-                thawed.append(parameter)
-                parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in thawed:
-            parameter.requires_grad_(True)
-
-
-def require_ready(model: Model, parameters: Sequence[Tensor]) -> None:
-    """Make sure that a backward pass is possible and that dropout is off.
-
-    Raises:
-        RuntimeError: Under ``torch.inference_mode``.
-        ValueError: In training mode.
-    """
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in parameters):
-        raise RuntimeError(
-            "there is no backward pass under torch.inference_mode(), nor through weights made "
-            "under it; leave that block (torch.no_grad() is fine), or load the model outside it"
-        )
-    require_eval_mode(model)

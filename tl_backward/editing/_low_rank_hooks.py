@@ -22,7 +22,7 @@ def with_hook_points(model: Model, sites: Iterable[WeightSite]) -> None:
     Raises:
         NotImplementedError: When a site has no HookPoints by nature.
     """
-    points = [_hook_points(site) for site in sites]
+    points = [site.hook_points for site in sites]
     if any(hook_in not in model.hook_dict for hook_in, _ in points):
         add_hook_points(model)
 
@@ -69,14 +69,5 @@ def low_rank_hooks(
             added = (x.reshape(len(u), -1, site.d_in).to(dtype) @ left) @ right
         return (y + site.hook_out_scale * added.reshape(-1, *y.shape[1:])).to(y.dtype)
 
-    hook_in, hook_out = _hook_points(site)
+    hook_in, hook_out = site.hook_points
     return [(hook_in, note), (hook_out, add)]
-
-
-def _hook_points(site: WeightSite) -> tuple[str, str]:
-    if site.hook_in is None or site.hook_out is None:
-        raise NotImplementedError(
-            f"{site.name} has no HookPoint on both sides of it, so hooks cannot change it; apply() "
-            "the edit to the weight"
-        )
-    return site.hook_in, site.hook_out

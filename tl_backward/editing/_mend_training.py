@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from tl_backward.capture.run import frozen, require_ready
+from tl_backward.capture.run import require_ready
+from tl_backward.capture.run_hooks import frozen
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens, target_tokens
 from tl_backward.editing._low_rank_hooks import ForwardHooks, low_rank_hooks
 from tl_backward.editing._upper_layers import UpperLayers
@@ -145,7 +146,7 @@ def train_mend(
     for step in tqdm(range(steps), desc="MEND", delay=2, leave=False):
         chosen = torch.randint(len(examples), (batch_size,), generator=generator).tolist()
         batch = [_drawn(examples[i], generator) for i in chosen]
-        with frozen(all_parameters(model)), torch.enable_grad():
+        with frozen(all_parameters(model)):
             edit_loss, locality_loss = _losses(editor, batch)
             loss = edit_weight * edit_loss + locality_weight * locality_loss
             if not loss.isfinite():

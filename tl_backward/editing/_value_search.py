@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_backward._user_warnings import warn_user
-from tl_backward.capture.run import frozen, require_ready
+from tl_backward.capture.run import require_ready
+from tl_backward.capture.run_hooks import frozen
 from tl_backward.editing._subject_facts import (
     SubjectFact,
     SubjectText,
@@ -107,7 +108,7 @@ def search_values(
     sizes = [_size(fact) for fact in facts]
     batches = in_batches(range(len(facts)), sizes)
     require_ready(model, list(all_parameters(model)))
-    with frozen(all_parameters(model)), torch.enable_grad():
+    with frozen(all_parameters(model)):
         found = [
             _found(model, [facts[i] for i in batch], batch, point, layer, settings)
             for batch in tqdm(list(batches), desc="values", delay=2, leave=False)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_backward.capture.run import frozen, require_ready
+from tl_backward.capture.run import require_ready
+from tl_backward.capture.run_hooks import frozen
 from tl_backward.capture.tokens import Prompt, Target
 from tl_backward.editing._facts import Facts
 from tl_backward.editing._low_rank_hooks import low_rank_hooks
@@ -78,7 +79,7 @@ def adam_fine_tune(
     identity = torch.eye(site.d_out, dtype=dtype, device=device)
     adam = torch.optim.Adam([change], lr=lr)
     losses: list[Tensor] = []
-    with frozen(all_parameters(model)), torch.enable_grad():
+    with frozen(all_parameters(model)):
         while True:
             logits = upper.run(low_rank_hooks(site, change.mT[None], identity[None]))
             of_prompts = _losses(facts, logits)

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_backward._undo import Undo
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.capture.tokens import Prompt, Target
 from tl_backward.editing._facts import Facts
 from tl_backward.editing.weight_edit import WeightEdit
-from tl_backward.sites import Model, attached_hook_points
+from tl_backward.sites import Model, occupy
 from tl_backward.sites.names import parse_site_name
 
 
@@ -132,7 +133,8 @@ def fine_tune(
     losses: list[Tensor] = []
     edit = WeightEdit(model, {})
     n_steps = 0
-    with attached_hook_points(model):
+    with Undo() as undo, undo, undo:
+        occupy(model, undo)
         while True:
             see: tuple[str, Any] = ("unembed.hook_out", lambda logits, hook: seen.append(logits))
             loss, cache = run_with_backward_cache(

@@ -129,7 +129,7 @@ def spread(
     in_contexts = [text for fact in facts for text in fact.in_contexts]
     edit, all_keys = WeightEdit(model, {}), {}
     for i, site in enumerate(sites):
-        (each,) = read_subjects(model, [site.hook_in], in_contexts, edit)
+        (each,) = read_subjects(model, [site.hook_points[0]], in_contexts, edit)
         of_kinds = rearrange(each, "(fact context) d_in -> context fact d_in", fact=len(facts))
         means = [kind.mean(0) for kind in of_kinds.split([len(kind) for kind in kinds])]
         keys = all_keys[site.name] = torch.stack(means).mean(0)
@@ -142,7 +142,7 @@ def spread(
 
 def _require_direct_write(model: Model, site: WeightSite, point: str, fact: SubjectFact) -> None:
     """Make sure that a change of W_out's output is the change of the block's."""
-    x, before = read_subjects(model, [site.hook_in, point], [fact.plain])
+    x, before = read_subjects(model, [site.hook_points[0], point], [fact.plain])
     trial = WeightEdit(model, {site.name: update(kernel(x), before)})
     (after,) = read_subjects(model, [point], [fact.plain], trial)
     if (after - 2 * before).norm() > TOLERANCE * before.norm():

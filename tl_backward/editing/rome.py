@@ -90,9 +90,10 @@ def rome(
         statistics.require_for(model, [site])
     templates = checked_templates(rome_contexts(model) if contexts is None else contexts)
     facts = subject_facts(model, [prompt], [target], [subject], templates, prepend_bos)
-    values = search_values(model, facts, site.hook_out, site.layer or 0, settings)
-    x, v = read_subjects(model, [site.hook_in, site.hook_out], [facts[0].plain])
-    (each,) = read_subjects(model, [site.hook_in], facts[0].in_contexts)
+    hook_in, hook_out = site.hook_points
+    values = search_values(model, facts, hook_out, site.layer or 0, settings)
+    x, v = read_subjects(model, [hook_in, hook_out], [facts[0].plain])
+    (each,) = read_subjects(model, [hook_in], facts[0].in_contexts)
     key = each.mean(0, keepdim=True)
     metric = None if statistics is None else partial(statistics.solve, site.name)
     rows = kernel(key, metric, probes=x)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_backward._undo import Undo
 from tl_backward.capture.recorder import Recorder
+from tl_backward.capture.run_hooks import Hooks, Run, set_grad_enabled
 from tl_backward.editing.hooks import edit_hooks
 from tl_backward.editing.weight_edit import WeightEdit
-from tl_backward.sites import Model, WeightSite, attached_hook_points
+from tl_backward.sites import Model, Tap, WeightSite, all_modules, occupy
 
 Places: TypeAlias = tuple[Int[Tensor, "place"], Int[Tensor, "place"]]
 """Texts and positions in them."""
@@ -26,7 +28,6 @@ class _Stop(BaseException):
     """Ends a forward pass of which the rest is not needed."""
 
 
-@torch.no_grad()
 def weight_inputs(
     model: Model,
     sites: Sequence[WeightSite],
@@ -41,15 +42,9 @@ def weight_inputs(
         tokens: Texts, padded on the right.
         edit: An edit that takes part by its hooks.
     """
-    with ExitStack() as stack:
-        recorder = stack.enter_context(_recorded(model, sites, tokens, edit))
-        last = sites[-1].x_tap()
-        register: Callable[..., Any] = (
-            last.module.register_forward_hook
-            if last.side == "output"
-            else last.module.register_forward_pre_hook
-        )
-        stack.callback(register(_stop).remove)
+    with Undo() as undo, undo, undo:
+        recorder = _recorder(model, sites, tokens, edit, undo)
+        recorder.watch(sites[-1].x_tap(), _stop)
         try:
             _logits(model, tokens)
         except _Stop:
@@ -57,7 +52,6 @@ def weight_inputs(
     raise RuntimeError(f"{sites[-1].name} took no part in the forward pass")
 
 
-@torch.no_grad()
 def read_at(
     model: Model,
     points: Sequence[str],
@@ -81,14 +75,16 @@ def read_at(
         if len(seen) == len(points):
             raise _Stop
 
-    with attached_hook_points(model):
+    with Undo() as undo, undo, undo:
+        occupy(model, undo)
+        set_grad_enabled(False, undo)
         hooks = [] if edit is None else edit.fwd_hooks()
         hooks += [(point, partial(see, point)) for point in points]
-        with model.hooks(fwd_hooks=hooks):
-            try:
-                _logits(model, tokens)
-            except _Stop:
-                return [seen[point] for point in points]
+        Run(undo).put_hooks(model, undo, hooks)
+        try:
+            _logits(model, tokens)
+        except _Stop:
+            return [seen[point] for point in points]
     missing = ", ".join(point for point in points if point not in seen)
     raise RuntimeError(f"nothing passed {missing}")
 
@@ -110,7 +106,6 @@ class WholeRun:
         edit: An edit that takes part by its hooks, in this pass only.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         model: Model,
@@ -121,19 +116,15 @@ class WholeRun:
         self._model, self._tokens = model, tokens
         self._block_outputs: list[Any] = []
         self._agrees: dict[int, bool] = {}
-        with ExitStack() as stack:
-            recorder = stack.enter_context(_recorded(model, sites, tokens, edit))
+        with Undo() as undo, undo, undo:
+            recorder = _recorder(model, sites, tokens, edit, undo)
             for block in model.blocks:
-                handle = block.register_forward_hook(
-                    lambda block, x, y: self._block_outputs.append(y)
-                )
-                stack.callback(handle.remove)
+                recorder.watch(Tap(block, "output"), self._block_outputs.append)
             self.logits: Float[Tensor, "batch pos d_vocab"] = _logits(model, tokens)
         self.inputs = _first(recorder, sites, "x", tokens)
         self.outputs = _first(recorder, sites, "y", tokens)
         self.n_passes, self.n_upper_passes = 1, 0
 
-    @torch.no_grad()
     def edited_logits(
         self, edits: Sequence[WeightEdit], places: Places | None = None
     ) -> Float[Tensor, "edit *batch_and_pos d_vocab"]:
@@ -172,16 +163,18 @@ class WholeRun:
     ) -> Float[Tensor, "copies *batch_and_pos d_vocab"]:
         of_copies = torch.arange(-1 if with_control else 0, len(edits))
         rows = of_copies.repeat_interleave(len(self._tokens)) if len(of_copies) > 1 else None
-        with ExitStack() as stack:
-            stack.enter_context(attached_hook_points(self._model))
+        with Undo() as undo, undo, undo:
+            occupy(self._model, undo)
+            set_grad_enabled(False, undo)
+            run = Run(undo)
             hooks = edit_hooks(self._model, edits, rows)
             below = zip(self._model.blocks[:first], self._block_outputs, strict=False)
             for block, output in below:
-                stack.enter_context(returning(block, _repeated(output, len(of_copies))))
+                _return_at_once(block, _repeated(output, len(of_copies)), run, undo)
             tokens = self._tokens.repeat(len(of_copies), 1)
             if places is not None:
                 return logits_at(self._model, tokens, places, hooks, len(of_copies))
-            stack.enter_context(self._model.hooks(fwd_hooks=hooks))
+            run.put_hooks(self._model, undo, hooks)
             return _logits(self._model, tokens).unflatten(0, (len(of_copies), -1))
 
 
@@ -189,21 +182,21 @@ def logits_at(
     model: Model,
     tokens: Int[Tensor, "copies_and_batch pos"],
     places: Places,
-    fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
+    fwd_hooks: Hooks = (),
     copies: int = 1,
 ) -> Float[Tensor, "copies place d_vocab"]:
     """The logits at some places of each copy of a batch, from one forward pass.
 
     Only those are unembedded, unless there are hooks at the unembedding.
     """
-    with attached_hook_points(model):
+    with Undo() as undo, undo, undo:
+        occupy(model, undo)
         points = [model.hook_dict[f"unembed.hook_{side}"] for side in ("in", "out")]
-        if any(point.fwd_hooks for point in points):
-            with model.hooks(fwd_hooks=list(fwd_hooks)):
-                return _at_places(places, copies, _logits(model, tokens))
-        gather = ("unembed.hook_in", partial(_at_places, places, copies))
-        with model.hooks(fwd_hooks=[*fwd_hooks, gather]):
-            return _logits(model, tokens)
+        gathered = not any(point.fwd_hooks for point in points)
+        gather = [("unembed.hook_in", partial(_at_places, places, copies))] * gathered
+        Run(undo).put_hooks(model, undo, [*fwd_hooks, *gather])
+        logits = _logits(model, tokens)
+    return logits if gathered else _at_places(places, copies, logits)
 
 
 def _at_places(
@@ -213,23 +206,24 @@ def _at_places(
     return x.unflatten(0, (copies, -1))[:, texts, positions]
 
 
-@contextmanager
-def _recorded(
+def _recorder(
     model: Model,
     sites: Sequence[WeightSite],
     tokens: Int[Tensor, "batch pos"],
     edit: WeightEdit | None,
-) -> Iterator[Recorder]:
-    """The model with an edit, and with what goes into and comes out of some weights kept."""
-    with ExitStack() as stack:
-        stack.enter_context(attached_hook_points(model))
-        hooks = [] if edit is None else edit.fwd_hooks()
-        stack.enter_context(model.hooks(fwd_hooks=hooks))
-        recorder = stack.enter_context(Recorder(len(tokens)))
-        for site in sites:
-            recorder.keep_value(site.x_tap(), (site.name, "x"))
-            recorder.keep_value(site.y_tap(), (site.name, "y"))
-        yield recorder
+    undo: Undo,
+) -> Recorder:
+    """What keeps the inputs and outputs of some weights, in a run with an edit."""
+    occupy(model, undo)
+    set_grad_enabled(False, undo)
+    run = Run(undo)
+    run.put_hooks(model, undo, [] if edit is None else edit.fwd_hooks())
+    run.step_aside_for_others((module for _, module in all_modules(model)), undo)
+    recorder = Recorder(run, len(tokens))
+    for site in sites:
+        recorder.keep_value(site.x_tap(), (site.name, "x"))
+        recorder.keep_value(site.y_tap(), (site.name, "y"))
+    return recorder
 
 
 def _first(
@@ -254,14 +248,23 @@ def _stop(*_: Any) -> None:
 @contextmanager
 def returning(module: nn.Module, output: Any) -> Iterator[None]:
     """The module with a forward pass that computes nothing and returns ``output``."""
-    attributes = vars(module)
-    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
-    attributes["forward"] = lambda *args, **kwargs: output
-    try:
+    with Undo() as undo, undo, undo:
+        _return_at_once(module, output, Run(undo), undo)
         yield
-    finally:
-        del attributes["forward"]
-        attributes.update(own)
+
+
+def _return_at_once(module: nn.Module, output: Any, run: Run, undo: Undo) -> None:
+    """Give a module a forward pass that returns ``output`` in a run, and computes nothing."""
+    attributes, forward = vars(module), module.forward
+    undo.add(_put_back, attributes, {n: attributes[n] for n in ("forward",) if n in attributes})
+    attributes["forward"] = lambda *args, **kwargs: (
+        output if run.may_own(output) else forward(*args, **kwargs)
+    )
+
+
+def _put_back(attributes: dict[str, Any], forward: dict[str, Any]) -> None:
+    attributes.pop("forward", None)
+    attributes.update(forward)
 
 
 def _repeated(output: Any, copies: int) -> Any:

@@ -14,9 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Categorical
 
+from tl_backward._undo import Undo
+from tl_backward.capture.run_hooks import Run
 from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.editing import WeightEdit, edit_hooks
-from tl_backward.sites import Model, attached_hook_points
+from tl_backward.sites import Model, occupy
 
 TOP_K = 5
 MAX_TOKENS = 100
@@ -197,8 +199,9 @@ def generate_texts(
         by_length[len(ids)].append(i)
     n_ctx = model.cfg.n_ctx or MAX_TOKENS
     texts = [""] * len(prompts)
-    with torch.random.fork_rng(), attached_hook_points(model):
-        torch.manual_seed(SEED)
+    with Undo() as undo, undo, undo:
+        occupy(model, undo)
+        _seed(undo)
         for length, of_length in sorted(by_length.items()):
             for start in range(0, len(of_length), batch_size):
                 batch = of_length[start : start + batch_size]
@@ -206,9 +209,18 @@ def generate_texts(
                 n_new = min(MAX_TOKENS, n_ctx) - length
                 if n_new > 0:
                     hooks = edit_hooks(model, edits, [of_prompt[i] for i in batch])
-                    with model.hooks(fwd_hooks=hooks):
+                    with Undo() as of_batch, of_batch, of_batch:
+                        Run(of_batch).put_hooks(model, of_batch, hooks)
                         written = generate_tokens(model, written, n_new, top_k=TOP_K)
                 decoded = model.tokenizer.batch_decode(written.tolist(), skip_special_tokens=True)
                 for i, text in zip(batch, decoded, strict=True):
                     texts[i] = text
     return texts
+
+
+def _seed(undo: Undo) -> None:
+    """Seed the random numbers of all devices; the states they were in come back."""
+    undo.add(torch.set_rng_state, torch.get_rng_state())
+    if torch.cuda.is_available():
+        undo.add(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+    torch.manual_seed(SEED)

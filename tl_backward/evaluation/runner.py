@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tl_backward._undo import Undo
 from tl_backward.editing import StepNotFoundError, WeightEdit
 from tl_backward.evaluation.generation import generate_texts
 from tl_backward.evaluation.methods import Method
@@ -14,7 +15,7 @@ from tl_backward.evaluation.metrics import n_gram_entropy, prompt_metrics
 from tl_backward.evaluation.perplexity import perplexity
 from tl_backward.evaluation.records import Record
 from tl_backward.evaluation.scoring import Case, TargetScores, score_targets, tokenised
-from tl_backward.sites import Model, attached_hook_points, require_eval_mode
+from tl_backward.sites import Model, occupy, require_eval_mode
 from tl_backward.sweep import sweep
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def evaluate(
                 attempt.row["perplexity"] = value
         return [attempt.row for attempt in attempts]
 
-    with attached_hook_points(model):
+    with Undo() as undo, undo, undo:
+        occupy(model, undo)
         rows = list(
             sweep(
                 model,

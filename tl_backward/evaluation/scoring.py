@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_backward._undo import Undo
+from tl_backward.capture.run_hooks import Run, set_grad_enabled
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing import WeightEdit, edit_hooks
-from tl_backward.sites import Model, attached_hook_points
+from tl_backward.sites import Model, occupy
 
 
 class Case(NamedTuple):
@@ -146,7 +148,6 @@ def _of_similar_length(texts: Sequence[_Row], batch_size: int) -> Iterator[list[
         yield batch
 
 
-@torch.no_grad()
 def _logits_of_targets(
     model: Model, batch: Sequence[_Row], edits: Sequence[WeightEdit], rows: Sequence[int]
 ) -> Float[Tensor, "batch longest d_vocab"]:
@@ -161,8 +162,10 @@ def _logits_of_targets(
         return x.gather(1, index)
 
     arguments = {} if model.tokenizer is None else {"padding_side": "right"}
-    with attached_hook_points(model):
+    with Undo() as undo, undo, undo:
+        occupy(model, undo)
+        set_grad_enabled(False, undo)
         hooks = [("unembed.hook_in", at_positions), *edit_hooks(model, edits, rows)]
-        with model.hooks(fwd_hooks=hooks):
-            logits = model(tokens.to(model.cfg.device), return_type="logits", **arguments)
+        Run(undo).put_hooks(model, undo, hooks)
+        logits = model(tokens.to(model.cfg.device), return_type="logits", **arguments)
     return logits.cpu().to(torch.promote_types(logits.dtype, torch.float32))

@@ -170,7 +170,7 @@ class BackwardLogitLens:
                 prompt,
                 target,
                 run,
-                weights=kinds or "W_out",
+                weights=kinds,
                 layers=None if below else layers,
                 positions=positions,
                 per_head=residual == "heads",

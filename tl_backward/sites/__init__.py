@@ -7,12 +7,14 @@ works with :class:`WeightSite` and the functions here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_backward._turns import take_turn
+from tl_backward._undo import Undo
 from tl_backward.sites import hooked_transformer, transformer_bridge
 from tl_backward.sites.hooked_transformer import add_hook_points, remove_hook_points
 from tl_backward.sites.parameters import coverage_table
@@ -43,12 +45,12 @@ __all__ = [
     "all_modules",
     "all_parameters",
     "attached_hook_points",
-    "attention_outputs",
     "coverage",
     "final_norm",
     "find_sites",
     "layer_numbers",
     "left_padding_obstacle",
+    "occupy",
     "passed_if_hooked",
     "remove_hook_points",
     "require_eval_mode",
@@ -117,12 +119,6 @@ def left_padding_obstacle(model: Model) -> str | None:
 def passed_if_hooked(model: Model) -> list[str]:
     """The HookPoints of the residual stream that TransformerLens passes only if they have hooks."""
     return _backend(model).passed_if_hooked(model)
-
-
-def attention_outputs(model: Model) -> list[WeightSite]:
-    """The sites of W_O, whose inputs are the results of the attention heads, side by side."""
-    found = _backend(model).survey(model)
-    return [one for one in found if isinstance(one, WeightSite) and one.kind == "W_O"]
 
 
 def residual_points(model: Model) -> dict[str, nn.Module]:
@@ -201,9 +197,22 @@ def require_eval_mode(model: Model) -> None:
         )
 
 
-def attached_hook_points(model: Model) -> AbstractContextManager[None]:
-    """The model with every HookPoint that its sites name; those it lacked go again at the end."""
-    return _backend(model).attached_hook_points(model)
+def occupy(model: Model, undo: Undo) -> None:
+    """Take a turn at a model, with every HookPoint that its sites name, until it is undone.
+
+    Other threads wait for their turn. HookPoints that the model lacked go again.
+    """
+    backend = _backend(model)
+    take_turn(model, undo)
+    backend.attach_hook_points(model, undo)
+
+
+@contextmanager
+def attached_hook_points(model: Model) -> Iterator[None]:
+    """The model, occupied for a block of code."""
+    with Undo() as undo, undo, undo:
+        occupy(model, undo)
+        yield
 
 
 def unembedding(model: Model) -> Float[Tensor, "d_model d_vocab"]:
@@ -228,7 +237,9 @@ def _backend(model: Model) -> Backend:
         if backend.accepts(model):
             return backend
     hint = "load one with TransformerBridge.boot_transformers(...)"
-    if isinstance(model, nn.Module) and hasattr(model, "config"):
+    if hasattr(model, "_orig_mod"):
+        hint = "pass what was compiled, model._orig_mod, which runs uncompiled here"
+    elif isinstance(model, nn.Module) and hasattr(model, "config"):
         inner = "model.get_base_model()" if hasattr(model, "get_base_model") else "model"
         hint = f"wrap it with TransformerBridge.boot_transformers(..., hf_model={inner})"
     raise TypeError(

@@ -8,8 +8,8 @@ forward and backward, is the order in which the tensors pass.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from types import SimpleNamespace
@@ -20,6 +20,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_backward._turns import take_turn
+from tl_backward._undo import Undo
 from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
@@ -33,6 +35,9 @@ from tl_backward.sites.site import (
 from tl_backward.sites.ties import told_apart
 
 UNGROUPED = "ungroup_grouped_query_attention"
+
+_attached_for_a_while: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models whose added HookPoints go again."""
 
 ATTENTION_PROJECTIONS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
 MLP_PROJECTIONS = {"W_gate": "gate", "W_in": "in", "W_out": "out"}
@@ -167,11 +172,33 @@ def add_hook_points(model: Any) -> None:
     Raises:
         NotImplementedError: For weights quantised to 4 bits.
     """
+    with Undo() as undo, undo, undo:
+        take_turn(model, undo)
+        attach_hook_points(model, undo)
+        _attached_for_a_while.discard(model)
+
+
+def remove_hook_points(model: Any) -> None:
+    """Take away what `add_hook_points` added, with the hooks on it, and nothing else."""
+    with Undo() as undo, undo, undo:
+        take_turn(model, undo)
+        undo.add(_detach, model)
+
+
+def attach_hook_points(model: Any, undo: Undo) -> None:
+    """Add the HookPoints that the model lacks until they are undone, if they are not there yet.
+
+    Raises:
+        NotImplementedError: For weights quantised to 4 bits.
+    """
     _refuse_quantized(model)
+    if _passing(model.embed):
+        return
+    undo.add(_detach_again, model)
+    _attached_for_a_while.add(model)
     present = dict(model.named_modules())
     for module, passing in _passings(model):
-        if _passing(module) is None:
-            _mix_in(passing, module)
+        _mix_in(passing, module)
     for name, module in model.named_modules():
         if name not in present:
             parent, _, end = name.rpartition(".")
@@ -182,31 +209,24 @@ def add_hook_points(model: Any) -> None:
                 model.hook_dict[name] = module
 
 
-def remove_hook_points(model: Any) -> None:
-    """Take away what `add_hook_points` added, with the hooks on it, and nothing else."""
-    present = dict(model.named_modules())
-    for module in present.values():
+def _detach_again(model: Any) -> None:
+    if model in _attached_for_a_while:
+        _detach(model)
+        _attached_for_a_while.discard(model)
+
+
+def _detach(model: Any) -> None:
+    """Take the added HookPoints away, all of them or those that are there."""
+    for module in [*model.modules()]:
         if passing := _passing(module):
             for name in passing.added:
                 module._modules.pop(name, None)
             module.__dict__.pop("neighbour", None)
             module.__class__ = type(module).__base__
-    for name in present.keys() - dict(model.named_modules()).keys():
-        model.mod_dict.pop(name, None)
-        model.hook_dict.pop(name, None)
-
-
-@contextmanager
-def attached_hook_points(model: Any) -> Iterator[None]:
-    """The model with the added HookPoints; they go at the end unless they were there before."""
-    if _passing(model.embed):
-        yield
-        return
-    try:
-        add_hook_points(model)
-        yield
-    finally:
-        remove_hook_points(model)
+    left = dict(model.named_modules())
+    for names in (model.mod_dict, model.hook_dict):
+        for name in [name for name in names if name not in left]:
+            names.pop(name, None)
 
 
 def _lookup_site(model: Any, path: str, kind: str) -> WeightSite:
@@ -305,13 +325,18 @@ def _has_matrix(module: nn.Module, kind: str) -> bool:
 class _Passing:
     """What a module gets while the added HookPoints are there.
 
+    Another thread may run the model while they come or go. So every method does without those that
+    are not there, and none asks the module for its class.
+
     Attributes:
-        methods: Methods of its class. The class's own ``forward`` is then ``plain_forward``.
+        name: The method of its class that is replaced.
+        method: What replaces it: a function of the module, its own method, and the arguments.
         added: Submodules: HookPoints, or pairs of them.
         seams: Submodules of it at whose input or output an added HookPoint is passed.
     """
 
-    methods: Mapping[str, Callable]
+    name: str
+    method: Callable[..., Tensor]
     added: tuple[str, ...] = ()
     seams: Mapping[str, tuple[_Passing, str]] = field(default_factory=dict)
 
@@ -332,8 +357,12 @@ def _mix_in(passing: _Passing, module: Any) -> None:
 
 @cache
 def _mixed(passing: _Passing, cls: Any) -> Any:
-    extra = {"passing": passing, "plain_forward": cls.forward}
-    return type(cls.__name__, (cls,), {**passing.methods, **extra})
+    own = getattr(cls, passing.name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return passing.method(self, partial(own, self), *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"passing": passing, passing.name: method})
 
 
 def _hook_point() -> nn.Module:
@@ -348,67 +377,86 @@ def _ends() -> nn.Module:
     return ends
 
 
-def _enter(hook_in: Any, x: Tensor) -> Tensor:
+def _through(point: Any, x: Tensor) -> Tensor:
+    """``x`` through a HookPoint, if it is there."""
+    return x if point is None else point(x)
+
+
+def _leave(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    return _through(_added(module, name), x)
+
+
+def _enter(module: nn.Module, name: str, x: Tensor) -> Tensor:
     """``x`` through a HookPoint whose hooks may edit it in place, though others read ``x`` too."""
-    return hook_in(x.clone() if hook_in.fwd_hooks else x)
+    point = _added(module, name)
+    return _through(point, x.clone() if point is not None and point.fwd_hooks else x)
 
 
-def _call_before(self: Any, x: Tensor) -> Tensor:
-    return nn.Module.__call__(self, self.neighbour(x))
+def _added(module: nn.Module, name: str) -> Any:
+    """An added HookPoint, if it is there."""
+    parent, _, end = name.rpartition(".")
+    holder = module._modules.get(parent) if parent else module
+    return None if holder is None else holder._modules.get(end)
 
 
-def _call_after(self: Any, x: Tensor) -> Tensor:
-    return self.neighbour(nn.Module.__call__(self, x))
+def _before(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return own(_through(vars(self).get("neighbour"), x))
 
 
-BEFORE = _Passing({"__call__": _call_before})
-AFTER = _Passing({"__call__": _call_after})
+def _behind(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return _through(vars(self).get("neighbour"), own(x))
 
 
-def _linear(self: Any, x: Tensor) -> Tensor:
-    return self.hook_out(self.plain_forward(_enter(self.hook_in, x)))
+BEFORE = _Passing("__call__", _before)
+BEHIND = _Passing("__call__", _behind)
 
 
-def _normed_embed(self: Any, tokens: Tensor) -> Tensor:
-    return self.plain_forward(_enter(self.hook_in, tokens))
+def _linear(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return _leave(self, "hook_out", own(_enter(self, "hook_in", x)))
 
 
-def _pos_embed(self: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _normed_embed(self: Any, own: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+    return own(_enter(self, "hook_in", tokens))
+
+
+def _pos_embed(
+    self: Any, own: partial[Tensor], tokens: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """TransformerLens works the positions out inside, from the padding and the tokens before.
 
     Its own lookup tells them, in a table of the numbers from 1 on; padding gives 0.
     """
     numbers = torch.arange(1, len(self.W_pos) + 1, device=self.W_pos.device).unsqueeze(-1)
     stand_in = SimpleNamespace(W_pos=numbers)
-    positions = type(self).plain_forward(stand_in, tokens, *args, **kwargs).squeeze(-1) - 1
-    seen = _enter(self.hook_in, positions)
+    positions = own.func(stand_in, tokens, *args, **kwargs).squeeze(-1) - 1
+    seen = _enter(self, "hook_in", positions)
     if seen is positions or torch.equal(seen, positions):
-        return self.hook_out(self.plain_forward(tokens, *args, **kwargs))
-    return self.hook_out(torch.where(seen.unsqueeze(-1) < 0, 0, self.W_pos[seen]))
+        return _leave(self, "hook_out", own(tokens, *args, **kwargs))
+    return _leave(self, "hook_out", torch.where(seen.unsqueeze(-1) < 0, 0, self.W_pos[seen]))
 
 
 def _attention(
     self: Any,
+    own: Callable[..., Tensor],
     query_input: Tensor,
     key_input: Tensor,
     value_input: Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    query_input = _enter(self.q.hook_in, query_input)
-    key_input = _enter(self.k.hook_in, key_input)
-    value_input = _enter(self.v.hook_in, value_input)
-    output = self.plain_forward(query_input, key_input, value_input, *args, **kwargs)
-    return self.o.hook_out(output)
+    query_input = _enter(self, "q.hook_in", query_input)
+    key_input = _enter(self, "k.hook_in", key_input)
+    value_input = _enter(self, "v.hook_in", value_input)
+    return _leave(self, "o.hook_out", own(query_input, key_input, value_input, *args, **kwargs))
 
 
-def _mlp(self: Any, x: Tensor) -> Tensor:
-    return self.out.hook_out(self.plain_forward(_enter(getattr(self, "in").hook_in, x)))
+def _mlp(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return _leave(self, "out.hook_out", own(_enter(self, "in.hook_in", x)))
 
 
-def _gated_mlp(self: Any, x: Tensor) -> Tensor:
-    branches = _Branches(_enter(self.gate.hook_in, x), _enter(getattr(self, "in").hook_in, x))
-    return self.out.hook_out(self.plain_forward(branches))
+def _gated_mlp(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+    branches = _Branches(_enter(self, "gate.hook_in", x), _enter(self, "in.hook_in", x))
+    return _leave(self, "out.hook_out", own(branches))
 
 
 class _Branches:
@@ -436,33 +484,36 @@ class _Branches:
         return product(branches.tensors.pop(0), *weight, **(kwargs or {}))
 
 
-LINEAR = _Passing({"forward": _linear}, ("hook_in", "hook_out"))
+LINEAR = _Passing("forward", _linear, ("hook_in", "hook_out"))
 NORMED_EMBED = _Passing(
-    {"forward": _normed_embed}, ("hook_in", "hook_out"), {"ln": (BEFORE, "hook_out")}
+    "forward", _normed_embed, ("hook_in", "hook_out"), {"ln": (BEFORE, "hook_out")}
 )
-POS_EMBED = _Passing({"forward": _pos_embed}, ("hook_in", "hook_out"))
+POS_EMBED = _Passing("forward", _pos_embed, ("hook_in", "hook_out"))
 ATTENTION = _Passing(
-    {"forward": _attention},
+    "forward",
+    _attention,
     ("q", "k", "v", "o"),
     {
         "hook_q": (BEFORE, "q.hook_out"),
         "hook_k": (BEFORE, "k.hook_out"),
         "hook_v": (BEFORE, "v.hook_out"),
-        "hook_z": (AFTER, "o.hook_in"),
+        "hook_z": (BEHIND, "o.hook_in"),
     },
 )
 MLP = _Passing(
-    {"forward": _mlp},
+    "forward",
+    _mlp,
     ("in", "out"),
-    {"hook_pre": (BEFORE, "in.hook_out"), "hook_post": (AFTER, "out.hook_in")},
+    {"hook_pre": (BEFORE, "in.hook_out"), "hook_post": (BEHIND, "out.hook_in")},
 )
 GATED_MLP = _Passing(
-    {"forward": _gated_mlp},
+    "forward",
+    _gated_mlp,
     ("in", "gate", "out"),
     {
         "hook_pre": (BEFORE, "gate.hook_out"),
         "hook_pre_linear": (BEFORE, "in.hook_out"),
-        "hook_post": (AFTER, "out.hook_in"),
+        "hook_post": (BEHIND, "out.hook_in"),
     },
 )
 

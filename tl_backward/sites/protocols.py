@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from tl_backward._undo import Undo
     from tl_backward.sites.parameters import NamedParameter
     from tl_backward.sites.site import Obstacle, WeightSite
 
@@ -67,8 +68,8 @@ class Backend(Protocol):
     def modules(self, model: Any) -> Iterator[tuple[str, nn.Module]]:
         """Every module that takes part in the forward pass, with its name."""
 
-    def attached_hook_points(self, model: Any) -> AbstractContextManager[None]:
-        """The model with every HookPoint that its sites name."""
+    def attach_hook_points(self, model: Any, undo: Undo) -> None:
+        """Add every HookPoint that the model's sites name and it lacks, until they are undone."""
 
     def passed_if_hooked(self, model: Any) -> list[str]:
         """The HookPoints of the residual stream that the model calls only if they have hooks."""

@@ -22,10 +22,21 @@ RESIDUAL_HOOKS = {"W_O": "hook_attn_out", "W_out": "hook_mlp_out"}
 
 
 class Tap(NamedTuple):
-    """A module and the side of it at which a tensor passes."""
+    """A module and the side of it at which a tensor passes.
+
+    At a HookPoint the tensor passes outside of the hooks on it. At any other module it passes
+    inside of them, where the module itself takes its input and gives its output.
+    """
 
     module: nn.Module
     side: Literal["input", "output"]
+
+    @property
+    def is_outside_of_hooks(self) -> bool:
+        """Whether it is at a HookPoint."""
+        from transformer_lens.hook_points import HookPoint
+
+        return isinstance(self.module, HookPoint)
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -84,6 +95,20 @@ class WeightSite:
     feeds: tuple[str, ...] = ()
     in_storage_with: tuple[str, ...] = field(repr=False, default=())
     """Names of other sites whose parameters may share memory with this one, tied or not."""
+
+    @property
+    def hook_points(self) -> tuple[str, str]:
+        """``hook_in`` and ``hook_out``.
+
+        Raises:
+            NotImplementedError: When there is none on one side.
+        """
+        if self.hook_in is None or self.hook_out is None:
+            raise NotImplementedError(
+                f"{self.name} has no HookPoint on both sides of it, so hooks cannot change it; "
+                "apply() the edit to the weight"
+            )
+        return self.hook_in, self.hook_out
 
     @property
     def parameter(self) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_backward._undo import Undo
 from tl_backward.sites.adapters import (
     adapted,
     adapter_matrices,
@@ -432,9 +432,8 @@ def reasons(model: Any) -> dict[int, str]:
     return {id(parameter): why for module, why in unused for parameter in module.parameters()}
 
 
-def attached_hook_points(model: Any) -> AbstractContextManager[None]:
+def attach_hook_points(model: Any, undo: Undo) -> None:
     """Nothing to add: a bridge has every HookPoint that its sites name."""
-    return nullcontext()
 
 
 def passed_if_hooked(model: Any) -> list[str]:
