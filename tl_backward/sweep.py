@@ -219,10 +219,8 @@ def _claim(stack: ExitStack, folder: Path, records: Any, fn: object, model: obje
     """Become the only one to write there, if what is there has the provenance that is returned."""
     stack.enter_context(only_writer(folder))
     made_by = provenance(records, fn=fn, model=model)
-    found = [
-        contents.get("made_by") for _, contents in map(table_files.read_schema, _files(folder))
-    ]
-    require_same(folder, made_by, map(str, found))
+    contents = {file.name: table_files.read_schema(file)[1] for file in _files(folder)}
+    require_same(folder, made_by, {name: of.get("made_by") for name, of in contents.items()})
     return hash_of(made_by)
 
 

@@ -29,7 +29,9 @@ def write(file: Path, table: pa.Table, contents: dict[str, Any]) -> None:
     """
     import pyarrow.parquet as pq
 
-    described = {"version": VERSION, "contents": contents, "checksum": _checksum(table, contents)}
+    rows = _checksum(table.num_rows, table.to_pydict())
+    head = _checksum(contents, rows, *_head(table.schema))
+    described = {"version": VERSION, "contents": contents, "rows": rows, "head": head}
     metadata = {**_foreign_metadata(table.schema), METADATA: json.dumps(described)}
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
@@ -40,7 +42,7 @@ def write(file: Path, table: pa.Table, contents: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and the contents that :func:`write` has written, checked against their checksum.
+    """The table and the contents that :func:`write` has written, checked against checksums.
 
     Raises:
         ValueError: When the file is damaged, of another version, or not from :func:`write`.
@@ -52,11 +54,11 @@ def read(file: Path) -> tuple[pa.Table, dict[str, Any]]:
     try:
         with pq.ParquetFile(file) as parquet:
             table = parquet.read()
-        actual = _checksum(table, contents)
+        rows = _checksum(table.num_rows, table.to_pydict())
     except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
         raise damaged(file, error) from error
-    if json.loads(schema.metadata[METADATA]).get("checksum") != actual:
-        raise damaged(file, "its checksum does not fit")
+    if json.loads(schema.metadata[METADATA])["rows"] != rows:
+        raise damaged(file, "its rows do not have their checksum")
     return table, contents
 
 
@@ -79,6 +81,7 @@ def read_schema(file: Path) -> tuple[pa.Schema, dict[str, Any]]:
         else:
             described = json.loads(metadata[METADATA])
             version, contents = described["version"], described["contents"]
+            head = _checksum(contents, described["rows"], *_head(schema))
     except (pa.ArrowException, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise damaged(file, error) from error
     if version != VERSION:
@@ -87,8 +90,8 @@ def read_schema(file: Path) -> tuple[pa.Schema, dict[str, Any]]:
             f"{file} is in version {version!r} of its format, and this tl_backward reads version "
             f"{VERSION}; {todo}, or pass a new folder"
         )
-    if not isinstance(contents, dict):
-        raise damaged(file, "it does not say what it holds")
+    if described.get("head") != head or not isinstance(contents, dict):
+        raise damaged(file, "what it says of itself does not have its checksum")
     return schema, contents
 
 
@@ -99,11 +102,14 @@ def damaged(file: Path, why: object) -> ValueError:
     )
 
 
-def _checksum(table: pa.Table, contents: dict[str, Any]) -> str:
-    """Of all that a reader sees of the file."""
-    metadata = {str(key): str(value) for key, value in _foreign_metadata(table.schema).items()}
-    seen = [contents, metadata, table.num_rows, table.to_pydict()]
+def _checksum(*seen: Any) -> str:
     return sha256(json.dumps(seen, default=repr).encode()).hexdigest()
+
+
+def _head(schema: pa.Schema) -> tuple[list[str], dict[str, str]]:
+    """The columns, and what others say of the table."""
+    metadata = {str(key): str(value) for key, value in _foreign_metadata(schema).items()}
+    return schema.names, metadata
 
 
 def _foreign_metadata(schema: pa.Schema) -> dict[bytes, bytes]:

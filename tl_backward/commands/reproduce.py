@@ -125,7 +125,7 @@ def _finished_chapters(out: Path, made_by: Provenance) -> dict[str, Chapter]:
 
     files = {name: out / f"{name}.parquet" for name in EXPERIMENTS}
     there = {name: table_files.read(file) for name, file in files.items() if file.exists()}
-    require_same(out, made_by, [str(contents.get("made_by")) for _, contents in there.values()])
+    require_same(out, made_by, {name: of.get("made_by") for name, (_, of) in there.items()})
     return {
         name: _chapter(name, table.to_pandas(), contents["seconds"])
         for name, (table, contents) in there.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,30 +31,31 @@ def provenance(records: Iterable[object], **others: Any) -> Provenance:
     return parts | describe(**others)
 
 
-def require_same(folder: Path, made_by: Provenance, found: Iterable[str]) -> None:
+def require_same(folder: Path, made_by: Provenance, found: Mapping[str, object]) -> None:
     """Make sure that all results in a folder have one provenance, and note it there.
 
     Args:
         folder: The folder, which exists.
         made_by: The provenance of the results that are to be added.
-        found: Hashes of the provenance of the results that are there.
+        found: By file, the hash of the provenance of the results that are there.
 
     Raises:
         ValueError: When one differs; what differs is named.
         OSError: When the folder cannot be written.
     """
-    file, found, now = folder / FILE, set(found), hash_of(made_by)
+    file, now = folder / FILE, hash_of(made_by)
     noted, then = _noted(file)
-    if found <= {now}:
+    others = [name for name, made_by_hash in found.items() if made_by_hash != now]
+    if not others:
         if then != now:
             unfinished = folder / f".{FILE}.unfinished"
             unfinished.write_text(json.dumps(made_by, indent=1), encoding="utf-8")
             os.replace(unfinished, file)
         return
-    if then in found:
+    if then != now and then in found.values():
         differences = "; ".join(_differences(noted, made_by))
     else:
-        differences = f"something else ({file.name}, which told what, is missing or damaged)"
+        differences = f"something else ({file.name} does not tell what {others[0]} is of)"
     raise ValueError(
         f"{folder} holds results of {differences}. Use what they were made with, or pass a new "
         "folder, or delete this one"
