@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 
 import pytest
 import torch
@@ -386,6 +387,37 @@ def test_half_precision_is_added_in_float32(boot):
     assert relative_error(hooked_logits(edit).float(), by_weights.float()) < 0.03
 
 
+@NEEDS_BRIDGE
+def test_a_weight_that_half_precision_cannot_hold(boot):
+    """In float32 there is room for the update; in float16 the weight would be infinite."""
+    model = boot("llama", torch.float16)
+    before = weights(model)
+    edit = 1e5 * random_edit(model, "blocks.1.mlp.W_out", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"W_out with its update is too large for torch.float16"):
+        edit.apply()
+    assert same_bits(weights(model), before) and not edit.is_applied
+
+
+def test_threads_have_the_inputs_of_their_own_pass(models):
+    """Another thread's input that passes between a weight's input and output is not taken."""
+    model = models(MODELS[0])
+    (site,) = tlb.weight_sites(model, "W_out", 1)
+    with attached_hook_points(model):
+        (_, note), (_, add) = WeightEdit(model, {site.name: factors(site)}).fwd_hooks()
+    x, other = (torch.full((1, 2, site.d_in), value, dtype=torch.float64) for value in (1.0, 7.0))
+    y = torch.zeros(1, 2, site.d_out, dtype=torch.float64)
+    note(x, hook=None)
+    thread = threading.Thread(target=note, args=(other, None))
+    thread.start()
+    thread.join()
+    dense = sum(
+        torch.outer(u, v) for u, v in zip(factors(site).inputs, factors(site).vjps, strict=True)
+    )
+    torch.testing.assert_close(add(y, hook=None), x @ dense)
+    with pytest.raises(RuntimeError, match="did not pass"):
+        add(y, hook=None)
+
+
 # many edits in one batch
 
 
@@ -552,6 +584,58 @@ def test_refused_in_another_precision(boot, tmp_path):
     assert WeightEdit.load(path, boot("llama", torch.float32)).factors
 
 
+@NEEDS_BRIDGE
+def test_what_is_made_of_loaded_edits_knows_its_weights(boot, tmp_path):
+    """Multiples and sums bind to no other model, though its shapes are the same."""
+    model, other = boot("llama"), boot("llama")
+    names = ["blocks.1.mlp.W_out", "blocks.0.mlp.W_in"]
+    for site in tlb.weight_sites(other):
+        site.parameter.data += 1e-3
+    one, two = (WeightEdit.load(random_edit(model, n).save(tmp_path / n)) for n in names)
+    stranger = WeightEdit.load(random_edit(other, names[1]).save(tmp_path / "other"))
+    made = {
+        "multiple": 2 * one,
+        "multiple of a bound one": -1 * one.bind(model),
+        "sum": one + two,
+        "sum of multiples": 2 * one + -0.5 * two,
+        "sum with an edit of no model": one + WeightEdit(None, two.factors),
+        "sum with one of another model": one + stranger,
+    }
+    for which, edit in made.items():
+        with pytest.raises(ValueError, match="not the one that this edit was saved for"):
+            edit.bind(other)
+        if "another" not in which:
+            assert edit.bind(model).factors.keys() == edit.factors.keys()
+    with pytest.raises(ValueError, match="cannot add edits that were saved for other weights"):
+        two + stranger
+    with pytest.raises(ValueError, match="not the one that this edit was saved for"):
+        (one + stranger).bind(model)
+    path = (2 * (one + two)).bind(model).save(tmp_path / "scaled")
+    again = WeightEdit.load(path, model)
+    torch.testing.assert_close(again.norm(), 2 * (one + two).bind(model).norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_edit_is_saved_while_a_later_one_is_applied(models, name, tmp_path):
+    """It would be for the weights with that edit, and not load without it."""
+    model, path = models(name), tmp_path / "edit.safetensors"
+    edit, other = random_edit(model, "blocks.1.mlp.W_out"), random_edit(model, "blocks.0.attn.W_V")
+    double = 2 * edit
+    with edit.applied():
+        for derived in (double, 2 * edit, edit + other, other + -1 * edit):
+            with pytest.raises(RuntimeError, match=r"blocks.1.mlp.W_out bears an edit that was"):
+                derived.save(path)
+        upon_it = random_edit(model, "blocks.1.mlp.W_out", seed=5)
+        other.save(path)
+        assert WeightEdit.load(path, model).factors.keys() == other.factors.keys()
+        upon_it.save(path)
+        WeightEdit.load(path, model)
+    with pytest.raises(ValueError, match="not the one that this edit was saved for"):
+        WeightEdit.load(path, model)
+    double.save(path)
+    assert torch.equal(applied_logits(WeightEdit.load(path, model)), applied_logits(double))
+
+
 def test_files_that_are_no_edits(models, tmp_path):
     model = models(MODELS[0])
     path = random_edit(model, "blocks.1.mlp.W_out").save(tmp_path / "edit.safetensors")
@@ -586,6 +670,8 @@ def test_bad_factors(model):
         both = random_edit(model, "blocks.0.mlp.W_out").factors | {"blocks.1.mlp.W_out": good * bad}
         with pytest.raises(ValueError, match=r"the update of blocks.1.mlp.W_out is not finite"):
             WeightEdit(model, both).apply()
+        with pytest.raises(ValueError, match=r"the update of blocks.1.mlp.W_out is not finite"):
+            WeightEdit(model, both).fwd_hooks()
     assert same_bits(weights(model), before)
 
 
