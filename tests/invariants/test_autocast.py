@@ -85,6 +85,23 @@ def test_applied_edits_and_their_norm(model):
         assert torch.equal(site.parameter, before)
 
 
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_applied_edits_act_on_a_model_that_has_run_before(model, with_grad):
+    """Autocast keeps what it has cast; what is kept has to go with the weight."""
+    site = tlb.weight_sites(model, "W_out", 1)[0]
+    edit = WeightEdit(model, {site.name: update(site)})
+    with torch.set_grad_enabled(with_grad):
+        with torch.autocast("cpu"):
+            before = model(TOKENS)
+            with edit.applied():
+                edited = model(TOKENS)
+            after = model(TOKENS)
+        with edit.applied(), torch.autocast("cpu"):
+            expected = model(TOKENS)
+    assert torch.equal(edited, expected) and torch.equal(after, before)
+    assert error(edited.detach(), before.detach().double()) > 1e-2
+
+
 def test_edits_by_hooks(model):
     """The hooks themselves, called with an input and an output of float32."""
     for site in tlb.weight_sites(model, layers=1):

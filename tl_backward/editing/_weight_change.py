@@ -53,13 +53,13 @@ class WeightChange:
     def make(self, parameter: Tensor) -> None:
         """Change the weight; half precision is added in float32 and rounded once."""
         _changes_of.setdefault(parameter, []).append(self._token)
-        parameter[self._slices] = self._changed
+        _write(parameter, self._slices, self._changed)
         self._fingerprint = fingerprint(parameter)
 
     @torch.no_grad()
     def undo(self, parameter: Tensor) -> None:
         """Put the original values back. Doing it twice, or before :meth:`make`, does no harm."""
-        parameter[self._slices] = self._original.to(parameter.device)
+        _write(parameter, self._slices, self._original.to(parameter.device))
         tokens = _changes_of.get(parameter, [])
         if self._token in tokens:
             tokens.remove(self._token)
@@ -136,6 +136,12 @@ class WeightChanges:
             self.are_disputed = True
             raise
         self.are_disputed = False
+
+
+def _write(parameter: Tensor, slices: Int[Tensor, "_"], values: Float[Tensor, "..."]) -> None:
+    """Autocast keeps the weights that it has cast as long as it lasts, and would go on with them."""
+    parameter[slices] = values
+    torch.clear_autocast_cache()
 
 
 def standing_changes(parameters: Iterable[Tensor]) -> frozenset[object]:
