@@ -239,3 +239,18 @@ def test_a_null_space_that_is_nothing_or_everything_is_refused(options, message)
 def test_a_second_moment_that_is_singular_but_for_rounding_is_refused():
     with pytest.raises(ValueError, match="singular with ridge=0"):
         random_statistics(n_texts=10).solve("site", torch.ones(1, 11, dtype=torch.float64))
+
+
+@NEEDS_BRIDGE
+def test_statistics_are_told_by_the_models_name_but_not_by_its_maker(boot):
+    model = boot("gpt2")
+    made = key_statistics(model, SAMPLE, 1)
+    shift = {"layer": 1, "lr": 0.1, "key": "whitened", "skip_if_predicted": False}
+    expected = tlb.forward_pass_shift(model, [3, 4], 5, statistics=made, **shift)
+    for name in (f"maker/{made.model}", None):
+        same = KeyStatistics(made.second_moments, made.n_tokens, made.ridge, name)
+        got = tlb.forward_pass_shift(model, [3, 4], 5, statistics=same, **shift)
+        assert torch.equal(got.factors[name_of(1)].dense(), expected.factors[name_of(1)].dense())
+    other = KeyStatistics(made.second_moments, made.n_tokens, made.ridge, "maker/other")
+    with pytest.raises(ValueError, match="statistics: they are of maker/other"):
+        tlb.forward_pass_shift(model, [3, 4], 5, statistics=other, **shift)

@@ -165,6 +165,8 @@ def forward_pass_shift(
         raise ValueError('texts are for layer="auto"; leave them out')
     sites = weight_sites(model, "W_out", None if layer == "auto" else layer)
     require_eval_mode(model)
+    if statistics is not None:
+        statistics.require_for(model, sites)
     facts = Facts(model, prompt, target, position, tokens, prepend_bos)
     if not automatic:
         return _with_fixed_step(model, facts, sites, float(lr), iterations, skip_if_predicted, rule)

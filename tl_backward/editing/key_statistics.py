@@ -122,7 +122,7 @@ class KeyStatistics:
         Raises:
             ValueError: When one is missing, has another width, or is of another model.
         """
-        if self.model is not None and self.model != model_name(model):
+        if self.model is not None and _short(self.model) != _short(model_name(model)):
             raise ValueError(
                 f"statistics: they are of {self.model}, and this is {model_name(model)}; make "
                 "them with key_statistics(model, texts, layer)"
@@ -202,6 +202,11 @@ class KeyStatistics:
                 f"({', '.join(expected)}); revert the edits that are applied, or remove the file"
             )
         return cls({name: moments[name] for name in names}, n_tokens, ridge, made_for)
+
+
+def _short(name: str) -> str:
+    """A model's name without who made it, which a local folder or TransformerLens may leave out."""
+    return name.rpartition("/")[2].lower()
 
 
 def key_statistics(
