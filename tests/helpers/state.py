@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,27 @@ REGISTRIES = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
 def state(model: Any) -> dict[str, Any]:
     """Everything of a model of either class, and of torch, that hooks or a capture might change."""
+    return {
+        **state_of_model(model),
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "rng": bits(torch.get_rng_state()),
+        "grad_mode": torch.is_grad_enabled(),
+    }
+
+
+def left_as_it_came(model: Any) -> Iterator[Any]:
+    """Lend a model to several tests, which have to leave it as it came: ``yield from`` this.
+
+    It may have more attributes: a bridge notes what it has found out about its model.
+    """
+    before = state_of_model(model)
+    yield model
+    after = state_of_model(model)
+    changed = [name for name, value in before.items() if after[name] != value]
+    assert not changed, f"a test has changed the {changed} of a model that it shares with others"
+
+
+def state_of_model(model: Any) -> dict[str, Any]:
     models = [model, *filter(None, [getattr(model, "original_model", None)])]
     named = [pair for one in models for pair in one.named_modules(remove_duplicate=False)]
     modules = list({id(module): module for _, module in named}.values())
@@ -20,7 +42,6 @@ def state(model: Any) -> dict[str, Any]:
     buffers = [buffer for one in models for buffer in one.buffers()]
     return {
         "tree": [(name, id(module), type(module)) for name, module in named],
-        "attributes": [sorted(vars(module)) for module in modules],
         "torch_hooks": [[list(getattr(m, name)) for name in REGISTRIES] for m in modules],
         "tl_hooks": [
             (len(m.fwd_hooks), len(m.bwd_hooks)) for m in modules if isinstance(m, HookPoint)
@@ -32,8 +53,6 @@ def state(model: Any) -> dict[str, Any]:
         "requires_grad": [parameter.requires_grad for parameter in parameters],
         "grad": [p.grad if p.grad is None else bits(p.grad) for p in parameters],
         "weights": [bits(tensor) for tensor in (*parameters, *buffers)],
-        "rng": bits(torch.get_rng_state()),
-        "grad_mode": torch.is_grad_enabled(),
     }
 
 

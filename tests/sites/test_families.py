@@ -20,6 +20,7 @@ from helpers.gradients import (
     reference_loss,
     relative_error,
 )
+from helpers.state import left_as_it_came
 from helpers.summary import SUMMARY
 from helpers.versions import NEEDS_BRIDGE, TL_VERSION
 
@@ -29,6 +30,7 @@ pytestmark = NEEDS_BRIDGE
 
 TOKENS = torch.tensor([[3, 9, 1, 17, 5, 11, 2, 8, 30]])
 TARGET = 5
+PROMPTS, TARGETS = [[3, 9, 1, 17, 5, 11, 2, 8, 30], [4, 7, 2], [12, 1, 33, 6]], [[5], [7, 9], [11]]
 
 
 @dataclass
@@ -61,16 +63,44 @@ def report(request):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_site(family, tokenizer, report):
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def lent(family, tokenizer, dtype):
+    model = make(family, tokenizer, dtype)
+    model(TOKENS)  # adds hooks to its norms
+    yield from left_as_it_came(model)
+
+
+@pytest.fixture(scope="module")
+def in_float64(family, tokenizer):
+    yield from lent(family, tokenizer, torch.float32 if family in FLOAT32_ONLY else torch.float64)
+
+
+@pytest.fixture(scope="module")
+def in_float32(family, tokenizer):
+    yield from lent(family, tokenizer, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def alone(in_float32):
+    """Loss and cache of each prompt without the others."""
+    return [
+        tlb.run_with_backward_cache(in_float32, prompt, target)
+        for prompt, target in zip(PROMPTS, TARGETS, strict=True)
+    ]
+
+
+def test_every_site(family, in_float64, report):
     """Autograd to 1e-10 and a finite difference, for every site.
 
     Transformers computes RMSNorm, rotary embeddings and softmax in float32 whatever the model's
     dtype, so the difference quotient carries that noise: a large step, and a tolerance relative to
     the gradient's norm.
     """
-    dtype = torch.float32 if family in FLOAT32_ONLY else torch.float64
-    model = make(family, tokenizer, dtype)
+    model = in_float64
     _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET)
     sites = tlb.weight_sites(model)
     assert {"embed.W_E", "unembed.W_U"} <= set(cache) == {site.name for site in sites}
@@ -83,7 +113,7 @@ def test_every_site(family, tokenizer, report):
         assert got.shape == site.parameter.shape
         assert gradient.norm() > 0
         exact = max(exact, relative_error(got, gradient))
-        direction = torch.randn(got.shape, generator=generator, dtype=dtype)
+        direction = torch.randn(got.shape, generator=generator, dtype=got.dtype)
         direction = direction / direction.norm() + got / got.norm()
         slope = finite_difference(model, TOKENS, TARGET, site.parameter, direction, 1e-3)
         error = (slope - (got * direction).sum()).abs() / got.norm()
@@ -96,37 +126,29 @@ def test_every_site(family, tokenizer, report):
     assert coarse <= 2e-2 or family in TRUNCATED_BACKWARD
 
 
-PROMPTS, TARGETS = [[3, 9, 1, 17, 5, 11, 2, 8, 30], [4, 7, 2], [12, 1, 33, 6]], [[5], [7, 9], [11]]
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_batches(family, side, tokenizer):
-    """In float32: in float64 many of these models make nan of padding on the left."""
+def test_batches(family, side, in_float32, alone):
+    """In float64 many of these models make nan of padding on the left."""
     if TL_VERSION < 4 and family in PADDING_CHANGES_TL_3:
         pytest.skip(f"TransformerLens 3: {PADDING_CHANGES_TL_3[family]}")
-    model = make(family, tokenizer, torch.float32)
     arguments = {"padding_side": side}
     if family in SEE_PADDING_ON_THE_LEFT and side == "left":
         with pytest.raises(NotImplementedError, match="padding_side='right'"):
-            tlb.run_with_backward_cache(model, PROMPTS, TARGETS, **arguments)
+            tlb.run_with_backward_cache(in_float32, PROMPTS, TARGETS, **arguments)
         return
-    losses, cache = tlb.run_with_backward_cache(model, PROMPTS, TARGETS, **arguments)
-    for b, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
-        loss, alone = tlb.run_with_backward_cache(model, prompt, target)
+    losses, cache = tlb.run_with_backward_cache(in_float32, PROMPTS, TARGETS, **arguments)
+    for b, (loss, one) in enumerate(alone):
         torch.testing.assert_close(losses[b], loss, rtol=1e-5, atol=1e-5)
         for name, g in cache.example(b).items():
-            error = (g.dense() - alone[name].dense()).norm()
-            assert error <= 1e-4 * alone[name].norm(), name
+            error = (g.dense() - one[name].dense()).norm()
+            assert error <= 1e-4 * one[name].norm(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_hook_points_exist(family, tokenizer):
-    model = make(family, tokenizer)
+def test_hook_points_exist(in_float64):
     names = {
         name
-        for site in tlb.weight_sites(model)
+        for site in tlb.weight_sites(in_float64)
         for name in (site.hook_in, site.hook_out, site.hook_residual)
         if name is not None
     }
-    assert names <= set(model.hook_dict)
+    assert names <= set(in_float64.hook_dict)
