@@ -19,7 +19,7 @@ from helpers.versions import CLASSES, MODELS, NEEDS_BRIDGE
 import tl_backward as tlb
 from tl_backward.sites import attached_hook_points
 
-TOKENS, TARGET = torch.tensor([[3, 17, 3, 29, 8, 0]]), 5
+TOKENS, TARGET = torch.tensor([[3, 17, 3, 29, 8, 9]]), 5
 ATTENTION = ["W_Q", "W_K", "W_V", "W_O"]
 LOOKUPS = ["W_E", "W_pos"]
 KINDS = {

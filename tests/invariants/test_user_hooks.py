@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 import tl_backward as tlb
 from tl_backward.sites import attached_hook_points
 
-TOKENS, TARGET = torch.tensor([[3, 17, 3, 29, 8, 0]]), 5
+TOKENS, TARGET = torch.tensor([[3, 17, 3, 29, 8, 9]]), 5
 
 
 def scaled(tensors, factor):

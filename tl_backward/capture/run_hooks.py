@@ -58,7 +58,7 @@ class Run:
         """Whether the calling thread is that of the run."""
         return get_ident() == self._thread
 
-    def may_own(self, tensor: Tensor) -> bool:
+    def may_own(self, tensor: Any) -> bool:
         """Whether a tensor that passes a hook may be the run's.
 
         The backward pass of an accelerator's tensors has threads of its own.
@@ -133,7 +133,7 @@ class Run:
         context.__enter__()
         cut_short.clear()
 
-    def _call(self, function: Callable[..., Any], tensor: Tensor, hook: Any) -> Any:
+    def _call(self, function: Callable[..., Any], tensor: Tensor | None, hook: Any) -> Any:
         return function(tensor, hook=hook) if self.may_own(tensor) else None
 
     def step_aside_for_others(self, modules: Iterable[nn.Module], undo: Undo) -> None:
