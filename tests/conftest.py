@@ -47,6 +47,12 @@ def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_with_bos(tmp_path_factory) -> PreTrainedTokenizerFast:
+    """The same, but it puts ``<bos>`` before every text, as Llama's and Gemma's do."""
+    return tokenizer_from(tmp_path_factory.mktemp("tokenizer_with_bos"), adds_bos=True)
+
+
+@pytest.fixture(scope="session")
 def boot(tokenizer):
     """A function that makes a tiny random bridge: ``boot("llama", torch.float64)``."""
     return partial(boot_tiny, tokenizer=tokenizer)

@@ -24,12 +24,12 @@ TOLERANCE = 1e-5  # transformers computes the softmax of Llama in float32 in any
     params=[f"{cls}-{kind}" for cls in CLASSES for kind in ("llama", "gpt2")],
     scope="module",
 )
-def model(request, tokenizer):
+def model(request, tokenizer_with_bos):
     cls, kind = request.param.split("-")
     if cls == "bridge":
-        return request.getfixturevalue("boot")(kind)
-    model = build(**LIKE[kind], n_layers=3, n_ctx=32, d_vocab=len(tokenizer))
-    model.set_tokenizer(tokenizer)
+        return request.getfixturevalue("boot")(kind, tokenizer=tokenizer_with_bos)
+    model = build(**LIKE[kind], n_layers=3, n_ctx=32, d_vocab=len(tokenizer_with_bos))
+    model.set_tokenizer(tokenizer_with_bos)
     tlb.add_hook_points(model)
     return model
 
@@ -177,7 +177,7 @@ def test_the_output_vjp_is_what_autograd_finds_on_both_sides_of_the_norm(model, 
             "output_rank": rank_of(above @ model.W_U, reference.target),
             "residual_rank": rank_of(below @ model.W_U, reference.target),
         }
-        assert row.keys() == {"record", *want}
+        assert row.keys() == {"record", "prepend_bos", *want}
         for name, value in want.items():
             assert row[name] == pytest.approx(float(value), rel=TOLERANCE, abs=TOLERANCE)
 
@@ -291,8 +291,8 @@ EXPERIMENTS = [
 
 
 @pytest.fixture(scope="module")
-def gpt2(request):
-    model = request.getfixturevalue("boot")("gpt2")
+def gpt2(request, tokenizer_with_bos):
+    model = request.getfixturevalue("boot")("gpt2", tokenizer=tokenizer_with_bos)
     model(torch.tensor([[1, 2]]))  # adds hooks to its norms
     return model
 

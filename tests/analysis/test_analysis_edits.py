@@ -22,8 +22,8 @@ pytestmark = NEEDS_BRIDGE
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def model(request):
-    model = request.getfixturevalue("boot")(request.param)
+def model(request, tokenizer_with_bos):
+    model = request.getfixturevalue("boot")(request.param, tokenizer=tokenizer_with_bos)
     model(torch.tensor([[1, 2]]))
     return model
 
@@ -63,8 +63,8 @@ def step_by_hand(model, record, layer, method, lr):
 
 
 def perplexity(model):
-    """Mean of those of the texts, without BOS."""
-    losses = [model(text, return_type="loss", prepend_bos=False) for text in TEXTS]
+    """Mean of those of the texts, with BOS."""
+    losses = [model(text, return_type="loss") for text in TEXTS]
     return float(torch.stack(losses).exp().mean().detach())
 
 

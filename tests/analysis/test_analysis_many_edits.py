@@ -30,8 +30,8 @@ pytestmark = NEEDS_BRIDGE
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def model(request):
-    model = request.getfixturevalue("boot")(request.param)
+def model(request, tokenizer_with_bos):
+    model = request.getfixturevalue("boot")(request.param, tokenizer=tokenizer_with_bos)
     model(torch.tensor([[1, 2]]))
     return model
 
@@ -126,7 +126,7 @@ def test_the_perplexity_is_that_of_the_edited_weights(model, weight):
     )
 
     def perplexity():
-        losses = [model(text, return_type="loss", prepend_bos=False) for text in texts]
+        losses = [model(text, return_type="loss") for text in texts]
         return float(torch.stack(losses).exp().mean().detach())
 
     assert frame.query("size == 0")["perplexity"].tolist() == pytest.approx([perplexity()] * 3)

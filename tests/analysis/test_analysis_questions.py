@@ -22,8 +22,8 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def model(request):
-    model = request.getfixturevalue("boot")(request.param)
+def model(request, tokenizer_with_bos):
+    model = request.getfixturevalue("boot")(request.param, tokenizer=tokenizer_with_bos)
     model(torch.tensor([[1, 2]]))
     return model
 

@@ -34,7 +34,7 @@ def run(boot, monkeypatch):
 def test_table_shows_the_last_token(run, boot):
     shown = run(PROMPT, "--target", TARGET, "--layers", "0,-1", "--top-k", "4")
     assert shown.exit_code == 0, shown.output
-    result = tlb.BackwardLogitLens(boot("llama"))(PROMPT, TARGET)
+    result = tlb.BackwardLogitLens(boot("llama"))(PROMPT, TARGET, prepend_bos=False)
     lines = shown.output.splitlines()
     for kind in ("W_in", "W_out"):
         start = next(i for i, line in enumerate(lines) if line.strip().startswith(kind))
@@ -53,7 +53,9 @@ def test_json_holds_every_position(run, boot, tmp_path):
     shown = run(PROMPT, "--target", TARGET, "--weights", "W_gate, W_out", "--json", str(path))
     assert shown.exit_code == 0, shown.output
     written = json.loads(path.read_text())
-    result = tlb.BackwardLogitLens(boot("llama"))(PROMPT, TARGET, weights=("W_gate", "W_out"))
+    result = tlb.BackwardLogitLens(boot("llama"))(
+        PROMPT, TARGET, weights=("W_gate", "W_out"), prepend_bos=False
+    )
     assert len(written["rows"]) == len(result.to_dataframe())
     assert {row["weight"] for row in written["rows"]} == {"W_gate", "W_out"}
     assert written["str_tokens"] == result.str_tokens
@@ -64,7 +66,9 @@ def test_a_target_of_several_tokens_is_ranked_by_its_last_at_the_last_token(run,
     path = tmp_path / "lens.json"
     shown = run(PROMPT, "--target", " Paris Rome", "--weights", "W_out", "--json", str(path))
     assert shown.exit_code == 0, shown.output
-    result = tlb.BackwardLogitLens(boot("llama"))(PROMPT, " Paris Rome", weights="W_out")
+    result = tlb.BackwardLogitLens(boot("llama"))(
+        PROMPT, " Paris Rome", weights="W_out", prepend_bos=False
+    )
     assert "rank of '·Rome'" in shown.output and "-> ' Paris Rome'" in shown.output
     written = json.loads(path.read_text())
     assert written["target_id"] == result.target_ids.tolist()
@@ -83,7 +87,7 @@ def test_a_target_of_several_tokens_without_its_space_is_pointed_out(run, boot):
     shown = run(PROMPT, "--target", "Paris")
     assert shown.exit_code == 0, shown.output
     with pytest.warns(UserWarning, match="with the leading space"):
-        result = tlb.BackwardLogitLens(boot("llama"))(PROMPT, "Paris")
+        result = tlb.BackwardLogitLens(boot("llama"))(PROMPT, "Paris", prepend_bos=False)
     assert f"loss {result.loss:.4f} nats" in shown.output
     assert "with the leading space, ' Paris' is one" in " ".join(shown.stderr.split())
 
@@ -129,7 +133,9 @@ def test_a_local_folder_as_model(tokenizer, tmp_path):
 
 def test_edit_shows_before_and_after(run, boot, tmp_path):
     path = tmp_path / "edit.safetensors"
-    shown = run(PROMPT, "--target", TARGET, "--layer", "1", "--save", str(path), command="edit")
+    shown = run(
+        PROMPT, "--target", TARGET, "--layer", "1", "--bos", "--save", str(path), command="edit"
+    )
     assert shown.exit_code == 0, shown.output
     model = boot("llama")
     edit = tlb.WeightEdit.load(path, model)
@@ -259,7 +265,7 @@ def test_reproduce_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
     assert run(*options, command="reproduce").exit_code == 0
     again = pd.read_parquet(tmp_path / "r" / "gradient_rank.parquet")
     pd.testing.assert_frame_equal(first, again, check_dtype=False)
-    shown = run(*options, "--prepend-bos", command="reproduce")
+    shown = run(*options, "--bos", command="reproduce")
     assert shown.exit_code == 2
     assert "other options (prepend_bos: false then, true now)" in " ".join(shown.stderr.split())
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import re
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -37,6 +39,7 @@ from tl_backward.evaluation import (
     perplexity,
     score_targets,
     shift,
+    table,
     tokenised,
     unedited,
 )
@@ -121,11 +124,11 @@ def ids_of(model, text):
 
 
 @torch.no_grad()
-def score_alone(run, tokenizer, prefix, target):
+def score_alone(run, tokenizer, prefix, target, bos=False):
     """NLL of a target after a prefix, and whether it is predicted, token by token."""
-    start = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    start = tokenizer(prefix, add_special_tokens=bos)["input_ids"]
     ids = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
-    whole = tokenizer(f"{prefix} {target}", add_special_tokens=False)["input_ids"]
+    whole = tokenizer(f"{prefix} {target}", add_special_tokens=bos)["input_ids"]
     assert whole == start + ids
     logits = run(torch.tensor([whole]))[0]
     nll, right = 0.0, []
@@ -136,8 +139,8 @@ def score_alone(run, tokenizer, prefix, target):
     return nll, all(right)
 
 
-def plain_loop(run, tokenizer, record):
-    """All metrics of a record, one text at a time."""
+def plain_loop(run, tokenizer, record, bos=False):
+    """All metrics of a record, one text at a time; ``bos``: as the tokenizer begins texts."""
     prompts = {
         "efficacy": [record.prompt],
         "paraphrase": record.paraphrase_prompts,
@@ -147,8 +150,8 @@ def plain_loop(run, tokenizer, record):
     for kind, wanted in KINDS.items():
         successes, magnitudes, accuracies = [], [], []
         for prompt in prompts[kind]:
-            new = score_alone(run, tokenizer, prompt, record.target_new)
-            true = score_alone(run, tokenizer, prompt, record.target_true)
+            new = score_alone(run, tokenizer, prompt, record.target_new, bos)
+            true = score_alone(run, tokenizer, prompt, record.target_true, bos)
             want, other = (new, true) if wanted == 0 else (true, new)
             successes.append(other[0] > want[0])
             magnitudes.append(math.exp(-want[0]) - math.exp(-other[0]))
@@ -549,14 +552,119 @@ def test_progress_is_shown(models, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
+# BOS
+
+
+@pytest.fixture(params=["tokenizer", "tokenizer_with_bos"])
+def transformers_alone(request):
+    """A model of transformers and its tokenizer, a bridge, and whether the tokenizer adds BOS."""
+    tokenizer = request.getfixturevalue(request.param)
+    return *model_and_bridge(tokenizer, "gpt2"), tokenizer, request.param == "tokenizer_with_bos"
+
+
+def same_row(got, want):
+    assert {name: got[name] for name in want} == pytest.approx(want, rel=1e-6, abs=1e-9)
+
+
+@NEEDS_BRIDGE
+def test_texts_begin_as_the_tokenizer_has_them(transformers_alone):
+    """The table is that of transformers alone, in which nothing is said of BOS."""
+    hf, bridge, tokenizer, bos = transformers_alone
+
+    def run(ids):
+        return hf(ids).logits
+
+    frame = evaluate(bridge, RECORDS, unedited, perplexity_texts=TEXTS, progress=False)
+    assert frame["prepend_bos"].tolist() == [bos] * len(RECORDS)
+    assert table({"unedited": frame})["records", "bos"].tolist() == ["yes" if bos else "no"]
+    for record, (_, row) in zip(RECORDS, frame.iterrows(), strict=True):
+        want = plain_loop(run, tokenizer, record, bos=True)
+        want["perplexity"] = perplexity_alone(run, tokenizer, TEXTS, bos=True)
+        same_row(row, want)
+
+
+@NEEDS_BRIDGE
+def test_texts_are_generated_as_the_tokenizer_begins_them(transformers_alone, monkeypatch):
+    _, bridge, tokenizer, _ = transformers_alone
+    given = []
+
+    def keep(model, tokens, n_new, **options):
+        given.append(tokens.tolist())
+        return tokens
+
+    monkeypatch.setattr(generation, "generate_tokens", keep)
+    assert generate_texts(bridge, ["Rome and"]) == ["Rome and"]
+    assert given.pop() == [tokenizer("Rome and")["input_ids"]]
+    for bos in (True, False):
+        assert generate_texts(bridge, ["Rome and"], prepend_bos=bos) == ["Rome and"]
+        assert given.pop() == [[tokenizer.bos_token_id] * bos + ids_of(bridge, "Rome and")]
+
+
+@NEEDS_BRIDGE
+@pytest.mark.parametrize("bos", [True, False])
+def test_whether_texts_begin_with_bos_can_be_said(transformers_alone, bos):
+    hf, bridge, tokenizer, own = transformers_alone
+    first = [tokenizer.bos_token_id] * bos
+
+    def run(ids):
+        return hf(torch.tensor([first + ids[0].tolist()])).logits[:, bos:]
+
+    options = {"prepend_bos": bos, "perplexity_texts": TEXTS, "progress": False}
+    frame = evaluate(bridge, RECORDS, unedited, **options)
+    assert frame["prepend_bos"].tolist() == [bos] * len(RECORDS)
+    for record, (_, row) in zip(RECORDS, frame.iterrows(), strict=True):
+        same_row(row, plain_loop(run, tokenizer, record))
+    own_frame = evaluate(bridge, RECORDS, unedited, perplexity_texts=TEXTS, progress=False)
+    assert own_frame.equals(frame) == (bos == own)
+
+
+@NEEDS_BRIDGE
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(
+    ("method", "edit"),
+    [
+        (shift(layer=1, lr=0.5), partial(forward_pass_shift, layer=1, lr=0.5)),
+        (fine_tuning(lr=0.1, max_steps=2), partial(fine_tune, lr=0.1, max_steps=2)),
+        (gradient(lr=0.1), None),
+    ],
+    ids=["shift", "fine_tuning", "gradient"],
+)
+def test_a_method_edits_the_texts_that_are_measured(transformers_alone, method, edit, bos):
+    _, bridge, tokenizer, own = transformers_alone
+    record = RECORDS[0]
+    ids = tokenizer(record.prompt, add_special_tokens=False)["input_ids"]
+    prompt = [tokenizer.bos_token_id] * bos + ids
+    (target,) = tokenizer(" Paris", add_special_tokens=False)["input_ids"]
+    if edit is None:
+        _, cache = tlb.run_with_backward_cache(bridge, prompt, target, weights="W_out")
+        want = gradient_step(cache, lr=0.1, model=bridge)
+    else:
+        want = edit(bridge, prompt, target)
+    frame = evaluate(bridge, [record], method, prepend_bos=bos, progress=False)
+    assert frame["edit_norm"].item() == pytest.approx(float(want.norm()), rel=1e-9)
+    by_itself = method(bridge, record)
+    assert (float(by_itself.norm()) == pytest.approx(float(want.norm()), rel=1e-9)) == (bos == own)
+
+
+def test_only_a_method_that_takes_it_is_told_of_bos(model):
+    told = []
+
+    def takes_it(model, record, *, prepend_bos):
+        told.append(prepend_bos)
+
+    for method in (takes_it, lambda model, record: told.append(None)):
+        evaluate(model, RECORDS[:1], method, prepend_bos=True, progress=False)
+    assert told == [True, None]
+
+
 # perplexity
 
 
 @torch.no_grad()
-def perplexity_alone(run, tokenizer, texts, longest=32):
+def perplexity_alone(run, tokenizer, texts, longest=32, bos=False):
     each = []
     for text in texts:
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:longest])
+        ids = torch.tensor(tokenizer(text, add_special_tokens=bos)["input_ids"][:longest])
         each.append(torch.nn.functional.cross_entropy(run(ids[None])[0, :-1], ids[1:]).exp())
     return float(sum(each) / len(each))
 
@@ -574,9 +682,7 @@ def test_perplexity_is_that_of_transformers_loss(tokenizer, kind):
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 25, 1000])
 def test_perplexity_under_many_edits(model, precision, monkeypatch, tokens_per_pass):
-    from tl_backward.editing import perplexity as module
-
-    monkeypatch.setattr(module, "TOKENS_PER_PASS", tokens_per_pass)
+    monkeypatch.setattr(sys.modules[perplexity.__module__], "TOKENS_PER_PASS", tokens_per_pass)
     edits, before = list(random_edits(model).values()), state(model)
     got = perplexity(model, TEXTS, edits)
     assert state(model) == before
@@ -589,12 +695,10 @@ def test_perplexity_under_many_edits(model, precision, monkeypatch, tokens_per_p
 
 
 def test_long_texts_are_cut(model, precision, monkeypatch):
-    from tl_backward.editing import perplexity as module
-
     long = ["London and Rome " * 30]
     want = perplexity_alone(model, model.tokenizer, long)
     assert float(perplexity(model, long)) == pytest.approx(want, rel=precision)
-    monkeypatch.setattr(module, "MAX_TOKENS", 6)
+    monkeypatch.setattr(sys.modules[perplexity.__module__], "MAX_TOKENS", 6)
     cut = perplexity_alone(model, model.tokenizer, long, 6)
     assert float(perplexity(model, long)) == pytest.approx(cut, rel=precision)
     assert cut != pytest.approx(want, rel=1e-3)

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -26,8 +27,12 @@ def byte_level_bpe(**trainer: object) -> Tokenizer:
     return bpe
 
 
-def tokenizer_from(folder: Path) -> PreTrainedTokenizerFast:
+def tokenizer_from(folder: Path, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer, after it has been saved into a folder, as those of real models are."""
+    bpe = byte_level_bpe()
+    if adds_bos:
+        ids = [("<bos>", bpe.token_to_id("<bos>"))]
+        bpe.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=ids)
     special = {f"{role}_token": "<bos>" for role in ("bos", "eos", "pad")}
-    PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe(), **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from helpers.texts import PROMPT, TARGET
 from helpers.versions import NEEDS_BRIDGE
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import tl_backward as tlb

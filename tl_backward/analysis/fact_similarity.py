@@ -12,6 +12,7 @@ from tqdm.auto import trange
 
 from tl_backward.analysis.over_records import Records, place_of, run_facts
 from tl_backward.analysis.registry import figure_of
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model
 
@@ -42,14 +43,15 @@ def fact_similarity(
         weights: Kinds of weights.
         layers: Layers; negative ones count from the last. Default: all.
         batch_size: Prompts that are run at once.
-        prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
+        prepend_bos: Whether prompts begin with a BOS token. Default: as the tokenizer does.
         progress: Whether to show a progress bar.
 
     Returns:
         One row per weight, layer and pair of records, ``record < other_record``:
         ``same_relation``; ``same_target``: whether the edits' targets have the same first token;
         ``cosine``: of the two gradients; ``input_cosine`` and ``vjp_cosine``: of the last tokens'
-        ``x_n`` and ``delta_n``, whose product is the cosine of the last tokens' terms.
+        ``x_n`` and ``delta_n``, whose product is the cosine of the last tokens' terms;
+        ``prepend_bos``: whether prompts began with a BOS token.
 
     Raises:
         ValueError: When there are less than two records, or one is malformed.
@@ -63,12 +65,13 @@ def fact_similarity(
     records = list(records)
     if len(records) < 2:
         raise ValueError("records must hold at least two, to be compared")
+    bos = prepends_bos(model, prepend_bos)
     gradients: dict[str, list[GradientFactors]] = {}
     targets: list[int] = []
     relations: list[str | None] = []
     for start in trange(0, len(records), batch_size, desc="facts", disable=not progress):
         batch = records[start : start + batch_size]
-        runs = run_facts(model, batch, weights=weights, layers=layers, prepend_bos=prepend_bos)
+        runs = run_facts(model, batch, weights=weights, layers=layers, prepend_bos=bos)
         for run in runs:
             targets.append(run.target)
             relations.append(run.fact.relation)
@@ -94,6 +97,7 @@ def fact_similarity(
                 "cosine": _gradient_cosines(of_facts)[one, other],
                 "input_cosine": _cosines([g.inputs[-1] for g in of_facts])[one, other],
                 "vjp_cosine": _cosines([g.vjps[-1] for g in of_facts])[one, other],
+                "prepend_bos": bos,
             }
         )
         for name, of_facts in gradients.items()

@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_backward.analysis.over_records import Records, Row, first_tokens
 from tl_backward.analysis.registry import figure_of
 from tl_backward.analysis.segments import Fact, fact_of
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing.forward_shift import StepNotFoundError, forward_pass_shift
 from tl_backward.editing.weight_edit import WeightEdit
@@ -77,19 +78,21 @@ def many_edits(
             first of them is run.
         iterations: How many updates each fact (or, together, all of them) gets at most.
         texts: Texts whose perplexity is to be taken with each group's edit. Default: none.
-        prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
+        prepend_bos: Whether prompts, and ``texts``, begin with a BOS token. Default: as the
+            tokenizer does.
         batch_size: Prompts that are run at once.
         path: A folder for the rows, from which an interrupted run goes on (:func:`sweep`).
         progress: Whether to show a progress bar.
 
     Returns:
         One row per plan and record, in the order of the records: ``size, schedule, iterations,
-        group``, ``record``, ``lr`` and, with texts, ``perplexity``, both of the group's edit; by
-        the first token of the targets after the last token of the prompts: ``accuracy``, whether
-        the target is predicted, and ``success``, whether it is more probable than what is true;
-        ``paraphrase_accuracy`` and ``paraphrase_success``, the same, mean over the paraphrases;
-        ``neighborhood_accuracy`` and ``neighborhood_success``, mean over the neighbours, for which
-        what is true counts. All between 0 and 1.
+        group``, ``record``, ``lr`` and, with texts, ``perplexity``, both of the group's edit;
+        ``prepend_bos``, whether texts began with a BOS token; by the first token of the targets
+        after the last token of the prompts: ``accuracy``, whether the target is predicted, and
+        ``success``, whether it is more probable than what is true; ``paraphrase_accuracy`` and
+        ``paraphrase_success``, the same, mean over the paraphrases; ``neighborhood_accuracy`` and
+        ``neighborhood_success``, mean over the neighbours, for which what is true counts. All
+        between 0 and 1.
 
     Raises:
         ValueError: For another schedule, sizes below 0, no iteration, and as
@@ -111,9 +114,10 @@ def many_edits(
         for width in (plan.size or len(records),)
         for g, first in enumerate(range(0, len(records), width))
     ]
+    bos = prepends_bos(model, prepend_bos)
     at = round(0.8 * model.cfg.n_layers) if layer is None else layer
     if lr == "auto":
-        lr = _usual_step(model, records[:N_SINGLE], at, prepend_bos)
+        lr = _usual_step(model, records[:N_SINGLE], at, bos)
     rows = sweep(
         model,
         groups,
@@ -122,7 +126,7 @@ def many_edits(
             layer=at,
             lr=lr,
             texts=texts,
-            prepend_bos=prepend_bos,
+            prepend_bos=bos,
             batch=batch_size,
         ),
         batch_size=1,
@@ -188,7 +192,7 @@ def _rows_of_groups(
     layer: int,
     lr: float,
     texts: Sequence[str] | None,
-    prepend_bos: bool | None,
+    prepend_bos: bool,
     batch: int,
 ) -> list[list[Row]]:
     """The rows of the facts of one group."""
@@ -200,9 +204,14 @@ def _rows_of_groups(
     edit = _edit(model, facts, targets, plan, layer=layer, lr=lr, prepend_bos=prepend_bos)
     kinds = {"": [[fact.prompt] for fact in facts]}
     kinds |= {f"{kind}_": [_prompts(r, field) for r in records] for kind, field in PROMPTS.items()}
-    of_group: Row = {**plan._asdict(), "group": group["group"], "lr": lr}
+    of_group: Row = {
+        **plan._asdict(),
+        "group": group["group"],
+        "lr": lr,
+        "prepend_bos": prepend_bos,
+    }
     if texts is not None:
-        of_group["perplexity"] = float(perplexity(model, texts, [edit]))
+        of_group["perplexity"] = float(perplexity(model, texts, [edit], prepend_bos=prepend_bos))
     rows: list[Row] = [{**of_group, "index": group["first"] + i} for i in range(len(facts))]
     with edit.applied():
         for kind, prompts in kinds.items():
@@ -219,9 +228,7 @@ def _rows_of_groups(
     return [rows]
 
 
-def _usual_step(
-    model: Model, records: Sequence[Any], layer: int, prepend_bos: bool | None
-) -> float:
+def _usual_step(model: Model, records: Sequence[Any], layer: int, prepend_bos: bool) -> float:
     """The median of the smallest steps that single facts need.
 
     Raises:
@@ -262,11 +269,11 @@ def _edit(
 
 @torch.no_grad()
 def _last_logits(
-    model: Model, prompts: Sequence[str], prepend_bos: bool | None, batch: int
+    model: Model, prompts: Sequence[str], prepend_bos: bool, batch: int
 ) -> Float[Tensor, "prompt d_vocab"]:
     """The logits after the last token of every prompt."""
     last = []
-    texts = prompt_tokens(model, list(prompts), prepend_bos, "right")
+    texts = prompt_tokens(model, list(prompts), prepend_bos)
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
         tokens, _ = padded(part, pad_id(model), "right")

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_backward.analysis.segments import Fact, fact_of, prompt_segments
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import Hooks, run_with_backward_cache
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.objectives import Objective
 from tl_backward.capture.tokens import target_tokens
 from tl_backward.sites import Model
@@ -77,12 +78,13 @@ def over_records(
         bwd_hooks: The same.
         batch_size: Prompts that are run at once.
         path: A folder for the rows, from which an interrupted run goes on (:func:`sweep`).
-        prepend_bos: As in ``model.to_tokens``; the paper's prompts have none. Default: the model's
-            own setting.
+        prepend_bos: Whether prompts begin with a BOS token; the paper's do not. Default: as the
+            tokenizer does.
         progress: Whether to show a progress bar.
 
     Returns:
-        One table in the order of the records; ``record`` is the index of each.
+        One table in the order of the records; ``record`` is the index of each, and ``prepend_bos``
+        says whether its prompt began with a BOS token.
 
     Raises:
         ValueError: When a record is malformed, there is none, and as
@@ -90,16 +92,17 @@ def over_records(
     """
     import pandas as pd
 
+    bos = prepends_bos(model, prepend_bos)
     capture = {
         "weights": weights,
         "layers": layers,
         "fwd_hooks": fwd_hooks,
         "bwd_hooks": bwd_hooks,
-        "prepend_bos": prepend_bos,
     }
 
     def rows_of_batch(model: Model, batch: list[Any]) -> list[Sequence[Row]]:
-        return [rows_of(run) for run in run_facts(model, batch, **capture)]
+        runs = run_facts(model, batch, prepend_bos=bos, **capture)
+        return [[{**row, "prepend_bos": bos} for row in rows_of(run)] for run in runs]
 
     rows = sweep(
         model,
@@ -116,12 +119,15 @@ def over_records(
     return table.sort_values("record", kind="stable", ignore_index=True)
 
 
-def run_facts(model: Model, records: Sequence[Any], **capture: Any) -> list[FactRun]:
+def run_facts(
+    model: Model, records: Sequence[Any], *, prepend_bos: bool | None = None, **capture: Any
+) -> list[FactRun]:
     """Run several facts in one batch.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: As :func:`fact_of` reads them.
+        prepend_bos: Whether prompts begin with a BOS token. Default: as the tokenizer does.
         capture: As in :func:`run_with_backward_cache`.
     """
     facts = [fact_of(record) for record in records]
@@ -132,6 +138,7 @@ def run_facts(model: Model, records: Sequence[Any], **capture: Any) -> list[Fact
         model,
         [fact.prompt for fact in facts],
         loss_fn=_nll_noting_answers(targets, answers),
+        prepend_bos=prepends_bos(model, prepend_bos),
         **capture,
     )
     caches = [batch.example(b) for b in range(len(facts))]

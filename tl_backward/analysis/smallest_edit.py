@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
 from tl_backward.analysis.registry import figure_of
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.editing._facts import Facts
 from tl_backward.editing._step_search import Step, smallest_step
 from tl_backward.editing.runs import WholeRun
@@ -56,7 +57,8 @@ def smallest_edit(
         margin: How far above all others the target's logit has to come, in nats.
         texts: Texts whose perplexity is to be taken before and after each edit. Default: none,
             which is much faster.
-        prepend_bos: As in ``model.to_tokens``. Default: the model's setting.
+        prepend_bos: Whether prompts, and ``texts``, begin with a BOS token. Default: as the
+            tokenizer does.
         options: ``batch_size``, ``path`` and ``progress``, as in :func:`over_records`.
 
     Returns:
@@ -80,7 +82,8 @@ def smallest_edit(
     sites = weight_sites(model, "W_out", layers)
     norms = {site.name: float(site.parameter.detach().norm()) for site in sites}
     W_U = unembedding(model).detach()
-    before = None if texts is None else float(perplexity(model, texts))
+    bos = prepends_bos(model, prepend_bos)
+    before = None if texts is None else float(perplexity(model, texts, prepend_bos=bos))
 
     def rows(run: FactRun) -> list[Row]:
         tokens = torch.as_tensor(run.cache.tokens)
@@ -114,7 +117,8 @@ def smallest_edit(
             row_and_edit(name, g, method) for name, g in run.cache.items() for method in methods
         ]
         if texts is not None:
-            values = perplexity(model, texts, [edit for _, edit in each]).tolist()
+            edits = [edit for _, edit in each]
+            values = perplexity(model, texts, edits, prepend_bos=bos).tolist()
             for (row, _), after in zip(each, values, strict=True):
                 row |= {
                     "perplexity_before": before,
@@ -123,7 +127,7 @@ def smallest_edit(
         return [row for row, _ in each]
 
     return over_records(
-        model, records, rows, weights="W_out", layers=layers, prepend_bos=prepend_bos, **options
+        model, records, rows, weights="W_out", layers=layers, prepend_bos=bos, **options
     )
 
 

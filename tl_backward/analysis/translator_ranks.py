@@ -102,7 +102,7 @@ def fit_linear_translator(
         ridge: Weight of the squared norm of the map, in units of the mean square of the singular
             values of the directions in each layer.
         batch_size: Prompts that are run at once.
-        prepend_bos: As in ``model.to_tokens``. Default: the model's own setting.
+        prepend_bos: Whether prompts begin with a BOS token. Default: as the tokenizer does.
 
     Returns:
         The translator. It keeps no norms: vectors are read in unit length.

@@ -17,11 +17,13 @@ from tl_backward.commands.checks import (
 )
 from tl_backward.commands.shared import (
     DEFAULT_MODEL,
+    BosOption,
     ModelOption,
     console_for_output,
     exit_code_2_on_bad_input,
     load,
     progress,
+    with_or_without_bos,
 )
 
 TOKENS_SHOWN = 5
@@ -40,6 +42,7 @@ def edit(
         Path | None,
         typer.Option(help="Write the edit (safetensors).", metavar="FILE", show_default=False),
     ] = None,
+    bos: BosOption = None,
 ) -> None:
     """Shift W_out towards a target by one forward pass, and show the model before and after.
 
@@ -54,17 +57,21 @@ def edit(
         require_replaceable(save=save)
         require_model_folder(model)
         with progress(console, "loading the libraries") as go_on_with:
+            from tl_backward.capture.bos import prepends_bos
             from tl_backward.editing import forward_pass_shift
 
             go_on_with(f"loading {model or DEFAULT_MODEL}")
             bridge = load(model)
+            prepend_bos = prepends_bos(bridge, bos)
             table = Table("", "next tokens", "text", header_style="bold")
-            table.add_row("before", *_continued(bridge, prompt, new_tokens))
+            table.add_row("before", *_continued(bridge, prompt, new_tokens, prepend_bos))
             go_on_with("editing")
-            made = forward_pass_shift(bridge, prompt, target, layer=at, lr=step)
+            made = forward_pass_shift(
+                bridge, prompt, target, layer=at, lr=step, prepend_bos=prepend_bos
+            )
             report = made.report
             with made.applied():
-                table.add_row("after", *_continued(bridge, prompt, new_tokens))
+                table.add_row("after", *_continued(bridge, prompt, new_tokens, prepend_bos))
         if all(report.skipped):
             console.print(f"{target!r} is predicted already: nothing was edited")
             return
@@ -72,20 +79,20 @@ def edit(
         console.print(
             f"W_out of layer {', '.join(map(str, report.layers))}: lr {report.lr:.4g}, Frobenius "
             f"norm of the update {made.norm():.4g}; {report.n_passes} forward passes and "
-            f"{report.n_upper_passes} through the upper layers"
+            f"{report.n_upper_passes} through the upper layers; {with_or_without_bos(prepend_bos)}"
         )
         if save:
             console.print(f"the edit: {made.save(save).resolve()}")
 
 
-def _continued(model: Any, prompt: str, new_tokens: int) -> tuple[str, str]:
+def _continued(model: Any, prompt: str, new_tokens: int, bos: bool) -> tuple[str, str]:
     """The most probable next tokens with their probabilities, and the greedy continuation."""
     import torch
 
     from tl_backward.evaluation import generate_tokens
     from tl_backward.plotting import visible
 
-    tokenizer, tokens = model.tokenizer, model.to_tokens(prompt, truncate=False)
+    tokenizer, tokens = model.tokenizer, model.to_tokens(prompt, prepend_bos=bos, truncate=False)
     with torch.no_grad():
         top = model(tokens)[0, -1].float().softmax(-1).topk(TOKENS_SHOWN)
     strings = tokenizer.batch_decode(top.indices.unsqueeze(-1))

@@ -15,11 +15,13 @@ from rich.table import Table
 from tl_backward.commands.checks import number_or_auto, require_data, require_model_folder
 from tl_backward.commands.shared import (
     DEFAULT_MODEL,
+    BosOption,
     ModelOption,
     console_for_output,
     exit_code_2_on_bad_input,
     load,
     progress,
+    with_or_without_bos,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def evaluate(
         ),
     ] = None,
     model: ModelOption = None,
+    bos: BosOption = None,
 ) -> None:
     """Edit a model for each CounterFact record, and print what the edits did, as a table."""
     console = console_for_output()
@@ -100,12 +103,14 @@ def evaluate(
         require_model_folder(model)
         with progress(console, "reading the data") as go_on_with:
             from tl_backward import evaluation, weight_sites
+            from tl_backward.capture.bos import prepends_bos
 
             records = evaluation.load_records(data, n)
             texts = None if perplexity is None else evaluation.wikitext_lines(perplexity)
             key_lines = None if whiten is None else _key_lines(whiten)
             go_on_with(f"loading {model or DEFAULT_MODEL}")
             bridge = load(model)
+            prepend_bos = prepends_bos(bridge, bos)
         if layer is not None:
             try:
                 weight_sites(bridge, "W_out", layers=layer)
@@ -115,7 +120,7 @@ def evaluate(
         if method is MethodName.shift:
             name = f"shift, layer {layer}, lr {lr}, {tokens.value} tokens"
             name += "" if whiten is None else f", whitened by {whiten}"
-            methods[name] = _shift(bridge, layer, step, tokens, key_lines)
+            methods[name] = _shift(bridge, layer, step, tokens, key_lines, prepend_bos)
         elif edits:
             name = f"{method.value}, layer {layer}, lr {lr}"
             descent = (
@@ -133,11 +138,12 @@ def evaluate(
                 generation=generation,
                 perplexity_texts=texts,
                 text_every=text_every,
+                prepend_bos=prepend_bos,
                 path=None if out is None else out / _folder(name),
             )
             for name, made in methods.items()
         }
-        console.print(_shown(evaluation.table(results)))
+        console.print(_shown(evaluation.table(results), with_or_without_bos(prepend_bos)))
         _require_measured(results)
 
 
@@ -153,12 +159,19 @@ def _key_lines(source: str) -> list[str]:
     return lines
 
 
-def _shift(model: Any, layer: Any, lr: Any, tokens: Tokens, key_lines: list[str] | None) -> Any:
+def _shift(
+    model: Any,
+    layer: Any,
+    lr: Any,
+    tokens: Tokens,
+    key_lines: list[str] | None,
+    prepend_bos: bool,
+) -> Any:
     from tl_backward import evaluation, key_statistics
 
     if key_lines is None:
         return evaluation.shift(layer=layer, lr=lr, tokens=tokens.value)
-    statistics = key_statistics(model, key_lines, layer, prepend_bos=False)
+    statistics = key_statistics(model, key_lines, layer, prepend_bos=prepend_bos)
     return evaluation.shift(
         layer=layer, lr=lr, tokens=tokens.value, key="whitened", statistics=statistics
     )
@@ -179,9 +192,9 @@ def _folder(name: str) -> str:
     return f"{quoted[:LONGEST_NAME]}-{zlib.crc32(quoted.encode()):08x}"
 
 
-def _shown(table: Any) -> Table:
+def _shown(table: Any, caption: str) -> Table:
     """Methods side by side, one row for each metric: mean and standard deviation in percent."""
-    shown = Table("metric", *map(str, table.index), header_style="bold")
+    shown = Table("metric", *map(str, table.index), header_style="bold", caption=caption)
     for family, metric in table.columns:
         shown.add_row(f"{metric} ({family})", *table[family, metric])
     return shown

@@ -18,11 +18,13 @@ from tl_backward.commands.checks import (
 )
 from tl_backward.commands.shared import (
     DEFAULT_MODEL,
+    BosOption,
     ModelOption,
     console_for_output,
     exit_code_2_on_bad_input,
     load,
     progress,
+    with_or_without_bos,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def lens(
             "--json", help="Write everything as JSON.", metavar="FILE", show_default=False
         ),
     ] = None,
+    bos: BosOption = None,
 ) -> None:
     """Show what the gradient of -log p(target | prompt) would write into each layer.
 
@@ -79,19 +82,31 @@ def lens(
         indices = None if layers is None else integers(layers, "--layers")
         with progress(console, "loading the libraries") as go_on_with:
             from tl_backward import BackwardLogitLens
+            from tl_backward.capture.bos import prepends_bos
 
             go_on_with(f"loading {model or DEFAULT_MODEL}")
             read = BackwardLogitLens(load(model))
+            prepend_bos = prepends_bos(read.model, bos)
             go_on_with("reading the gradients")
-            result = read(prompt, target, weights=kinds, layers=indices, top_k=top_k)
+            result = read(
+                prompt,
+                target,
+                weights=kinds,
+                layers=indices,
+                top_k=top_k,
+                prepend_bos=prepend_bos,
+            )
         for kind in result:
             console.print(_last_token_table(result, kind))
         console.print(
             f"{prompt!r} -> {target!r}: "
-            f"loss {result.loss:.4f} nats per token, exp(-loss) = {result.loss.neg().exp():.2g}"
+            f"loss {result.loss:.4f} nats per token, exp(-loss) = {result.loss.neg().exp():.2g}; "
+            f"{with_or_without_bos(prepend_bos)}"
         )
         if json_path:
-            written = json.dumps(_as_json(result, prompt, target, model))
+            written = json.dumps(
+                _as_json(result, prompt, target, model) | {"prepend_bos": prepend_bos}
+            )
             json_path.write_text(written, encoding="utf-8")
             console.print(f"all positions as JSON: {json_path.resolve()}")
         if html:

@@ -11,11 +11,13 @@ import typer
 from tl_backward.commands.checks import require_data, require_model_folder
 from tl_backward.commands.shared import (
     DEFAULT_MODEL,
+    BosOption,
     ModelOption,
     console_for_output,
     exit_code_2_on_bad_input,
     load,
     progress,
+    with_or_without_bos,
 )
 
 if TYPE_CHECKING:
@@ -54,9 +56,7 @@ def reproduce(
             metavar="FILE",
         ),
     ] = None,
-    prepend_bos: Annotated[
-        bool, typer.Option(help="Put a BOS token before the prompts; the paper has none.")
-    ] = False,
+    bos: BosOption = None,
 ) -> None:
     """Run the paper's experiments and its open questions on a model, and write one report.
 
@@ -76,6 +76,7 @@ def reproduce(
 
             from tl_backward import table_files
             from tl_backward.analysis import EXPERIMENTS
+            from tl_backward.capture.bos import prepends_bos
             from tl_backward.evaluation import load_records, wikitext_lines
             from tl_backward.plotting import report_page
             from tl_backward.provenance import hash_of, only_writer, provenance
@@ -93,9 +94,11 @@ def reproduce(
                 options["jacobian_lens"] = _jacobian_lens(jacobian_lens)
             go_on_with(f"loading {model or DEFAULT_MODEL}")
             bridge = load(model)
+            prepend_bos = prepends_bos(bridge, bos)
         if jacobian_lens is not None:
             _require_fitted_on(options["jacobian_lens"], bridge, jacobian_lens)
-        title = f"{model or DEFAULT_MODEL}, {len(records)} records"
+        texts = with_or_without_bos(prepend_bos)
+        title = f"{model or DEFAULT_MODEL}, {len(records)} records, {texts}"
         with only_writer(out):
             made_by = provenance(records, model=bridge, options={"prepend_bos": prepend_bos})
             chapters = _finished_chapters(out, made_by)

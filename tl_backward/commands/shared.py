@@ -21,6 +21,14 @@ ModelOption = Annotated[
         show_default=DEFAULT_MODEL,
     ),
 ]
+BosOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Begin texts with a BOS token.",
+        show_default="as the model's tokenizer does",
+    ),
+]
 WIDTH_IN_A_PIPE = 120
 
 
@@ -48,6 +56,11 @@ def load(model: str | None) -> Any:
         return TransformerBridge.boot_transformers(model).eval()
     except Exception as error:  # of any kind: it depends on what is damaged
         raise ValueError(f"cannot load --model {model}: {error or type(error).__name__}") from error
+
+
+def with_or_without_bos(bos: bool) -> str:
+    """What the output says of its texts."""
+    return f"texts {'with' if bos else 'without'} a BOS token"
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from tl_backward import tensor_files
 from tl_backward._precision import full_precision
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing._made_for import fingerprints, model_name
 from tl_backward.editing.runs import weight_inputs
@@ -33,6 +34,8 @@ class KeyStatistics:
         ridge: What is added to the diagonal of ``C`` before it is inverted, in units of its mean.
             The published ROME and MEMIT add nothing.
         model: The name of the model that they are of, where it is known.
+        prepend_bos: Whether the texts of the sample began with a BOS token; None if it was given
+            as token ids, or where this is not known.
 
     Example:
         >>> KeyStatistics({"blocks.5.mlp.W_out": C}, n_tokens=100_000, ridge=0.0)
@@ -42,6 +45,7 @@ class KeyStatistics:
     n_tokens: int
     ridge: int | float
     model: str | None = None
+    prepend_bos: bool | None = None
     _factors: dict[str, Float[Tensor, "d_in d_in"]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -173,6 +177,7 @@ class KeyStatistics:
         tree = {
             "n_tokens": self.n_tokens,
             "ridge": self.ridge,
+            "prepend_bos": self.prepend_bos,
             "model": model_name(model),
             "weights": fingerprints(model, list(self.second_moments)),
             "second_moments": self.second_moments,
@@ -201,7 +206,8 @@ class KeyStatistics:
                 f"{path} has the statistics of {made_for}, and this model has other weights "
                 f"({', '.join(expected)}); revert the edits that are applied, or remove the file"
             )
-        return cls({name: moments[name] for name in names}, n_tokens, ridge, made_for)
+        of_names = {name: moments[name] for name in names}
+        return cls(of_names, n_tokens, ridge, made_for, tree.get("prepend_bos"))
 
 
 def _short(name: str) -> str:
@@ -233,12 +239,14 @@ def key_statistics(
         path: A safetensors file. If it is there, the statistics are read from it, and no text is
             run; else they are written to it.
         batch_size: Texts in one forward pass.
-        prepend_bos: As in ``model.to_tokens``.
+        prepend_bos: Whether texts begin with a BOS token; token ids are taken as they are. Default:
+            as the tokenizer does.
 
     Raises:
         FileNotFoundError: When the folder of ``path`` does not exist.
         ValueError: For no text, a layer that does not exist, a negative ridge, a model in training
-            mode, and a file at ``path`` that belongs to other weights or layers.
+            mode, and a file at ``path`` that belongs to other weights or layers, or to texts that
+            began otherwise.
         TypeError, NotImplementedError: As :func:`weight_sites`.
 
     Example:
@@ -252,6 +260,8 @@ def key_statistics(
         raise ValueError(f"ridge must be a number of at least 0, got {ridge}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    every = [texts] if isinstance(texts, str) else list(texts)
+    bos = prepends_bos(model, prepend_bos) if any(isinstance(t, str) for t in every) else None
     if path is not None and Path(path).exists():
         loaded = KeyStatistics.load(path, model)
         if loaded.second_moments.keys() != {site.name for site in sites}:
@@ -259,11 +269,15 @@ def key_statistics(
                 f"path: {path} has the statistics of {', '.join(loaded.second_moments)}, not of "
                 f"layer={layer!r}; pass another path"
             )
-        return KeyStatistics(loaded.second_moments, loaded.n_tokens, ridge, loaded.model)
-    every = [texts] if isinstance(texts, str) else list(texts)
+        if bos is not None and loaded.prepend_bos is not bos:
+            raise ValueError(
+                f"path: {path} has statistics with prepend_bos={loaded.prepend_bos}, and texts are "
+                f"to begin {'with' if bos else 'without'} a BOS token; pass another path"
+            )
+        return replace(loaded, ridge=ridge)
     if not every:
         raise ValueError("texts are empty; pass at least one")
-    tokens = [ids[: model.cfg.n_ctx] for ids in prompt_tokens(model, every, prepend_bos, "right")]
+    tokens = [ids[: model.cfg.n_ctx] for ids in prompt_tokens(model, every, bos)]
     tokens.sort(key=len)
     moments = {site.name: torch.zeros(site.d_in, site.d_in, dtype=torch.float64) for site in sites}
     starts = range(0, len(tokens), batch_size)
@@ -281,6 +295,7 @@ def key_statistics(
         n_tokens,
         ridge,
         model_name(model),
+        bos,
     )
     if path is not None:
         statistics.save(path, model)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from tl_backward._undo import Undo
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.run_hooks import Run
 from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.editing import WeightEdit, edit_hooks
@@ -165,14 +166,14 @@ def generate_texts(
     edits: Sequence[WeightEdit] = (),
     rows: Sequence[int] | None = None,
     batch_size: int = 64,
+    prepend_bos: bool | None = None,
 ) -> list[str]:
     """Continue each prompt, under an edit of its own, until the text has 100 tokens.
 
-    Each next token is drawn from the five most probable ones. No BOS token is put before the
-    prompts, and an end-of-text token does not end a text (nor is it part of it). Prompts of the
-    same number of tokens share a batch. The random numbers begin with the same seed at each call
-    (those of the rest of the program go on as if none were drawn), and who shares a batch shares
-    them.
+    Each next token is drawn from the five most probable ones. An end-of-text token does not end a
+    text (nor is it, or a BOS token, part of what is returned). Prompts of the same number of tokens
+    share a batch. The random numbers begin with the same seed at each call (those of the rest of
+    the program go on as if none were drawn), and who shares a batch shares them.
 
     Args:
         model: A TransformerLens model in eval mode.
@@ -180,6 +181,8 @@ def generate_texts(
         edits: The edits that take part, by their hooks.
         rows: For each prompt the index of its edit, or -1 for none. Default: none for all.
         batch_size: Texts at once.
+        prepend_bos: Whether prompts begin with a BOS token, which counts among the 100. Default: as
+            the tokenizer does.
 
     Returns:
         The texts, prompts included.
@@ -194,7 +197,8 @@ def generate_texts(
     if len(of_prompt) != len(prompts):
         raise ValueError(f"rows has {len(of_prompt)} entries, but there are {len(prompts)} prompts")
     by_length = defaultdict(list)
-    tokens = prompt_tokens(model, prompts, False, "right") if prompts else []
+    bos = prepends_bos(model, prepend_bos)
+    tokens = prompt_tokens(model, prompts, bos) if prompts else []
     for i, ids in enumerate(tokens):
         by_length[len(ids)].append(i)
     n_ctx = model.cfg.n_ctx or MAX_TOKENS

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from tl_backward.capture import run_with_backward_cache
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.editing import WeightEdit, fine_tune, forward_pass_shift, gradient_step
 from tl_backward.evaluation.records import Record
 from tl_backward.evaluation.scoring import tokenised
 from tl_backward.sites import Model
 
-Method: TypeAlias = Callable[[Model, Record], WeightEdit | None]
-"""What makes the edit for a record, or None for the model as it is."""
+Method: TypeAlias = Callable[..., WeightEdit | None]
+"""What makes the edit for a model and a record, or None for the model as it is. One that has an
+argument ``prepend_bos`` is told whether the evaluation's texts begin with a BOS token."""
 
 
 def unedited(model: Model, record: Record) -> None:
@@ -22,7 +24,7 @@ def unedited(model: Model, record: Record) -> None:
 def shift(
     *, layer: int | Sequence[int] | Literal["auto"], lr: float | Literal["auto"], **options: Any
 ) -> Method:
-    """The forward pass shift, without BOS, towards the new target's first token.
+    """The forward pass shift towards the new target's first token.
 
     Args:
         layer: As in :func:`forward_pass_shift`.
@@ -33,9 +35,11 @@ def shift(
         >>> evaluate(model, records, shift(layer=22, lr=0.3))
     """
 
-    def method(model: Model, record: Record) -> WeightEdit:
-        prompt, target = _fact(model, record)
-        return forward_pass_shift(model, prompt, target, layer=layer, lr=lr, **options)
+    def method(model: Model, record: Record, prepend_bos: bool | None = None) -> WeightEdit:
+        bos = prepends_bos(model, prepend_bos)
+        prompt, target = _fact(model, record, bos)
+        arguments = {"layer": layer, "lr": lr, "prepend_bos": bos, **options}
+        return forward_pass_shift(model, prompt, target, **arguments)
 
     return method
 
@@ -49,8 +53,8 @@ def fine_tuning(*, lr: float, layers: int | Iterable[int] | None = None, **optio
         options: Further arguments of it, such as ``weights="W_in"`` or ``max_steps=10``.
     """
 
-    def method(model: Model, record: Record) -> WeightEdit:
-        prompt, target = _fact(model, record)
+    def method(model: Model, record: Record, prepend_bos: bool | None = None) -> WeightEdit:
+        prompt, target = _fact(model, record, prepend_bos)
         return fine_tune(model, prompt, target, lr=lr, layers=layers, **options)
 
     return method
@@ -71,15 +75,15 @@ def gradient(
     """
     kinds = weights if isinstance(weights, str) else list(weights)
 
-    def method(model: Model, record: Record) -> WeightEdit:
-        prompt, target = _fact(model, record)
+    def method(model: Model, record: Record, prepend_bos: bool | None = None) -> WeightEdit:
+        prompt, target = _fact(model, record, prepend_bos)
         _, cache = run_with_backward_cache(model, prompt, target, weights=kinds, layers=layers)
         return gradient_step(cache, lr=lr, model=model)
 
     return method
 
 
-def _fact(model: Model, record: Record) -> tuple[list[int], list[int]]:
+def _fact(model: Model, record: Record, prepend_bos: bool | None) -> tuple[list[int], list[int]]:
     """The tokens of the prompt and of its new target, those that the evaluation looks at."""
-    case = tokenised(model, record.prompt, [record.target_new])
+    case = tokenised(model, record.prompt, [record.target_new], prepend_bos=prepend_bos)
     return case.prefix, case.targets[0]

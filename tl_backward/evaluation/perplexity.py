@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing.runs import WholeRun
 from tl_backward.editing.weight_edit import WeightEdit
@@ -19,11 +20,15 @@ TOKENS_PER_PASS = 1024
 
 
 def perplexity(
-    model: Model, texts: Sequence[str], edits: Sequence[WeightEdit] | None = None
+    model: Model,
+    texts: Sequence[str],
+    edits: Sequence[WeightEdit] | None = None,
+    *,
+    prepend_bos: bool | None = None,
 ) -> Float[Tensor, "edit"]:
     """The perplexity of texts under each of several edits, the mean over the texts.
 
-    Each text is cut at 256 tokens and has, without a BOS token, ``exp`` of its mean negative
+    Each text is cut at 256 tokens, a BOS token included, and has ``exp`` of its mean negative
     log-likelihood per token from the second token on. (A mean of the texts' perplexities, as of the
     paper's order of magnitude; not one perplexity of all tokens together.)
 
@@ -34,6 +39,7 @@ def perplexity(
         model: A TransformerLens model in eval mode.
         texts: Texts of at least two tokens.
         edits: The edits. Default: one without effect.
+        prepend_bos: Whether texts begin with a BOS token. Default: as the tokenizer does.
 
     Raises:
         ValueError: When there is no text, or one has less than two tokens.
@@ -45,7 +51,8 @@ def perplexity(
     if not texts:
         raise ValueError("texts is empty; pass at least one text")
     n_ctx = model.cfg.n_ctx or MAX_TOKENS
-    tokens = [ids[: min(MAX_TOKENS, n_ctx)] for ids in prompt_tokens(model, texts, False, "right")]
+    bos = prepends_bos(model, prepend_bos)
+    tokens = [ids[: min(MAX_TOKENS, n_ctx)] for ids in prompt_tokens(model, texts, bos)]
     for text, ids in zip(texts, tokens, strict=True):
         if len(ids) < 2:
             raise ValueError(f"texts: {text!r} is one token; the first token has no likelihood")

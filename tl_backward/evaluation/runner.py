@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_backward._undo import Undo
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.editing import StepNotFoundError, WeightEdit
 from tl_backward.evaluation.generation import generate_texts
 from tl_backward.evaluation.methods import Method
@@ -34,21 +36,21 @@ def evaluate(
     generation: bool = False,
     perplexity_texts: Sequence[str] | None = None,
     text_every: int = 1,
+    prepend_bos: bool | None = None,
     path: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Edit the model for each record by itself, and measure what the edit did.
 
     The edits of a batch of records are evaluated together: each text has the edit of its own
-    record, by hooks. The model and its weights are not touched. No BOS token is put before any
-    text, and the ready-made methods take their keys without one, too.
+    record, by hooks. The model and its weights are not touched.
 
     Args:
         model: A TransformerLens model in eval mode.
         records: From :func:`load_records`.
         method: Called with the model and a record; returns the edit, bound to the model, or None
             for none. Ready-made: :func:`shift`, :func:`fine_tuning`, :func:`gradient` and
-            :func:`unedited`.
+            :func:`unedited`. If it has an argument ``prepend_bos``, as these have, it gets it.
         batch_size: Records whose texts are evaluated together.
         generation: Whether to generate from each record's generation prompts and measure the n-gram
             entropy of the texts, the mean over them.
@@ -56,6 +58,8 @@ def evaluate(
             :func:`wikitext_lines`. Costs far more than the rest: a pass over all texts for each
             edit, though through the edited and higher layers only.
         text_every: Measure these two for every ``k``-th record only, from the first.
+        prepend_bos: Whether all texts begin with a BOS token: prompts, those to generate from, and
+            ``perplexity_texts``. Default: as the tokenizer does.
         path: A folder to write the table to and to resume from, as in :func:`sweep`. It knows the
             records, method, options, model and versions that it is of, and refuses others.
         progress: Whether to show a progress bar.
@@ -63,11 +67,12 @@ def evaluate(
     Returns:
         One row for each record, in their order: ``record`` (its index), ``case_id``, ``error``
         (None, or why there is no edit), ``edit_norm`` (Frobenius norm of the update; 0 without
-        one), and the metrics as shares, not in percent: ``efficacy_``, ``paraphrase_`` and
-        ``neighborhood_`` with ``success``, ``magnitude`` and ``accuracy``, the mean over the
-        record's prompts of that kind; ``ngram_entropy`` (bits) and ``perplexity`` where they were
-        measured. A record for which the method raises has its error and no metrics, but the best
-        edit that a search found is measured. Of several processes, each returns its share.
+        one), ``prepend_bos`` (whether texts began with a BOS token), and the metrics as shares, not
+        in percent: ``efficacy_``, ``paraphrase_`` and ``neighborhood_`` with ``success``,
+        ``magnitude`` and ``accuracy``, the mean over the record's prompts of that kind;
+        ``ngram_entropy`` (bits) and ``perplexity`` where they were measured. A record for which the
+        method raises has its error and no metrics, but the best edit that a search found is
+        measured. Of several processes, each returns its share.
 
     Raises:
         ValueError: For training mode where it changes something, no records, an argument that is
@@ -90,20 +95,22 @@ def evaluate(
     records = list(records)
     if not records:
         raise ValueError("records is empty; pass at least one record")
+    bos = prepends_bos(model, prepend_bos)
     every = text_every if generation or perplexity_texts is not None else 1
 
     def has_texts(task: _Task) -> bool:
         return task.place % every == 0
 
     def run(model: Model, batch: list[_Task]) -> list[dict[str, Any]]:
-        attempts = [_attempt(model, task, method) for task in batch]
+        attempts = [_attempt(model, task, method, bos) for task in batch]
         done = [attempt for attempt in attempts if attempt.cases]
         _score(model, done)
         chosen = [attempt for attempt in done if has_texts(attempt.task)]
         if chosen and generation:
-            _generate(model, chosen)
+            _generate(model, chosen, bos)
         if chosen and perplexity_texts is not None:
-            values = perplexity(model, perplexity_texts, [attempt.edit for attempt in chosen])
+            edits = [attempt.edit for attempt in chosen]
+            values = perplexity(model, perplexity_texts, edits, prepend_bos=bos)
             for attempt, value in zip(chosen, values.tolist(), strict=True):
                 attempt.row["perplexity"] = value
         return [attempt.row for attempt in attempts]
@@ -142,14 +149,16 @@ class _Attempt:
     row: dict[str, Any]
 
 
-def _attempt(model: Model, task: _Task, method: Method) -> _Attempt:
+def _attempt(model: Model, task: _Task, method: Method, bos: bool) -> _Attempt:
     """Call the method; what it raises goes into the row."""
     record = task.record
     row: dict[str, Any] = {"case_id": record.case_id, "error": None, "edit_norm": None}
+    row["prepend_bos"] = bos
+    told = {"prepend_bos": bos} if "prepend_bos" in signature(method).parameters else {}
     try:
-        cases = _cases(model, record)
+        cases = _cases(model, record, bos)
         try:
-            edit = method(model, record)
+            edit = method(model, record, **told)
         except StepNotFoundError as error:
             edit, row["error"] = error.best, _described(error)
     except Exception as error:
@@ -167,7 +176,7 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _cases(model: Model, record: Record) -> dict[str, list[Case]]:
+def _cases(model: Model, record: Record, bos: bool) -> dict[str, list[Case]]:
     """The prompts of each kind, with both targets."""
     prompts = {
         "efficacy": [record.prompt],
@@ -176,7 +185,7 @@ def _cases(model: Model, record: Record) -> dict[str, list[Case]]:
     }
     targets = [record.target_new, record.target_true]
     return {
-        kind: [tokenised(model, prompt, targets) for prompt in of_kind]
+        kind: [tokenised(model, prompt, targets, prepend_bos=bos) for prompt in of_kind]
         for kind, of_kind in prompts.items()
     }
 
@@ -197,7 +206,7 @@ def _score(model: Model, attempts: Sequence[_Attempt]) -> None:
             start = part.stop
 
 
-def _generate(model: Model, attempts: Sequence[_Attempt]) -> None:
+def _generate(model: Model, attempts: Sequence[_Attempt], bos: bool) -> None:
     """Put the n-gram entropy of what the edited models write into the rows."""
     prompts = [(row, p) for row, a in enumerate(attempts) for p in a.task.record.generation_prompts]
     texts = generate_texts(
@@ -205,6 +214,7 @@ def _generate(model: Model, attempts: Sequence[_Attempt]) -> None:
         [prompt for _, prompt in prompts],
         edits=[attempt.edit for attempt in attempts],
         rows=[row for row, _ in prompts],
+        prepend_bos=bos,
     )
     entropies = iter(map(n_gram_entropy, texts))
     for attempt in attempts:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_backward._undo import Undo
+from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.run_hooks import Run, set_grad_enabled
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing import WeightEdit, edit_hooks
@@ -45,24 +46,33 @@ class _Row(NamedTuple):
     targets: list[int]
 
 
-def tokenised(model: Model, prefix: str, targets: Sequence[str]) -> Case:
+def tokenised(
+    model: Model, prefix: str, targets: Sequence[str], *, prepend_bos: bool | None = None
+) -> Case:
     """The tokens of a prefix and, for each target, of what follows it in a text.
 
-    The text is ``prefix + " " + target``, without a BOS token. Where the tokenizer joins the end of
-    the prefix with the target, so that the text does not begin with the prefix's own tokens, the
-    target's are those of ``" " + target`` by itself.
+    The text is ``prefix + " " + target``. Where the tokenizer joins the end of the prefix with the
+    target, so that the text does not begin with the prefix's own tokens, the target's are those of
+    ``" " + target`` by itself.
+
+    Args:
+        model: A TransformerLens model with a tokenizer.
+        prefix: The beginning of the texts.
+        targets: What may follow it.
+        prepend_bos: Whether the prefix begins with a BOS token. Default: as the tokenizer does.
 
     Raises:
         ValueError: When prefix or target is empty, or both together are longer than the model's
             context.
     """
     whole_texts = [prefix, *(f"{prefix} {target}" for target in targets)]
-    start, *wholes = (ids.tolist() for ids in prompt_tokens(model, whole_texts, False, "right"))
+    bos = prepends_bos(model, prepend_bos)
+    start, *wholes = (ids.tolist() for ids in prompt_tokens(model, whole_texts, bos))
     case = Case(start, [])
     for target, whole in zip(targets, wholes, strict=True):
         ids = whole[len(start) :]
         if not ids or whole[: len(start)] != start:
-            ids = prompt_tokens(model, f" {target}", False, "right")[0].tolist()
+            ids = prompt_tokens(model, f" {target}", False)[0].tolist()
         case.targets.append(ids)
     n_ctx, longest = model.cfg.n_ctx, max(map(len, case.targets))
     if n_ctx is not None and len(start) + longest - 1 > n_ctx:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,13 @@ def summarise(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     Returns:
         One row for each method. Columns in two levels: ``("records", "measured")``, how many
-        records have metrics, and ``("records", "errors")``, how many have an error (the best edit
-        that a search found counts to both); under ``"success"``, ``"magnitude"`` and ``"accuracy"``
-        the ``efficacy``, ``paraphrase`` and ``neighborhood`` in percent, each also as ``..._std``
-        (of the population); with success and accuracy a ``score``, the harmonic mean of the three
-        means; under ``"text"``, if they were measured, ``ngram_entropy`` in bits times 100 and
-        ``perplexity``.
+        records have metrics, ``("records", "errors")``, how many have an error (the best edit that
+        a search found counts to both), and ``("records", "bos")``, the share of records whose texts
+        began with a BOS token (all or none of one evaluation); under ``"success"``,
+        ``"magnitude"`` and ``"accuracy"`` the ``efficacy``, ``paraphrase`` and ``neighborhood`` in
+        percent, each also as ``..._std`` (of the population); with success and accuracy a
+        ``score``, the harmonic mean of the three means; under ``"text"``, if they were measured,
+        ``ngram_entropy`` in bits times 100 and ``perplexity``.
 
     Raises:
         ValueError: When there are no results.
@@ -50,6 +52,8 @@ def _row(frame: pd.DataFrame) -> dict[tuple[str, str], float]:
         ("records", "measured"): float(measured.sum()),
         ("records", "errors"): float(frame["error"].notna().sum()),
     }
+    if "prepend_bos" in frame:
+        row["records", "bos"] = float(frame["prepend_bos"].mean())
     for family in FAMILIES:
         means = []
         for kind in WANTED:
@@ -83,7 +87,8 @@ def table(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         results: By name of the method, what :func:`evaluate` returned.
 
     Returns:
-        Texts, with two decimals; a dash for what was not measured.
+        Texts, with two decimals; a dash for what was not measured, or is not known. ``("records",
+        "bos")`` is yes, no or mixed.
 
     Raises:
         ValueError: As :func:`summarise`.
@@ -97,6 +102,11 @@ def table(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         if metric.endswith("_std"):
             continue
         values = summary[family, metric]
+        if metric == "bos":
+            texts[family, metric] = values.map(
+                lambda share: "-" if math.isnan(share) else {0: "no", 1: "yes"}.get(share, "mixed")
+            )
+            continue
         stds = summary.get((family, f"{metric}_std"))
         texts[family, metric] = [
             _text(value, None if stds is None else stds.iloc[i], whole=family == "records")
