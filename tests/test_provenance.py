@@ -152,6 +152,9 @@ class Method:
     def bound(self, model, batch):
         return self.lr
 
+    def other(self, lr):
+        return lambda model, batch: lr
+
 
 class Slotted:
     __slots__ = ("lr",)
@@ -216,6 +219,20 @@ def test_a_partial_overrides_a_default():
 
     described = parts(functools.partial(fn, lr=0.3))
     assert (described["lr"], described["lr'"]) == (0.3, 0.1)
+
+
+def test_what_was_fitted_may_be_known_by_what_it_was_fitted_on():
+    def fitted(texts: list[str], digits: float, bind):
+        function = bind(digits)
+        vars(function)["made_by"] = {"texts": texts}
+        return function
+
+    for bind in (shifted, lambda lr: functools.partial(stepped, lr=lr)):
+        one, again = fitted(["a"], 0.3, bind), fitted(["a"], 0.1 + 0.2, bind)
+        assert changed(one, again) == set()
+        assert changed(shifted(one), shifted(again)) == set()
+        assert changed(one, fitted(["b"], 0.3, bind)) == {"texts"}
+    assert "__code__" in changed(fitted(["a"], 1, shifted), fitted(["a"], 1, Method(1).other))
 
 
 def test_what_was_computed_from_the_rest_is_no_part():

@@ -116,19 +116,14 @@ def many_edits(
     ]
     bos = prepends_bos(model, prepend_bos)
     at = round(0.8 * model.cfg.n_layers) if layer is None else layer
-    if lr == "auto":
-        lr = _usual_step(model, records[:N_SINGLE], at, bos)
+    step = _usual_step(model, records[:N_SINGLE], at, bos) if lr == "auto" else lr
+    given: dict[str, Any] = {"layer": at, "texts": texts, "prepend_bos": bos}
+    rows_of_groups = partial(_rows_of_groups, lr=step, batch=batch_size, **given)
+    vars(rows_of_groups)["made_by"] = given | {"lr": lr}  # a step found anew differs in its digits
     rows = sweep(
         model,
         groups,
-        partial(
-            _rows_of_groups,
-            layer=at,
-            lr=lr,
-            texts=texts,
-            prepend_bos=bos,
-            batch=batch_size,
-        ),
+        rows_of_groups,
         batch_size=1,
         path=path,
         length=lambda group: len(group["records"]),

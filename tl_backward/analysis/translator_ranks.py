@@ -64,12 +64,15 @@ def translator_ranks(
     if translators is None:
         records = list(records)
         fitted_on, records = records[::2], records[1::2]
+        given = {"prepend_bos": options.get("prepend_bos")}
+        linear = fit_linear_translator(model, fitted_on, **given)
+        vars(linear)["made_by"] = given | {
+            "fitted_on": fitted_on
+        }  # a new fit differs in its digits
         translators = {
             "identity": identity,
             "unit-normalised": unit_normalised,
-            "linear": fit_linear_translator(
-                model, fitted_on, prepend_bos=options.get("prepend_bos")
-            ),
+            "linear": linear,
         }
     if jacobian_lens is not None:
         translators = {**translators, "jacobian": through_jacobian_lens(jacobian_lens)}

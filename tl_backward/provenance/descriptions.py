@@ -39,7 +39,9 @@ def describe(**values: Any) -> dict[str, Parts]:
     A function has its code, its defaults and what its closure refers to and, outside of installed
     packages, its globals; a ``functools.partial`` and a method also what they bind. A torch module
     has its config, weights, hooks and tokenizer. Any other object is what ``pickle`` would store
-    of it: a class may leave out of its ``__getstate__`` what has no part in results.
+    of it: a class may leave out of its ``__getstate__`` what has no part in results. In the place
+    of what a function or a partial binds stands its attribute ``made_by``, if it has one: what it
+    was computed from, which is the same where rounding is not.
 
     Raises:
         TypeError: When a part can only be told by its address; it is named.
@@ -177,9 +179,8 @@ class _Describer:
 
     def _of_callable(self, value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, partial):
-            yield from self.parts(value.keywords, name)
-            for i, argument in enumerate(value.args):
-                yield from self.parts(argument, path(name, f"args[{i}]"))
+            by_place = {f"args[{i}]": argument for i, argument in enumerate(value.args)}
+            yield from self.parts(vars(value).get("made_by", value.keywords | by_place), name)
             yield from self.parts(value.func, name)
         elif isinstance(value, MethodType):
             yield from self.parts(value.__func__, name)
@@ -201,10 +202,10 @@ class _Describer:
         named = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
         yield from self.parts(dict(zip(named, defaults, strict=True)), name)
         yield from self.parts(function.__kwdefaults__ or {}, name)
-        for key, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            yield from self.parts(_contents(cell), path(name, key))
-        for key, item in vars(function).items():
-            yield self.part(path(name, f"__dict__.{key}"), item)
+        cells = zip(code.co_freevars, map(_contents, function.__closure__ or ()), strict=True)
+        yield from self.parts(vars(function).get("made_by", dict(cells)), name)
+        for key in vars(function).keys() - {"made_by"}:
+            yield self.part(path(name, f"__dict__.{key}"), vars(function)[key])
         if not is_installed(function.__globals__.get("__name__")):
             for key in sorted(_global_names(code) & function.__globals__.keys()):
                 yield self.part(path(name, f"__globals__.{key}"), function.__globals__[key])
