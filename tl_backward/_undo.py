@@ -17,47 +17,44 @@ class Undo:
     A step is added *before* the change that it takes back, and does no harm when it runs twice or
     when the change was never made. An interrupt during a step is raised when all steps are done.
 
-    An interrupt may also come after a context was left and before the first instruction of its
+    An interrupt may also come when a context is left and before the first instruction of its
     ``__exit__``. So enter it several times, ``with Undo() as undo, undo, undo:``; the first exit
-    that gets to run does everything, and the others find nothing left to do. Should none of them
-    run, the steps run when the object goes.
+    that gets to run does everything, and the others find nothing left to do.
     """
 
     def __init__(self) -> None:
-        self._steps: list[Callable[[], object]] = []
+        self.steps: list[Callable[[], object]] = []
 
     def add(self, step: Callable[..., object], *arguments: Any) -> None:
         """Add the step that takes back the change that comes next."""
-        self._steps.append(partial(step, *arguments))
-
-    def run(self) -> None:
-        """Take all changes back.
-
-        Raises:
-            BaseException: What came in between, if anything did.
-        """
-        cut_in = None
-        while self._steps:
-            step = self._steps[-1]
-            for _ in range(ATTEMPTS):
-                try:
-                    step()
-                    break
-                except BaseException as error:
-                    cut_in = error
-            with suppress(ValueError):  # another thread has removed it
-                self._steps.remove(step)
-        try:
-            if cut_in is not None:
-                raise cut_in
-        finally:
-            del cut_in
+        self.steps.append(partial(step, *arguments))
 
     def __enter__(self) -> Undo:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.run()
+        take_back(self.steps)
 
-    def __del__(self) -> None:
-        self.run()
+
+def take_back(steps: list[Callable[[], object]]) -> None:
+    """Run steps, last first, and remove them.
+
+    Raises:
+        BaseException: What came in between, if anything did.
+    """
+    cut_in = None
+    while steps:
+        step = steps[-1]
+        for _ in range(ATTEMPTS):
+            try:
+                step()
+                break
+            except BaseException as error:
+                cut_in = error
+        with suppress(ValueError):  # another thread has removed it
+            steps.remove(step)
+    try:
+        if cut_in is not None:
+            raise cut_in
+    finally:
+        del cut_in

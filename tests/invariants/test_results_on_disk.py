@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import HAS_BRIDGE
+from helpers.versions import HAS_BRIDGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -42,11 +42,6 @@ def scale_output_with_kwargs(module, args, kwargs, output, factor):
 
 def scale_input(module, args, factor):
     return scaled(args, factor)
-
-
-def scale_input_in_place(module, args, factor):
-    if args[0].is_floating_point() and not args[0].is_leaf:
-        args[0].mul_(factor)
 
 
 def scale_input_with_kwargs(module, args, kwargs, factor):
@@ -119,12 +114,16 @@ def model(models, request):
     return models(request.param)
 
 
-def modules_of(model, sites, where):
+def modules_of(model, where):
     """The modules that hold the weights, or the HookPoints around them."""
+    sites = tlb.weight_sites(model)
     if where == "weights":
-        return list(dict.fromkeys(site.y_tap().module for site in sites))
-    points = [model.hook_dict[getattr(site, where)] for site in sites]
-    return list(dict.fromkeys(points))
+        modules = [site.y_tap().module for site in sites]
+    else:
+        modules = [
+            model.hook_dict[name] for site in sites for name in (site.hook_in, site.hook_out)
+        ]
+    return list(dict.fromkeys(modules))
 
 
 def check(model):
@@ -151,41 +150,44 @@ def factors_at_random(modules, put):
         yield
 
 
-@pytest.mark.parametrize("where", ["weights", "hook_in", "hook_out"])
+@cache
+def plain_gradients(model):
+    return check(model)
+
+
+@pytest.mark.parametrize("where", ["weights", "points"])
 @pytest.mark.parametrize("kind", OF_A_MODULE)
 def test_at_every_site(model, kind, where):
-    if kind == "forward hook, in place" and where == "hook_in":
-        pytest.skip("in place, it changes the tensor that was multiplied by another weight, too")
-    with attached_hook_points(model):
-        plain = check(model)
-        sites = [s for s in tlb.weight_sites(model) if where != "hook_in" or "W_" in s.kind]
-        modules = modules_of(model, sites, where)
-        with factors_at_random(modules, OF_A_MODULE[kind]):
-            hooked = check(model)
+    if kind == "forward hook, in place" and where == "points":
+        pytest.skip("in place, it changes what was multiplied by another weight, too")
+    plain = plain_gradients(model)
+    with (
+        attached_hook_points(model),
+        factors_at_random(modules_of(model, where), OF_A_MODULE[kind]),
+    ):
+        hooked = check(model)
     assert (hooked - plain).norm() > 0.01 * plain.norm()
 
 
-@pytest.mark.parametrize("where", ["weights", "hook_in", "hook_out"])
+@pytest.mark.parametrize("where", ["weights", "points"])
 @pytest.mark.parametrize("kind", OF_ALL_MODULES)
 def test_on_all_modules(model, kind, where):
-    with attached_hook_points(model):
-        plain = check(model)
-        modules = modules_of(model, tlb.weight_sites(model), where)
-        handle = OF_ALL_MODULES[kind](modules, 1.1)
-        try:
-            hooked = check(model)
-        finally:
-            handle.remove()
+    plain = plain_gradients(model)
+    with (
+        attached_hook_points(model),
+        OF_ALL_MODULES[kind](modules_of(model, where), 1.1),
+    ):
+        hooked = check(model)
     assert (hooked - plain).norm() > 0.01 * plain.norm()
 
 
 def test_several_at_once(model):
     """Of every kind at every module that holds a weight, and TransformerLens's own hooks."""
     with attached_hook_points(model), ExitStack() as stack:
-        sites = tlb.weight_sites(model)
-        modules = modules_of(model, sites, "weights")
         for kind in ("pre-hook", "forward hook", "backward hook", "backward pre-hook"):
-            stack.enter_context(factors_at_random(modules, OF_A_MODULE[kind]))
-        hooks = [(site.hook_out, lambda tensor, hook: 1.1 * tensor) for site in sites]
+            put = OF_A_MODULE[kind]
+            stack.enter_context(factors_at_random(modules_of(model, "weights"), put))
+        points = [site.hook_out for site in tlb.weight_sites(model)]
+        hooks = [(point, lambda tensor, hook: 1.1 * tensor) for point in points]
         stack.enter_context(model.hooks(fwd_hooks=hooks))
         check(model)
