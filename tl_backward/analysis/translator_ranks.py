@@ -64,11 +64,10 @@ def translator_ranks(
     if translators is None:
         records = list(records)
         fitted_on, records = records[::2], records[1::2]
-        given = {"prepend_bos": options.get("prepend_bos")}
-        linear = fit_linear_translator(model, fitted_on, **given)
-        vars(linear)["made_by"] = given | {
-            "fitted_on": fitted_on
-        }  # a new fit differs in its digits
+        prepend_bos = options.get("prepend_bos")
+        linear = fit_linear_translator(model, fitted_on, prepend_bos=prepend_bos)
+        # a new fit differs in its digits
+        vars(linear)["made_by"] = {"prepend_bos": prepend_bos, "fitted_on": fitted_on}
         translators = {
             "identity": identity,
             "unit-normalised": unit_normalised,

@@ -139,7 +139,7 @@ class WeightChanges:
 
 
 def _write(parameter: Tensor, slices: Int[Tensor, "_"], values: Float[Tensor, "..."]) -> None:
-    """Autocast keeps the weights that it has cast as long as it lasts, and would go on with them."""
+    """Write values. Autocast would go on with the weights that it has cast before."""
     parameter[slices] = values
     torch.clear_autocast_cache()
 
