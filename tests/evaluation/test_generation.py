@@ -9,33 +9,14 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from helpers.generation import greedy, lose_the_cache
 from helpers.hooked import GATED, GQA, ROTARY, build
 from helpers.versions import MODELS, NEEDS_BRIDGE
 
 from tl_backward.evaluation import generate_tokens
 
-CACHE_ARGUMENTS = {"past_key_values", "past_kv_cache"}
 PROMPTS = torch.tensor([[5, 7, 3, 11], [5, 2, 3, 6]])
 N_NEW = 5  # the smallest context here is 9
-
-
-@torch.no_grad()
-def greedy(model, tokens, n_new=N_NEW):
-    """The definition: each token is the most probable one after a pass over the whole text."""
-    for _ in range(n_new):
-        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
-    return tokens.tolist()
-
-
-def lose_the_cache(model):
-    """As TransformerLens 4.3 does with transformers 5.24: the cache never reaches the attention."""
-    forward = type(model).forward
-
-    def without_cache(*args, **kwargs):
-        kept = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
-        return forward(model, *args, **kept)
-
-    model.__dict__["forward"] = without_cache
 
 
 @pytest.fixture(params=MODELS)
@@ -56,7 +37,7 @@ def fresh(request, tokenizer):
 # TransformerLens 2 takes all tokens for padding where the pad token is 0
 @pytest.mark.filterwarnings("ignore:generation with the KV cache gives other logits")
 def test_greedy_tokens_are_those_of_whole_passes(fresh):
-    want = greedy(fresh, PROMPTS)
+    want = greedy(fresh, PROMPTS, N_NEW)
     random_state = torch.get_rng_state()
     assert generate_tokens(fresh, PROMPTS, N_NEW).tolist() == want
     assert generate_tokens(fresh, PROMPTS[:1, :1], 1).tolist() == greedy(fresh, PROMPTS[:1, :1], 1)
@@ -65,7 +46,7 @@ def test_greedy_tokens_are_those_of_whole_passes(fresh):
 
 
 def test_a_lost_cache_is_noticed_once_and_not_used(fresh):
-    want = greedy(fresh, PROMPTS)
+    want = greedy(fresh, PROMPTS, N_NEW)
     lose_the_cache(fresh)
     with pytest.warns(UserWarning, match="texts are generated without it") as caught:
         assert generate_tokens(fresh, PROMPTS, N_NEW).tolist() == want
@@ -74,7 +55,7 @@ def test_a_lost_cache_is_noticed_once_and_not_used(fresh):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = generate_tokens(fresh, PROMPTS.flip(1), N_NEW)
-    assert again.tolist() == greedy(fresh, PROMPTS.flip(1))
+    assert again.tolist() == greedy(fresh, PROMPTS.flip(1), N_NEW)
 
 
 @NEEDS_BRIDGE
@@ -101,7 +82,7 @@ def test_families_whose_cache_does_not_work_here(make_family, family):
     model = make_family(family)
     with pytest.warns(UserWarning, match="generation with the KV cache (gives other|fails with)"):
         tokens = generate_tokens(model, PROMPTS, N_NEW)
-    assert tokens.tolist() == greedy(model, PROMPTS)
+    assert tokens.tolist() == greedy(model, PROMPTS, N_NEW)
 
 
 @NEEDS_BRIDGE

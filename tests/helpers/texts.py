@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -17,19 +19,21 @@ TARGET = " Paris"
 TEXTS = [PROMPT + TARGET, "The Eiffel Tower is located in Rome and in Berlin, not in London"] * 9
 
 
-def byte_level_bpe(**trainer: object) -> Tokenizer:
+def byte_level_bpe(texts: Iterable[str] = TEXTS, **trainer: object) -> Tokenizer:
     """Byte-level BPE, trained on the texts."""
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     bpe.train_from_iterator(
-        TEXTS, BpeTrainer(special_tokens=["<bos>"], show_progress=False, **trainer)
+        texts, BpeTrainer(special_tokens=["<bos>"], show_progress=False, **trainer)
     )
     return bpe
 
 
-def tokenizer_from(folder: Path, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+def tokenizer_from(
+    folder: Path, *, adds_bos: bool = False, **trainer: Any
+) -> PreTrainedTokenizerFast:
     """The tokenizer, after it has been saved into a folder, as those of real models are."""
-    bpe = byte_level_bpe()
+    bpe = byte_level_bpe(**trainer)
     if adds_bos:
         ids = [("<bos>", bpe.token_to_id("<bos>"))]
         bpe.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=ids)

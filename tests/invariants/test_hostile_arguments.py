@@ -11,17 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.bridges import tiny_config
 from helpers.texts import TARGET
+from helpers.tiny_checkpoint import save_tiny_checkpoint
 from helpers.versions import HAS_BRIDGE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from tl_backward import demo_model, evaluation
@@ -40,22 +34,7 @@ MARKUP = st.text(st.sampled_from("[]/:*\\\"' =#abolsmileéß😀\x1b\0\n\udc80")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model whose tokenizer has every byte, as checkpoints are stored."""
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    alphabet = ByteLevel.alphabet()
-    trainer = BpeTrainer(special_tokens=["<s>"], show_progress=False, initial_alphabet=alphabet)
-    bpe.train_from_iterator(["Messi plays [/ for [/] Paris"] * 9, trainer)
-    special = {f"{role}_token": "<s>" for role in ("bos", "eos", "pad")}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
-    config = tiny_config("llama", len(tokenizer))
-    config.max_position_embeddings = 128
-    folder = tmp_path_factory.mktemp("model")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model"), "Messi plays [/ for [/] Paris")
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def forward_pass_shift(
     Example:
         >>> edit = forward_pass_shift(model, "Lionel Messi plays for", " Paris", layer=20, lr=0.24)
         >>> with edit.applied():
-        ...     print(model.generate("Lionel Messi plays for", max_new_tokens=5))
+        ...     print(model.generate("Lionel Messi plays for", use_past_kv_cache=False))
     """
     _require_valid(lr, position, tokens, iterations, key, statistics, margin)
     rule = _rule(value, statistics, joint, ridge)

@@ -59,7 +59,7 @@ class WeightEdit:
         >>> u, v = torch.randn(1, 1536), torch.randn(1, 576)
         >>> edit = WeightEdit(model, {"blocks.5.mlp.W_out": GradientFactors(u, v)})
         >>> with edit.applied():
-        ...     model.generate("Lionel Messi plays for")
+        ...     model.generate("Lionel Messi plays for", use_past_kv_cache=False)
     """
 
     def __init__(
