@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from numbers import Real
 
+import numpy as np
 import pytest
 import torch
 from helpers.families import FAMILIES, FLOAT32_ONLY, make
@@ -131,6 +132,7 @@ CULPRITS = {
     "dropout=0.2 of MultiheadAttention": lambda: nn.MultiheadAttention(4, 2, dropout=0.2),
     "dropout=0.3 of LSTM": lambda: nn.LSTM(3, 3, 2, dropout=0.3),
     "drop_prob=0.4 of DropPath": lambda: DropPath(0.4),
+    "drop_prob=0.5 of DropPath": lambda: DropPath(np.float64(0.5)),
     "self.training in the code of Scaled": Scaled,
     "self.training in the code of Lambda": Lambda,
 }

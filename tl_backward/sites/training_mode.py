@@ -108,4 +108,4 @@ def _names_in(function: Any) -> list[str]:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value is not True and value > 0
+    return isinstance(value, (int, float)) and value is not True and bool(value > 0)
