@@ -218,10 +218,10 @@ def _detach_again(model: Any) -> None:
 def _detach(model: Any) -> None:
     """Take the added HookPoints away, all of them or those that are there."""
     for module in [*model.modules()]:
+        module.__dict__.pop("neighbour", None)
         if passing := _passing(module):
             for name in passing.added:
                 module._modules.pop(name, None)
-            module.__dict__.pop("neighbour", None)
             module.__class__ = type(module).__base__
     left = dict(model.named_modules())
     for names in (model.mod_dict, model.hook_dict):
