@@ -153,10 +153,10 @@ def test_edit_shows_the_text_of_whole_passes_though_the_cache_is_lost(run, boot,
     model = boot("llama")
     lose_the_cache(model)
     monkeypatch.setattr("tl_backward.demo_model.load_demo_model", lambda: model)
-    options = ["--target", TARGET, "--layer", "1", "--new-tokens", "6"]
+    options = ["--target", TARGET, "--layer", "1", "--new-tokens", "6", "--bos"]
     shown = run(PROMPT, *options, command="edit")
     assert shown.exit_code == 0, shown.output
-    tokens = model.to_tokens(PROMPT)
+    tokens = model.to_tokens(PROMPT, prepend_bos=True)
     (ids,) = greedy(model, tokens, 6)
     new = ids[tokens.shape[1] :]
     text = model.tokenizer.decode(new[: new.index(0)] if 0 in new else new)  # 0 ends a text

@@ -255,15 +255,21 @@ def test_the_search_for_a_step_runs_the_upper_layers_only(models):
 
 
 def test_where_the_upper_layers_need_more_all_are_run(models, monkeypatch):
-    """Such as a layer that looks back at an earlier one: here, a block hook that counts twice."""
+    """Such as a layer that looks back at an earlier one: here, a hook that asks if that one ran."""
     model = models(MODELS[0])
     expected = forward_pass_shift(model, PROMPT, TARGET, layer=1, lr="auto")
-    handle = model.blocks[0].register_forward_hook(lambda block, x, y: 0.5 * y)
+    ran: list[bool] = []
+    handles = [
+        model.embed.register_forward_hook(lambda *_: ran.clear()),
+        model.blocks[0].attn.register_forward_hook(lambda *_: ran.append(True)),
+        model.blocks[2].register_forward_hook(lambda block, x, y: 0.5 * y if ran else y),
+    ]
     try:
         edit = forward_pass_shift(model, PROMPT, TARGET, layer=1, lr="auto")
         hooked = gap(applied_logits(edit, TOKENS)[0, -1], TARGET)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     assert edit.report.n_passes > 3 and edit.report.n_upper_passes == 1
     assert hooked == pytest.approx(edit.report.gap, abs=1e-5) and hooked >= 0.1
     assert edit.report.lr != expected.report.lr

@@ -21,6 +21,13 @@ PLACES = ("/tl_backward/", "/contextlib.py", "/torch/utils/")
 NAMES = ("blocks.0.mlp.W_in", "blocks.1.mlp.W_out", "blocks.1.attn.W_Q")
 
 
+@pytest.fixture(autouse=True)
+def grad_mode_is_put_back():
+    """An interrupt inside of ``torch.no_grad`` itself leaves gradients off for the thread."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 class Interrupts:
     """Raises a KeyboardInterrupt at the given numbers of the events that Python traces.
 

@@ -34,6 +34,13 @@ NOT_TRACED = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "inner"
 UNRAISABLE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+@pytest.fixture(autouse=True)
+def grad_mode_is_put_back():
+    """An interrupt inside of ``torch.no_grad`` itself leaves gradients off for the thread."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 class Interrupts:
     """Counts the places that a job passes, and raises at one of them, and after it at another.
 

@@ -66,8 +66,8 @@ def translator_ranks(
         fitted_on, records = records[::2], records[1::2]
         prepend_bos = options.get("prepend_bos")
         linear = fit_linear_translator(model, fitted_on, prepend_bos=prepend_bos)
-        # a new fit differs in its digits
-        vars(linear)["made_by"] = {"prepend_bos": prepend_bos, "fitted_on": fitted_on}
+        made_by = {"fitted_on": fitted_on, "prepend_bos": prepend_bos}
+        vars(linear)["made_by"] = made_by  # its maps have other digits after every fit
         translators = {
             "identity": identity,
             "unit-normalised": unit_normalised,

@@ -40,11 +40,9 @@ def low_rank_hooks(
         v: Right vectors, likewise.
 
     Raises:
-        ValueError: When a vector is not finite; and in the forward pass, when the batch has another
-            number of rows.
+        NotImplementedError: When the site has no HookPoint on one side.
+        ValueError: In the forward pass, when the batch has another number of rows.
     """
-    if not (u.isfinite().all() and v.isfinite().all()):
-        raise ValueError(f"edits: the update of {site.name} is not finite; check its factors")
     seen = threading.local()
     placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -71,3 +69,13 @@ def low_rank_hooks(
 
     hook_in, hook_out = site.hook_points
     return [(hook_in, note), (hook_out, add)]
+
+
+def require_finite(site: WeightSite, u: Float[Tensor, "*batch n d_in"], v: Tensor) -> None:
+    """Raise unless all vectors of an update are finite.
+
+    Raises:
+        ValueError: When one is not.
+    """
+    if not (u.isfinite().all() and v.isfinite().all()):
+        raise ValueError(f"edits: the update of {site.name} is not finite; check its factors")

@@ -10,7 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tl_backward.editing._low_rank_hooks import ForwardHooks, low_rank_hooks, with_hook_points
+from tl_backward.editing._low_rank_hooks import (
+    ForwardHooks,
+    low_rank_hooks,
+    require_finite,
+    with_hook_points,
+)
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model
 
@@ -73,6 +78,7 @@ def edit_hooks(
             for of_edit in at_sites
         ]
         u, v = (_of_rows(vectors, index) for vectors in zip(*each, strict=True))
+        require_finite(site, u, v)
         hooks += low_rank_hooks(site, u, v)
     return hooks
 

@@ -17,7 +17,12 @@ from torch import Tensor
 from tl_backward import tensor_files
 from tl_backward._fingerprint import fingerprint
 from tl_backward._precision import stable_norm
-from tl_backward.editing._low_rank_hooks import ForwardHooks, low_rank_hooks, with_hook_points
+from tl_backward.editing._low_rank_hooks import (
+    ForwardHooks,
+    low_rank_hooks,
+    require_finite,
+    with_hook_points,
+)
 from tl_backward.editing._made_for import MadeFor, fingerprints, model_name
 from tl_backward.editing._weight_change import WeightChanges, standing_changes
 from tl_backward.factors import GradientFactors
@@ -177,6 +182,8 @@ class WeightEdit:
         model, at_sites = self._require_model(), self.at_sites()
         sites = [site for site, _ in at_sites.values()]
         with_hook_points(model, sites)
+        for site, g in at_sites.values():
+            require_finite(site, g.inputs, g.vjps)
         return [
             hook
             for site, g in at_sites.values()

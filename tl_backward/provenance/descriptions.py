@@ -28,7 +28,7 @@ from tl_backward.provenance.modules import is_installed, is_own, known_module
 Parts: TypeAlias = dict[str, Any]
 """By path, such as ``"method.lr"``: JSON, or its hash where it is long."""
 
-LONGEST = 60
+LONGEST = 100
 MOST_LISTED = 50
 ITSELF = "<itself>"
 
