@@ -63,8 +63,8 @@ class WeightSite:
         tied_to: Names of other sites with the same parameter (tied embeddings). Each site has its
             own factors; the gradient of the parameter is the sum over all of them, each in the
             layout of its own site.
-        feeds: Names of other sites whose weights are recomputed from this parameter, so that it has
-            gradients through them, too.
+        feeds: Names of other sites whose weights are recomputed from this parameter or from its
+            memory, so that a change of it in place changes them, too.
     """
 
     name: str
