@@ -11,7 +11,7 @@ from transformer_lens.ActivationCache import Slice
 
 import tl_backward as tlb
 
-TOKENS, TARGET = [3, 17, 3, 9, 8, 6], 5
+TOKENS, TARGET = [3, 17, 3, 9, 8, 7], 5
 BATCH, TARGETS = [[3, 17, 3, 9], [6, 2], [12, 1, 20]], [5, 11, 2]
 
 
@@ -276,7 +276,7 @@ def assert_scores_are_transformer_lenss(model):
         pytest.skip("attribution_patch is in TransformerLens 4.3")
     from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 
-    clean, corrupt = torch.tensor([TOKENS]), torch.tensor([[4, 1, 3, 9, 2, 6]])
+    clean, corrupt = torch.tensor([TOKENS]), torch.tensor([[4, 1, 3, 9, 2, 7]])
     reference = attribution_patch(
         model, clean, corrupt, lambda logits: logits[0, -1, 5] - logits[0, -1, 7]
     )

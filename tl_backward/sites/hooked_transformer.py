@@ -399,11 +399,11 @@ def _added(module: nn.Module, name: str) -> Any:
     return None if holder is None else holder._modules.get(end)
 
 
-def _before(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+def _before(self: Any, own: Any, x: Tensor) -> Tensor:
     return own(_through(vars(self).get("neighbour"), x))
 
 
-def _behind(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+def _behind(self: Any, own: Any, x: Tensor) -> Tensor:
     return _through(vars(self).get("neighbour"), own(x))
 
 
@@ -411,16 +411,16 @@ BEFORE = _Passing("__call__", _before)
 BEHIND = _Passing("__call__", _behind)
 
 
-def _linear(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+def _linear(self: Any, own: Any, x: Tensor) -> Tensor:
     return _leave(self, "hook_out", own(_enter(self, "hook_in", x)))
 
 
-def _normed_embed(self: Any, own: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+def _normed_embed(self: Any, own: Any, tokens: Tensor) -> Tensor:
     return own(_enter(self, "hook_in", tokens))
 
 
 def _pos_embed(
-    self: Any, own: partial[Tensor], tokens: Tensor, *args: Any, **kwargs: Any
+    self: Any, own: Any, tokens: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """TransformerLens works the positions out inside, from the padding and the tokens before.
 
@@ -437,7 +437,7 @@ def _pos_embed(
 
 def _attention(
     self: Any,
-    own: Callable[..., Tensor],
+    own: Any,
     query_input: Tensor,
     key_input: Tensor,
     value_input: Tensor,
@@ -450,11 +450,11 @@ def _attention(
     return _leave(self, "o.hook_out", own(query_input, key_input, value_input, *args, **kwargs))
 
 
-def _mlp(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+def _mlp(self: Any, own: Any, x: Tensor) -> Tensor:
     return _leave(self, "out.hook_out", own(_enter(self, "in.hook_in", x)))
 
 
-def _gated_mlp(self: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
+def _gated_mlp(self: Any, own: Any, x: Tensor) -> Tensor:
     branches = _Branches(_enter(self, "gate.hook_in", x), _enter(self, "in.hook_in", x))
     return _leave(self, "out.hook_out", own(branches))
 
