@@ -24,6 +24,7 @@ from helpers.versions import NEEDS_HOOKED_TRANSFORMER
 from torch import nn
 
 import tl_backward as tlb
+from tl_backward.sites import attached_hook_points
 from tl_backward.sites import hooked_transformer as backend
 
 pytestmark = NEEDS_HOOKED_TRANSFORMER

@@ -419,9 +419,7 @@ def _normed_embed(self: Any, own: Any, tokens: Tensor) -> Tensor:
     return own(_enter(self, "hook_in", tokens))
 
 
-def _pos_embed(
-    self: Any, own: Any, tokens: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
+def _pos_embed(self: Any, own: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """TransformerLens works the positions out inside, from the padding and the tokens before.
 
     Its own lookup tells them, in a table of the numbers from 1 on; padding gives 0.
