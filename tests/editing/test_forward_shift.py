@@ -262,7 +262,9 @@ def test_where_the_upper_layers_need_more_all_are_run(models, monkeypatch):
     handles = [
         model.blocks[0].register_forward_pre_hook(lambda *_: ran.clear()),
         model.blocks[0].mlp.register_forward_pre_hook(lambda *_: ran.append(True)),
-        model.blocks[1].register_forward_hook(lambda block, x, y: y.roll(1, -1) if ran else y),
+        model.blocks[1].register_forward_hook(
+            lambda block, x, y: y + torch.linspace(-1, 1, y.shape[-1]).to(y) if ran else y
+        ),
     ]
     try:
         edit = forward_pass_shift(model, PROMPT, TARGET, layer=1, lr="auto")
