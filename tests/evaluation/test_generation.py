@@ -18,6 +18,9 @@ from tl_backward.evaluation import generate_tokens
 PROMPTS = torch.tensor([[5, 7, 3, 11], [5, 2, 3, 6]])
 N_NEW = 5  # the smallest context here is 9
 
+TL2 = pytest.mark.filterwarnings("ignore:generation with the KV cache gives other logits")
+"""TransformerLens 2 takes all tokens for padding where the pad token is 0."""
+
 
 @pytest.fixture(params=MODELS)
 def fresh(request, tokenizer):
@@ -34,8 +37,7 @@ def fresh(request, tokenizer):
     return made
 
 
-# TransformerLens 2 takes all tokens for padding where the pad token is 0
-@pytest.mark.filterwarnings("ignore:generation with the KV cache gives other logits")
+@TL2
 def test_greedy_tokens_are_those_of_whole_passes(fresh):
     want = greedy(fresh, PROMPTS, N_NEW)
     random_state = torch.get_rng_state()
@@ -90,6 +92,18 @@ def test_families_whose_cache_does_not_work_here(make_family, family):
 @pytest.mark.filterwarnings("error:generation with the KV cache")
 def test_rounding_is_no_reason_to_give_up_the_cache(boot, kind, dtype):
     generate_tokens(boot(kind, dtype), PROMPTS, N_NEW)
+
+
+@TL2
+def test_training_mode_is_kept_where_it_changes_nothing(fresh):
+    fresh.train()
+    modes = {name: module.training for name, module in fresh.named_modules()}
+    if any(isinstance(module, torch.nn.Dropout) and module.p for module in fresh.modules()):
+        with pytest.raises(ValueError, match="training mode"):
+            generate_tokens(fresh, PROMPTS, N_NEW)
+    else:
+        assert generate_tokens(fresh, PROMPTS, N_NEW).tolist() == greedy(fresh, PROMPTS, N_NEW)
+    assert {name: module.training for name, module in fresh.named_modules()} == modes
 
 
 @NEEDS_BRIDGE

@@ -19,7 +19,7 @@ from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.run_hooks import Run
 from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.editing import WeightEdit, edit_hooks
-from tl_backward.sites import Model, occupy
+from tl_backward.sites import Model, all_modules, occupy, require_eval_mode
 
 TOP_K = 5
 MAX_TOKENS = 100
@@ -42,8 +42,8 @@ def generate_tokens(
     forward pass over the whole text: that is slower, and the same in every version.
 
     Args:
-        model: A TransformerLens model in eval mode. Its hooks take part; with the cache, they see
-            only the last token of a text.
+        model: A TransformerLens model. Its hooks take part; with the cache, they see only the last
+            token of a text.
         tokens: Token ids, without padding.
         n_new: How many tokens to add; an end-of-text token does not end a text.
         top_k: Draw from that many of the most probable tokens. Default: take the most probable one.
@@ -52,8 +52,8 @@ def generate_tokens(
         ``tokens`` and what follows them, on the model's device.
 
     Raises:
-        ValueError: When ``n_new`` or ``top_k`` is not positive, there is no token to continue, or
-            the texts would be longer than the model's context.
+        ValueError: When ``n_new`` or ``top_k`` is not positive, there is no token to continue, the
+            texts would be longer than the model's context, or training mode changes something.
 
     Warns:
         UserWarning: Once for each model whose KV cache is not used, with the versions.
@@ -73,6 +73,7 @@ def generate_tokens(
             f"n_new is {n_new}, but after {length} tokens the model's context of {n_ctx} has room "
             f"for {n_ctx - length} more"
         )
+    require_eval_mode(model)
     tokens = tokens.to(model.cfg.device)
     if model not in _cache_is_right:
         _cache_is_right[model] = _try_cache(model, tokens[:, :N_PROBED])
@@ -95,16 +96,19 @@ def _choose(logits: Float[Tensor, "batch d_vocab"], top_k: int) -> Int[Tensor, "
 def _generate_with_cache(
     model: Model, tokens: Int[Tensor, "batch pos"], n_new: int, top_k: int
 ) -> Int[Tensor, "batch longer"]:
-    return model.generate(
-        tokens,
-        max_new_tokens=n_new,
-        stop_at_eos=False,
-        do_sample=top_k > 1,
-        top_k=top_k,
-        use_past_kv_cache=True,
-        return_type="tokens",
-        verbose=False,
-    )
+    with Undo() as undo, undo, undo:
+        for _, module in all_modules(model):  # HookedTransformer leaves them in eval mode
+            undo.add(setattr, module, "training", module.training)
+        return model.generate(
+            tokens,
+            max_new_tokens=n_new,
+            stop_at_eos=False,
+            do_sample=top_k > 1,
+            top_k=top_k,
+            use_past_kv_cache=True,
+            return_type="tokens",
+            verbose=False,
+        )
 
 
 def _try_cache(model: Model, prompts: Int[Tensor, "batch pos"]) -> bool:
