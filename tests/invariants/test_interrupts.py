@@ -107,7 +107,7 @@ def state(model):
         "attributes": [sorted(vars(module)) for module in modules],
         "hooks": [list(getattr(m, name).items()) for m in modules for name in registries],
         "tl_hooks": [[*point.fwd_hooks, *point.bwd_hooks] for point in model.hook_dict.values()],
-        "names": [list(model.hook_dict), list(model.mod_dict)],
+        "names": [list(model.hook_dict), list(getattr(model, "mod_dict", ()))],
         "context_level": model.context_level,
         "requires_grad": [p.requires_grad for p in parameters],
         "grad": [p.grad for p in parameters],
