@@ -19,15 +19,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.texts import PROMPT
-from helpers.versions import HAS_BRIDGE, MODELS
+from helpers.versions import MODELS, NEEDS_BRIDGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_backward as tlb
 from tl_backward.provenance import hash_of, provenance, require_same
 from tl_backward.provenance.descriptions import describe, text_of
-
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 
 
 def parts(value: object) -> dict:

@@ -7,12 +7,11 @@ import torch
 from helpers.edits import applied_logits, hooked_logits, same_bits, weights
 from helpers.gradients import relative_error
 from helpers.state import state
-from helpers.versions import HAS_BRIDGE, MODELS
+from helpers.versions import MODELS, NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward.editing import adam_fine_tune
 
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 PROMPTS, TARGETS = [[3, 17, 3, 29, 8], [1, 2, 3]], [[5], [21, 9]]
 
 

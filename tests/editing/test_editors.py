@@ -19,7 +19,7 @@ from helpers.gradients import relative_error
 from helpers.published_updates import DATA, STORED, UPDATES
 from helpers.state import state
 from helpers.texts import PROMPT, TARGET
-from helpers.versions import HAS_BRIDGE, HAS_HOOKED_TRANSFORMER
+from helpers.versions import HAS_BRIDGE, HAS_HOOKED_TRANSFORMER, NEEDS_BRIDGE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +28,6 @@ from tl_backward.editing import EditorReport, memit_contexts, rome_contexts
 
 PLAIN = ["{}"]
 KINDS = [["{}"], ["A city. {}", "London is not in Rome. {}"]]
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from helpers.edits import W_out, embedding, gap, same_bits, seen_at, weights
 from helpers.gradients import relative_error
 from helpers.state import state
-from helpers.versions import HAS_BRIDGE, MODELS
+from helpers.versions import MODELS, NEEDS_BRIDGE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +17,6 @@ from tl_backward.editing._joint_steps import smallest_steps
 
 PROMPTS = [[3, 17, 3, 29, 8], [1, 2, 3, 4], [9, 8, 7, 6, 5, 4], [11, 12]]
 TARGETS = [5, 21, 7, 13]
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 
 
 @pytest.fixture(params=MODELS)

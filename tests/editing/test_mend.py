@@ -9,7 +9,7 @@ from helpers.gradients import relative_error
 from helpers.published_updates import UPDATES
 from helpers.state import state
 from helpers.texts import PROMPT, TARGET
-from helpers.versions import HAS_BRIDGE
+from helpers.versions import NEEDS_BRIDGE
 
 import tl_backward as tlb
 from tl_backward.editing import MendEditor
@@ -17,7 +17,6 @@ from tl_backward.editing._mend_training import _drawn, _example, _losses
 from tl_backward.editing._mend_transform import GradientTransform, MendNetworks
 from tl_backward.evaluation.records import Record
 
-NEEDS_BRIDGE = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
 D_IN, D_OUT = 12, 7
 NAMES = {"mode_scale.weight": "scale", "mode_shift.weight": "shift"}
 
@@ -111,7 +110,7 @@ RECORDS = [
 SMALL = {"rank": 5, "lr": 1e-3, "step_size_lr": 1e-3, "batch_size": 3, "steps": 2}
 
 
-@pytest.fixture(params=["llama", "gpt2"] if HAS_BRIDGE else [])
+@pytest.fixture(params=["llama", "gpt2"])
 def model(boot, request):
     model = boot(request.param)
     model(PROMPT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.texts import TEXTS
-from helpers.versions import HAS_BRIDGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -38,16 +37,9 @@ def test_of_two_the_last_is_taken_and_that_is_said():
 
 
 @pytest.fixture(scope="module")
-def tokenised(tokenizer):
-    """A model with nothing but a tokenizer, of a class of TransformerLens."""
-    if not HAS_BRIDGE:
-        pytest.skip("there is no bridge")
-    from helpers.bridges import tiny_config
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM
-
-    hf = AutoModelForCausalLM.from_config(tiny_config("gpt2", len(tokenizer)))
-    return TransformerBridge.boot_transformers("gpt2", hf_model=hf, tokenizer=tokenizer)
+def tokenised(boot):
+    """A model with a tokenizer."""
+    return boot("gpt2")
 
 
 @given(before=TEXT, subject=TEXT.filter(str.strip), after=TEXT, bos=st.booleans())

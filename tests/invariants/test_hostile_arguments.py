@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.texts import TARGET
 from helpers.tiny_checkpoint import save_tiny_checkpoint
-from helpers.versions import HAS_BRIDGE
+from helpers.versions import NEEDS_BRIDGE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from tl_backward import demo_model, evaluation
 from tl_backward.__main__ import app
 
-pytestmark = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
+pytestmark = NEEDS_BRIDGE
 
 PROMPT = "Messi [/ plays"
 NASTY = [

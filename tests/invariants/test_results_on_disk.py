@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.versions import HAS_BRIDGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -225,8 +224,6 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
 @pytest.fixture
 def run(boot, monkeypatch, tmp_path):
     """Run the command line on a tiny model and two facts."""
-    if not HAS_BRIDGE:
-        pytest.skip("there is no bridge")
     model = boot("llama")
     monkeypatch.setattr("tl_backward.demo_model.load_demo_model", lambda: model)
     data = tmp_path / "facts.json"

@@ -10,7 +10,7 @@ from helpers.bridges import tiny_config
 from helpers.edits import applied_logits, factors, hooked_logits, logits
 from helpers.gradients import gradient_of_parameter, reference_loss, relative_error
 from helpers.hooked import build
-from helpers.versions import CLASSES, HAS_BRIDGE
+from helpers.versions import CLASSES, HAS_BRIDGE, NEEDS_BRIDGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -242,10 +242,7 @@ def test_reverted_bit_for_bit(tied):
         assert torch.equal(site.parameter, original)
 
 
-needs_bridge = pytest.mark.skipif(not HAS_BRIDGE, reason="there is no bridge")
-
-
-@needs_bridge
+@NEEDS_BRIDGE
 def test_memory_that_is_shared_in_part_is_refused(tokenizer):
     """W_K in the first rows of W_Q: an update of W_Q changes it in part."""
 
@@ -265,7 +262,7 @@ def test_memory_that_is_shared_in_part_is_refused(tokenizer):
     torch.testing.assert_close(hooked_logits(apart), applied_logits(apart))
 
 
-@needs_bridge
+@NEEDS_BRIDGE
 def test_one_module_under_two_names_has_no_site(tokenizer):
     """Both uses pass the one module: rows of both would count for each name."""
 
@@ -282,7 +279,7 @@ def test_one_module_under_two_names_has_no_site(tokenizer):
     assert reasons.str.contains("blocks.1.attn.W_Q, and one module|one module does not").any()
 
 
-@needs_bridge
+@NEEDS_BRIDGE
 def test_parts_of_one_memory_that_do_not_overlap_are_strangers(make_family):
     """GPT-2's W_Q, W_K and W_V are columns of what was one parameter."""
     model = make_family("gpt2")
