@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import Any
 
 if "TL_BACKWARD_NETWORK" not in os.environ:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,7 @@ import torch
 from helpers.bridges import boot_tiny
 from helpers.families import make
 from helpers.hooked import LIKE, build
+from helpers.state import changes_of, state_of_model
 from helpers.summary import SUMMARY
 from helpers.texts import tokenizer_from
 from helpers.versions import HAS_BRIDGE, HAS_HOOKED_TRANSFORMER, NO_BRIDGE
@@ -33,6 +35,11 @@ def pytest_report_header() -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SUMMARY] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks first: one that is begun last lets the other processes wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_demos.py")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -75,21 +82,40 @@ def model(boot, kind):
 
 
 @pytest.fixture(scope="session")
-def models(boot):
+def shared() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The models that all tests share, by name, each with its state when it was made."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def models(boot, shared):
     """A function that makes a tiny model of a name from ``MODELS``, the same in every test."""
-    made = {}
 
     def model(name):
-        if name not in made:
+        if name not in shared:
             cls, kind, *compatibility = name.split("-")
-            made[name] = build(**LIKE[kind]) if cls == "hooked" else boot(kind)
+            made = build(**LIKE[kind]) if cls == "hooked" else boot(kind)
             if compatibility:
-                made[name].enable_compatibility_mode(disable_warnings=True)
+                made.enable_compatibility_mode(disable_warnings=True)
             # a bridge adds hooks to its norms at its first forward pass
-            made[name](torch.tensor([[1, 2]]))
-        return made[name]
+            made(torch.tensor([[1, 2]]))
+            shared[name] = made, state_of_model(made)
+        return shared[name][0]
 
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_models_are_left_as_they_came(shared) -> Iterator[None]:
+    yield
+    changed = {
+        name: changes
+        for name, (model, before) in shared.items()
+        if (changes := changes_of(model, before))
+    }
+    for name in changed:
+        del shared[name]
+    assert not changed, f"tests of this file have changed models that others share: {changed}"
 
 
 @pytest.fixture

@@ -29,9 +29,14 @@ def left_as_it_came(model: Any) -> Iterator[Any]:
     """
     before = state_of_model(model)
     yield model
+    changes = changes_of(model, before)
+    assert not changes, f"a test has changed a model that others share: {changes}"
+
+
+def changes_of(model: Any, before: dict[str, Any]) -> list[str]:
+    """What is not as it was in an earlier ``state_of_model``."""
     after = state_of_model(model)
-    changed = [name for name, value in before.items() if after[name] != value]
-    assert not changed, f"a test has changed the {changed} of a model that it shares with others"
+    return [name for name, value in before.items() if after[name] != value]
 
 
 def state_of_model(model: Any) -> dict[str, Any]:
