@@ -11,31 +11,34 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from helpers.versions import HAS_BRIDGE, NO_BRIDGE
 
 
-def tiny_config(kind: str, vocab_size: int) -> PretrainedConfig:
+def tiny_config(kind: str, vocab_size: int, **own: Any) -> PretrainedConfig:
+    """A config with ``own`` values, and small ones otherwise."""
     if kind == "llama":
-        return LlamaConfig(
-            hidden_size=28,
-            intermediate_size=44,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=6,
-            vocab_size=vocab_size,
-            max_position_embeddings=32,
-            initializer_range=0.2,
-        )
-    return GPT2Config(
-        n_embd=28,
-        n_inner=44,
-        n_layer=3,
-        n_head=4,
-        vocab_size=vocab_size,
-        n_positions=32,
-        initializer_range=0.2,
-    )
+        small = {
+            "hidden_size": 28,
+            "intermediate_size": 44,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "max_position_embeddings": 32,
+            "initializer_range": 0.2,
+        }
+        return LlamaConfig(vocab_size=vocab_size, **small | own)
+    small = {
+        "n_embd": 28,
+        "n_inner": 44,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 32,
+        "initializer_range": 0.2,
+    }
+    return GPT2Config(vocab_size=vocab_size, **small | own)
 
 
-def boot_tiny(kind: str, dtype: torch.dtype = torch.float64, *, tokenizer: Any) -> Any:
+def boot_tiny(
+    kind: str, dtype: torch.dtype = torch.float64, *, tokenizer: Any, **config: Any
+) -> Any:
     """A bridge of random weights, which are the same each time; without bridges, a skip."""
     if not HAS_BRIDGE:
         pytest.skip(NO_BRIDGE)
@@ -43,7 +46,7 @@ def boot_tiny(kind: str, dtype: torch.dtype = torch.float64, *, tokenizer: Any) 
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        hf = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
+        hf = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer), **config))
         for parameter in hf.parameters():  # biases and norms must not be 0 and 1
             parameter.data += 0.1 * torch.randn_like(parameter)
     hf = hf.to(dtype).eval()

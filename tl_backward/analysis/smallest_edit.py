@@ -72,7 +72,7 @@ def smallest_edit(
         ValueError: For another method.
 
     Example:
-        >>> smallest_edit(model, records, layers=(10, 20, -1)).groupby(["method", "layer"]).median()
+        >>> smallest_edit(model, records, layers=(10, 20, -1)).groupby("layer").lr.median()
     """
     methods = list(methods)
     if not methods or not set(methods) <= set(METHODS):

@@ -250,7 +250,7 @@ def key_statistics(
         TypeError, NotImplementedError: As :func:`weight_sites`.
 
     Example:
-        >>> statistics = key_statistics(model, wikitext_lines, layer=24, path="layer24.safetensors")
+        >>> statistics = key_statistics(model, texts, layer=24, path="layer24.safetensors")
         >>> forward_pass_shift(model, prompt, " Paris", layer=24, lr=0.1, key="whitened",
         ...                    statistics=statistics)
     """

@@ -61,8 +61,9 @@ class WeightEdit:
         ValueError: When the model has no such site, or its shape or its weights are others.
 
     Example:
-        >>> u, v = torch.randn(1, 1536), torch.randn(1, 576)
-        >>> edit = WeightEdit(model, {"blocks.5.mlp.W_out": GradientFactors(u, v)})
+        >>> (site,) = weight_sites(model, "W_out", layers=5)
+        >>> u, v = torch.randn(1, site.d_in), torch.randn(1, site.d_out)
+        >>> edit = WeightEdit(model, {site.name: GradientFactors(u, v)})
         >>> with edit.applied():
         ...     model.generate("Lionel Messi plays for", use_past_kv_cache=False)
     """
@@ -316,7 +317,8 @@ class WeightEdit:
 
         Example:
             >>> edit.save("messi.safetensors")
-            >>> WeightEdit.load("messi.safetensors", model).apply()
+            >>> loaded = WeightEdit.load("messi.safetensors", model)
+            >>> loaded.apply()
         """
         tree = tensor_files.read(Path(path), KIND)
         try:

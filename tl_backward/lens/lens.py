@@ -57,8 +57,7 @@ class BackwardLogitLens:
     Example:
         >>> lens = BackwardLogitLens(model)
         >>> result = lens("Lionel Messi plays for", " Paris")
-        >>> result["W_out"].bottom_tokens()[20][-1][0]   # layer 20, last token
-        ' Paris'
+        >>> result["W_out"].bottom_tokens()[20][-1][0]   # " Paris" in SmolLM2: layer 20, last token
     """
 
     def __init__(self, model: Model) -> None:
