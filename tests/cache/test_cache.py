@@ -51,7 +51,7 @@ def make_cache(
             "blocks.2.attn.W_Q": GradientFactors(wide[..., 1 : d + 1], random(*batch, n, 2)),
             "embed.W_E": GradientFactors(random(n, *batch, 6).movedim(0, -2), random(*batch, n, 3)),
         },
-        "behind_norms": {"blocks.10.mlp.W_out": random(n, 3)},
+        "post_norm_vjps": {"blocks.10.mlp.W_out": random(n, 3)},
         "residual": Residual(
             n_layers=11,
             n_heads=2,
@@ -81,7 +81,7 @@ def bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
 def everything(cache: BackwardCache) -> dict[str, object]:
     return {
         "factors": [(k, bits(g.inputs), bits(g.vjps)) for k, g in cache.factors.items()],
-        "behind_norms": [(k, bits(vjps)) for k, vjps in cache.behind_norms.items()],
+        "post_norm_vjps": [(k, bits(vjps)) for k, vjps in cache.post_norm_vjps.items()],
         "lengths": [g.lengths for g in cache.values()],
         "residual": [
             (cache.residual.n_layers, cache.residual.n_heads, cache.residual.lengths),
@@ -135,12 +135,12 @@ def test_empty_and_overlapping_parts_come_back(tmp_path):
             "c.W": GradientFactors(torch.zeros(0, 3), torch.zeros(0, 2)),
             "d.W": GradientFactors(torch.ones(1, 1).expand(3, 2), rows[1:].view(3, 3).mT),
         },
-        behind_norms={},
+        post_norm_vjps={},
     )
     loaded = BackwardCache.load(cache.save(tmp_path / "cache"))
     assert everything(loaded) == everything(cache)
     assert not loaded["b.W"].vjps.requires_grad
-    no_factors = make_cache(factors={}, behind_norms={})
+    no_factors = make_cache(factors={}, post_norm_vjps={})
     loaded = BackwardCache.load(no_factors.save(tmp_path / "cache"))
     assert everything(loaded) == everything(no_factors)
 
@@ -178,7 +178,7 @@ def test_a_loaded_cache_does_not_depend_on_its_file(path):
 
 def test_the_device_is_that_of_a_captured_cache(path):
     cache = BackwardCache.load(path, device="meta")
-    on_device = [cache.loss, *cache.behind_norms.values()]
+    on_device = [cache.loss, *cache.post_norm_vjps.values()]
     on_device += [x for g in cache.values() for x in (g.inputs, g.vjps)]
     assert {x.device.type for x in on_device} == {"meta"}
     assert cache["W_gate", 2].inputs is cache["W_in", 2].inputs
@@ -338,7 +338,7 @@ def test_factors_that_do_not_belong_together(path, unchecked):
 
 
 NO_MAPPING = json.dumps(
-    {"factors": [], "behind_norms": [], "tokens": "", "positions": "", "target_ids": ""}
+    {"factors": [], "post_norm_vjps": [], "tokens": "", "positions": "", "target_ids": ""}
 )
 
 

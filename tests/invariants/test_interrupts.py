@@ -21,7 +21,7 @@ import tl_backward as tlb
 from tl_backward import _turns, _undo
 from tl_backward.editing.runs import WholeRun, weight_inputs
 from tl_backward.evaluation.scoring import Case, score_targets
-from tl_backward.sites import all_modules, hooked_transformer
+from tl_backward.sites import all_modules, hook_points
 
 MODELS = ["bridge-llama"] * HAS_BRIDGE + ["hooked-llama"] * HAS_HOOKED_TRANSFORMER
 TOKENS, TARGET = torch.tensor([[3, 17, 3, 29, 8, 9]]), 5
@@ -116,7 +116,7 @@ def state(model):
         "rng": torch.get_rng_state().tolist(),
         "grad_mode": torch.is_grad_enabled(),
         "turns": list(_turns._turns.values()),
-        "attached": list(hooked_transformer._attached_for_a_while),
+        "attached": list(hook_points._attached_for_a_while),
     } | {
         name: list(getattr(torch.nn.modules.module, name).items())
         for name in ("_global_forward_hooks", "_global_forward_pre_hooks")

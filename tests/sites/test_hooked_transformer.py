@@ -24,7 +24,7 @@ from helpers.versions import NEEDS_HOOKED_TRANSFORMER
 from torch import nn
 
 import tl_backward as tlb
-from tl_backward.sites import attached_hook_points
+from tl_backward.sites import add_hook_points, attached_hook_points, remove_hook_points
 from tl_backward.sites import hooked_transformer as backend
 
 pytestmark = NEEDS_HOOKED_TRANSFORMER
@@ -286,11 +286,11 @@ def model(request):
 def test_adding_twice_and_removing(model):
     model.add_hook("blocks.1.mlp.hook_post", lambda tensor, hook: tensor)
     before, names = state(model), set(model.hook_dict)
-    backend.remove_hook_points(model)
+    remove_hook_points(model)
     assert state(model) == before
-    backend.add_hook_points(model)
+    add_hook_points(model)
     once = state(model)
-    backend.add_hook_points(model)
+    add_hook_points(model)
     with attached_hook_points(model):
         tlb.run_with_backward_cache(model, TOKENS, TARGET)
     assert state(model) == once
@@ -299,7 +299,7 @@ def test_adding_twice_and_removing(model):
         point = model.mod_dict[name]
         assert point is model.hook_dict[name] and point.name == name
         assert isinstance(point, transformer_lens.hook_points.HookPoint) and not point.training
-    backend.remove_hook_points(model)
+    remove_hook_points(model)
     assert state(model) == before
 
 
@@ -311,7 +311,7 @@ def test_they_go_also_after_an_exception(model):
 
 
 def test_run_with_cache_sees_every_point_in_both_directions(model):
-    backend.add_hook_points(model)
+    add_hook_points(model)
     logits, cache = model.run_with_cache(TOKENS)
     assert added_names(model) <= cache.keys()
     _, both = model.run_with_cache(TOKENS, return_type="loss", incl_bwd=True)
@@ -358,7 +358,7 @@ def test_cached_inputs_and_gradients_are_the_factors(model):
 
 
 def test_reset_hooks_clears_them(model):
-    backend.add_hook_points(model)
+    add_hook_points(model)
     plain = model(TOKENS)
     model.add_hook("blocks.0.mlp.out.hook_in", lambda tensor, hook: 2 * tensor)
     model.add_hook("blocks.0.attn.q.hook_in", lambda tensor, hook: 2 * tensor, dir="bwd")
@@ -370,13 +370,13 @@ def test_reset_hooks_clears_them(model):
 
 def test_a_copy_has_points_of_its_own(model):
     own = set(model.hook_dict)
-    backend.add_hook_points(model)
+    add_hook_points(model)
     twin = copy.deepcopy(model)
     plain = model(TOKENS)
     for name in twin.hook_dict.keys() - own:
         twin.add_hook(name, lambda tensor, hook: tensor + 1 if tensor.is_floating_point() else None)
     assert torch.equal(model(TOKENS), plain) and not torch.equal(twin(TOKENS), plain)
-    backend.remove_hook_points(twin)
+    remove_hook_points(twin)
     assert torch.equal(twin(TOKENS), plain)
 
 
@@ -398,7 +398,7 @@ BRANCHES = ["attn.q", "attn.k", "attn.v", "mlp.in", "mlp.gate"]
 def test_an_edit_at_one_input_touches_only_its_branch(branch, edit, normalization):
     """Without a norm the inputs are the residual stream itself."""
     model = build(**GATED, **GQA, normalization_type=normalization)
-    backend.add_hook_points(model)
+    add_hook_points(model)
     name = f"blocks.0.{branch}.hook_in"
     _, plain = model.run_with_cache(TOKENS)
     with model.hooks(fwd_hooks=[(name, edit)]):
@@ -425,7 +425,7 @@ def test_an_edit_at_one_input_touches_only_its_branch(branch, edit, normalizatio
 
 def test_the_vjp_at_a_gates_input_is_its_branchs_part():
     model = build(**GATED)
-    backend.add_hook_points(model)
+    add_hook_points(model)
     seen = {}
 
     def see(gradient, hook):
@@ -444,7 +444,7 @@ def test_cutting_the_vjp_of_one_branch_leaves_the_other(branch):
     model = build(**GATED)
     mlp = model.blocks[0].mlp
     other = {"in": "gate", "gate": "in"}[branch]
-    backend.add_hook_points(model)
+    add_hook_points(model)
 
     def input_gradient(hooks):
         x = torch.ones(1, 2, 14, dtype=torch.float64, requires_grad=True)
@@ -503,7 +503,7 @@ def test_hooks_run_in_the_order_in_which_the_tensor_passes(model):
         "blocks.0.mlp.out.hook_out",
         "blocks.0.hook_mlp_out",
     ]
-    backend.add_hook_points(model)
+    add_hook_points(model)
     for names in (order, order[::-1]):
         forward, backward = [], []
 
@@ -535,7 +535,7 @@ def neighbours(model):
 @pytest.mark.parametrize("set_first", [0, 1])
 def test_neighbouring_hooks_see_what_the_other_did(model, set_first):
     """Both directions, whichever hook was set first."""
-    backend.add_hook_points(model)
+    add_hook_points(model)
     seen = {}
 
     def double(tensor, hook):
@@ -574,7 +574,7 @@ def test_the_hooks_of_the_user_take_part(model):
 
 
 def test_hooks_on_added_points_take_part(model):
-    backend.add_hook_points(model)
+    add_hook_points(model)
     names = ["blocks.1.mlp.out.hook_in", "blocks.0.attn.v.hook_in", "blocks.1.attn.k.hook_out"]
     with model.hooks(fwd_hooks=[(name, scale_in_place) for name in names]):
         _, cache = tlb.run_with_backward_cache(model, TOKENS, TARGET)
@@ -592,7 +592,7 @@ def test_hooks_on_added_points_take_part(model):
     ],
 )
 def test_other_tokens_can_be_put_in(model, name, edit):
-    backend.add_hook_points(model)
+    add_hook_points(model)
     tokens = TOKENS.clone()
     edited = model.run_with_hooks(tokens, fwd_hooks=[(name, edit)])
     assert torch.equal(edited, model(torch.full_like(tokens, 4)))
@@ -601,7 +601,7 @@ def test_other_tokens_can_be_put_in(model, name, edit):
 
 def test_positions_can_be_changed_and_padding_has_none():
     model = build()
-    backend.add_hook_points(model)
+    add_hook_points(model)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     padded = model(TOKENS, attention_mask=mask)
     seen = []
@@ -617,7 +617,7 @@ def test_positions_can_be_changed_and_padding_has_none():
     assert seen[0].tolist() == [[-1, -1, 0, 1, 2, 3]]
     with model.hooks(fwd_hooks=[("pos_embed.hook_in", shift)]):
         shifted = model(TOKENS, attention_mask=mask)
-    backend.remove_hook_points(model)
+    remove_hook_points(model)
     with torch.no_grad():
         model.pos_embed.W_pos.copy_(model.pos_embed.W_pos.roll(-3, 0))
     torch.testing.assert_close(shifted, model(TOKENS, attention_mask=mask), rtol=0, atol=0)
@@ -671,7 +671,7 @@ def test_experts_have_no_site_and_the_rest_works():
 
 def test_quantised_weights_are_refused(model):
     model.cfg.load_in_4bit = True
-    for refused in (tlb.weight_sites, backend.add_hook_points):
+    for refused in (tlb.weight_sites, add_hook_points):
         with pytest.raises(NotImplementedError, match="load_in_4bit"):
             refused(model)
 

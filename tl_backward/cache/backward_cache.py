@@ -51,11 +51,11 @@ class BackwardCache(Mapping[str, GradientFactors]):
         weights_processing: What TransformerLens has done to the weights that the gradients are
             with respect to, as far as they show it: ``"raw"``, or the steps by the names of its
             arguments, such as ``"fold_ln, center_writing_weights"``.
-        behind_norms: By site name, the VJPs behind the post-norm of a weight that has one.
+        post_norm_vjps: By site name, the VJPs behind the post-norm of a weight that has one.
     """
 
     factors: dict[str, GradientFactors]
-    behind_norms: dict[str, Float[Tensor, "... rows d_model"]]
+    post_norm_vjps: dict[str, Float[Tensor, "... rows d_model"]]
     residual: Residual
     tokens: Int[Tensor, "pos"] | list[Int[Tensor, "_"]]
     str_tokens: list[Any]
@@ -97,9 +97,9 @@ class BackwardCache(Mapping[str, GradientFactors]):
         return replace(
             self,
             factors={name: g.example(b) for name, g in self.factors.items()},
-            behind_norms={
+            post_norm_vjps={
                 name: of_example(vjps, b, self.factors[name].lengths)
-                for name, vjps in self.behind_norms.items()
+                for name, vjps in self.post_norm_vjps.items()
             },
             residual=self.residual.example(b),
             tokens=self.tokens[b],
@@ -121,7 +121,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
             KeyError: When the weight was not captured.
         """
         name = self._name(key)
-        return self.behind_norms.get(name, self.factors[name].vjps)
+        return self.post_norm_vjps.get(name, self.factors[name].vjps)
 
     def bias_gradient(self, key: str | tuple[str, int | None]) -> Float[Tensor, "d_out"]:
         """Gradient of the bias beside a weight: the sum of the VJPs over the captured positions.

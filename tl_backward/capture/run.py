@@ -35,8 +35,8 @@ from tl_backward.sites import (
     all_modules,
     find_sites,
     layer_numbers,
+    lazy_hook_points,
     occupy,
-    passed_if_hooked,
     require_eval_mode,
     weights_processing,
 )
@@ -162,7 +162,7 @@ def run_with_backward_cache(
         freeze(parameters, undo)
         set_grad_enabled(True, undo)
         run = Run(undo)
-        lazy_hooks = [(name, _no_op) for name in passed_if_hooked(model)]
+        lazy_hooks = [(name, _no_op) for name in lazy_hook_points(model)]
         run.put_hooks(model, undo, [*fwd_hooks, *lazy_hooks], bwd_hooks)
         run.step_aside_for_others(modules, undo)
         run_uncompiled(modules, undo)
@@ -185,7 +185,7 @@ def run_with_backward_cache(
         losses = losses.detach() if device is None else losses.detach().to(device)
         cache = BackwardCache(
             factors={site.name: _factors_of(recorder, site, vjps, rows) for site in sites},
-            behind_norms={
+            post_norm_vjps={
                 site.name: rows.of(vjps[site.name, "residual"])
                 for site in sites
                 if site.residual_tap is not None

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from tl_backward._turns import take_turn
 from tl_backward._undo import Undo
 from tl_backward.sites import hooked_transformer, transformer_bridge
-from tl_backward.sites.hooked_transformer import add_hook_points, remove_hook_points
+from tl_backward.sites.hook_points import add_hook_points, remove_hook_points
 from tl_backward.sites.parameters import coverage_table
 from tl_backward.sites.processing import weights_processing
 from tl_backward.sites.protocols import Backend, Model
 from tl_backward.sites.site import (
     FoundSites,
-    Obstacle,
     Tap,
+    UnsupportedWeight,
     WeightSite,
     final_norm,
     layer_numbers,
@@ -49,9 +49,9 @@ __all__ = [
     "final_norm",
     "find_sites",
     "layer_numbers",
+    "lazy_hook_points",
     "left_padding_obstacle",
     "occupy",
-    "passed_if_hooked",
     "remove_hook_points",
     "require_eval_mode",
     "require_model",
@@ -97,7 +97,7 @@ def find_sites(model: Model) -> FoundSites:
     found = list(_backend(model).survey(model))
     return FoundSites(
         with_ties(one for one in found if isinstance(one, WeightSite)),
-        [one for one in found if isinstance(one, Obstacle)],
+        [one for one in found if isinstance(one, UnsupportedWeight)],
         model.cfg.n_layers,
     )
 
@@ -116,9 +116,9 @@ def left_padding_obstacle(model: Model) -> str | None:
     return _backend(model).left_padding_obstacle(model)
 
 
-def passed_if_hooked(model: Model) -> list[str]:
+def lazy_hook_points(model: Model) -> list[str]:
     """The HookPoints of the residual stream that TransformerLens passes only if they have hooks."""
-    return _backend(model).passed_if_hooked(model)
+    return _backend(model).lazy_hook_points(model)
 
 
 def residual_points(model: Model) -> dict[str, nn.Module]:
@@ -161,7 +161,7 @@ def coverage(model: Model) -> pd.DataFrame:
     found = find_sites(model)
     reasons = {
         id(o.parameter): f"{o.name}: {o.reason}"
-        for o in found.obstacles
+        for o in found.unsupported
         if isinstance(o.parameter, nn.Parameter)
     }
     return coverage_table(

@@ -1,18 +1,10 @@
-"""``HookedTransformer``: bare parameters, between HookPoints that are added around them.
-
-While the added HookPoints are there, the modules around a weight are of subclasses of their own
-classes, as ``torch.nn.utils.parametrize`` makes them. These pass the HookPoints and leave the
-computing to TransformerLens. No torch hook is involved, so the order in which a user's hooks run,
-forward and backward, is the order in which the tensors pass.
-"""
+"""``HookedTransformer``: bare parameters, between HookPoints that are added around them."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +12,19 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_backward._turns import take_turn
-from tl_backward._undo import Undo
+from tl_backward.sites.hook_points import attach_hook_points as attach_hook_points
+from tl_backward.sites.hook_points import (
+    has_matrix,
+    is_dense,
+    reads_positions,
+    refuse_quantized,
+)
 from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
     RESIDUAL_HOOKS,
-    Obstacle,
     Tap,
+    UnsupportedWeight,
     WeightSite,
     final_norm,
     unchanged,
@@ -35,9 +32,6 @@ from tl_backward.sites.site import (
 from tl_backward.sites.ties import told_apart
 
 UNGROUPED = "ungroup_grouped_query_attention"
-
-_attached_for_a_while: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The models whose added HookPoints go again."""
 
 ATTENTION_PROJECTIONS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
 MLP_PROJECTIONS = {"W_gate": "gate", "W_in": "in", "W_out": "out"}
@@ -52,28 +46,28 @@ def accepts(model: object) -> bool:
     return isinstance(model, HookedTransformer)
 
 
-def survey(model: Any) -> Iterator[WeightSite | Obstacle]:
+def survey(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
     """Every weight matrix of the model: its site, or what keeps it from having one."""
-    _refuse_quantized(model)
+    refuse_quantized(model)
     return told_apart(_matrices(model))
 
 
-def _matrices(model: Any) -> Iterator[WeightSite | Obstacle]:
+def _matrices(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
     yield _lookup_site(model, "embed", "W_E")
-    if _reads_positions(model):
+    if reads_positions(model):
         yield _lookup_site(model, "pos_embed", "W_pos")
     for layer, block in enumerate(model.blocks):
         for kind in ATTENTION_PROJECTIONS:
             yield _attention_site(model, layer, kind)
         mlp = block._modules.get("mlp")
         for kind, projection in MLP_PROJECTIONS.items():
-            if mlp is not None and _is_dense(mlp) and _has_matrix(mlp, kind):
+            if mlp is not None and is_dense(mlp) and has_matrix(mlp, kind):
                 yield _behind_post_norm(
                     _matrix_site(model, f"blocks.{layer}.mlp", kind, layer, f".{projection}"), block
                 )
-            elif mlp is not None and not _is_dense(mlp):
+            elif mlp is not None and not is_dense(mlp):
                 name = f"blocks.{layer}.mlp.{kind}"
-                yield Obstacle(name, kind, layer, "its MLP is a mixture of experts")
+                yield UnsupportedWeight(name, kind, layer, "its MLP is a mixture of experts")
     yield _matrix_site(model, "unembed", "W_U", None, "")
 
 
@@ -110,7 +104,7 @@ def reasons(model: Any) -> dict[int, str]:
     for name, module, parameter in named_parameters(model):
         path, _, end = name.rpartition(".")
         weight = f"{path}.W_{end.removeprefix('_').removeprefix('b_')}"
-        if end == "b_in" and _has_matrix(module, "W_gate"):
+        if end == "b_in" and has_matrix(module, "W_gate"):
             point = f"{path}.out.hook_in"
             found[id(parameter)] = (
                 f"bias behind the gate: its gradient is the sum of the VJPs at {point}"
@@ -124,7 +118,7 @@ def reasons(model: Any) -> dict[int, str]:
     return found
 
 
-def passed_if_hooked(model: Any) -> list[str]:
+def lazy_hook_points(model: Any) -> list[str]:
     """Nothing: the model passes every HookPoint."""
     return []
 
@@ -161,74 +155,6 @@ def unembed(
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
 
-def add_hook_points(model: Any) -> None:
-    """Give the model the HookPoints that it lacks, under the names they have on a bridge.
-
-    These are ``blocks.L.attn.{q,k,v,o}``, ``blocks.L.mlp.{in,gate,out}``, ``embed``, ``pos_embed``
-    and ``unembed``, each with ``.hook_in`` and ``.hook_out``; ``embed.hook_in`` sees the token ids
-    and ``pos_embed.hook_in`` the positions (-1 for padding). No number that the model computes
-    changes. Adding them twice is harmless; `remove_hook_points` takes them away.
-
-    Raises:
-        NotImplementedError: For weights quantised to 4 bits.
-    """
-    with Undo() as undo, undo, undo:
-        take_turn(model, undo)
-        attach_hook_points(model, undo)
-        _attached_for_a_while.discard(model)
-
-
-def remove_hook_points(model: Any) -> None:
-    """Take away what `add_hook_points` added, with the hooks on it, and nothing else."""
-    with Undo() as undo, undo, undo:
-        take_turn(model, undo)
-        undo.add(_detach, model)
-
-
-def attach_hook_points(model: Any, undo: Undo) -> None:
-    """Add the HookPoints that the model lacks until they are undone, if they are not there yet.
-
-    Raises:
-        NotImplementedError: For weights quantised to 4 bits.
-    """
-    _refuse_quantized(model)
-    if _passing(model.embed):
-        return
-    undo.add(_detach_again, model)
-    _attached_for_a_while.add(model)
-    present = dict(model.named_modules())
-    for module, passing in _passings(model):
-        _mix_in(passing, module)
-    for name, module in model.named_modules():
-        if name not in present:
-            parent, _, end = name.rpartition(".")
-            module.name = name
-            module.training = model.get_submodule(parent).training
-            model.mod_dict[name] = module
-            if end in ("hook_in", "hook_out"):
-                model.hook_dict[name] = module
-
-
-def _detach_again(model: Any) -> None:
-    if model in _attached_for_a_while:
-        _detach(model)
-        _attached_for_a_while.discard(model)
-
-
-def _detach(model: Any) -> None:
-    """Take the added HookPoints away, all of them or those that are there."""
-    for module in [*model.modules()]:
-        module.__dict__.pop("neighbour", None)
-        if passing := _passing(module):
-            for name in passing.added:
-                module._modules.pop(name, None)
-            module.__class__ = type(module).__base__
-    left = dict(model.named_modules())
-    for names in (model.mod_dict, model.hook_dict):
-        for name in [name for name in names if name not in left]:
-            names.pop(name, None)
-
-
 def _lookup_site(model: Any, path: str, kind: str) -> WeightSite:
     """A table whose rows are looked up: its input is the one-hot row of each index."""
     module = model.get_submodule(path)
@@ -249,11 +175,11 @@ def _matrix_site(
     return _site(model, path, kind, kind, layer, projection, d_in, d_out, **fields)
 
 
-def _attention_site(model: Any, layer: int, kind: str) -> WeightSite | Obstacle:
+def _attention_site(model: Any, layer: int, kind: str) -> WeightSite | UnsupportedWeight:
     """A weight with an axis of heads; with grouped queries, keys and values have fewer of them."""
     path = f"blocks.{layer}.attn"
     attention = model.get_submodule(path)
-    stored = f"_{kind}" if _has_matrix(attention, f"_{kind}") else kind
+    stored = f"_{kind}" if has_matrix(attention, f"_{kind}") else kind
     heads, rows, columns = getattr(attention, stored).shape
     if kind == "W_O":
         d_in, d_out, pattern = heads * rows, columns, "(h d) m -> h d m"
@@ -263,7 +189,7 @@ def _attention_site(model: Any, layer: int, kind: str) -> WeightSite | Obstacle:
     for setting in PER_HEAD[kind] if stored == kind else (*PER_HEAD[kind], UNGROUPED):
         if getattr(attention.cfg, setting):
             reason = f"cfg.{setting} treats every head by itself; set it to False"
-            return Obstacle(name, kind, layer, reason, getattr(attention, stored))
+            return UnsupportedWeight(name, kind, layer, reason, getattr(attention, stored))
     projection = f".{ATTENTION_PROJECTIONS[kind]}"
     layout = partial(rearrange, pattern=pattern, h=heads)
     site = _site(model, path, kind, stored, layer, projection, d_in, d_out, layout=layout)
@@ -298,233 +224,3 @@ def _site(
         layout=layout,
         **fields,
     )
-
-
-def _refuse_quantized(model: Any) -> None:
-    if model.cfg.load_in_4bit:
-        raise NotImplementedError(
-            "this HookedTransformer holds weights quantised to 4 bits (cfg.load_in_4bit), which "
-            "have no site yet; load it without load_in_4bit"
-        )
-
-
-def _reads_positions(model: Any) -> bool:
-    return model.cfg.positional_embedding_type in ("standard", "shortformer")
-
-
-def _is_dense(mlp: Any) -> bool:
-    return _has_matrix(mlp, "W_in")
-
-
-def _has_matrix(module: nn.Module, kind: str) -> bool:
-    """Whether there is such a weight, as a parameter or recomputed from others."""
-    return isinstance(getattr(module, kind, None), Tensor)
-
-
-@dataclass(frozen=True, eq=False)
-class _Passing:
-    """What a module gets while the added HookPoints are there.
-
-    Another thread may run the model while they come or go. So every method does without those that
-    are not there, and none asks the module for its class.
-
-    Attributes:
-        name: The method of its class that is replaced.
-        method: What replaces it: a function of the module, its own method, and the arguments.
-        added: Submodules: HookPoints, or pairs of them.
-        seams: Submodules of it at whose input or output an added HookPoint is passed.
-    """
-
-    name: str
-    method: Callable[..., Tensor]
-    added: tuple[str, ...] = ()
-    seams: Mapping[str, tuple[_Passing, str]] = field(default_factory=dict)
-
-
-def _passing(module: nn.Module) -> _Passing | None:
-    return getattr(type(module), "passing", None)
-
-
-def _mix_in(passing: _Passing, module: Any) -> None:
-    module.__class__ = _mixed(passing, module.__class__)
-    for name in passing.added:
-        module.add_module(name, _hook_point() if name in ("hook_in", "hook_out") else _ends())
-    for name, (seam, point) in passing.seams.items():
-        submodule: Any = module.get_submodule(name)
-        vars(submodule)["neighbour"] = module.get_submodule(point)
-        submodule.__class__ = _mixed(seam, submodule.__class__)
-
-
-@cache
-def _mixed(passing: _Passing, cls: Any) -> Any:
-    own = getattr(cls, passing.name)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return passing.method(self, partial(own, self), *args, **kwargs)
-
-    return type(cls.__name__, (cls,), {"passing": passing, passing.name: method})
-
-
-def _hook_point() -> nn.Module:
-    from transformer_lens.hook_points import HookPoint
-
-    return HookPoint()
-
-
-def _ends() -> nn.Module:
-    ends = nn.Module()
-    ends.hook_in, ends.hook_out = _hook_point(), _hook_point()
-    return ends
-
-
-def _through(point: Any, x: Tensor) -> Tensor:
-    """``x`` through a HookPoint, if it is there."""
-    return x if point is None else point(x)
-
-
-def _leave(module: nn.Module, name: str, x: Tensor) -> Tensor:
-    return _through(_added(module, name), x)
-
-
-def _enter(module: nn.Module, name: str, x: Tensor) -> Tensor:
-    """``x`` through a HookPoint whose hooks may edit it in place, though others read ``x`` too."""
-    point = _added(module, name)
-    return _through(point, x.clone() if point is not None and point.fwd_hooks else x)
-
-
-def _added(module: nn.Module, name: str) -> Any:
-    """An added HookPoint, if it is there."""
-    parent, _, end = name.rpartition(".")
-    holder = module._modules.get(parent) if parent else module
-    return None if holder is None else holder._modules.get(end)
-
-
-def _before(self: Any, own: Any, x: Tensor) -> Tensor:
-    return own(_through(vars(self).get("neighbour"), x))
-
-
-def _behind(self: Any, own: Any, x: Tensor) -> Tensor:
-    return _through(vars(self).get("neighbour"), own(x))
-
-
-BEFORE = _Passing("__call__", _before)
-BEHIND = _Passing("__call__", _behind)
-
-
-def _linear(self: Any, own: Any, x: Tensor) -> Tensor:
-    return _leave(self, "hook_out", own(_enter(self, "hook_in", x)))
-
-
-def _normed_embed(self: Any, own: Any, tokens: Tensor) -> Tensor:
-    return own(_enter(self, "hook_in", tokens))
-
-
-def _pos_embed(self: Any, own: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """TransformerLens works the positions out inside, from the padding and the tokens before.
-
-    Its own lookup tells them, in a table of the numbers from 1 on; padding gives 0.
-    """
-    numbers = torch.arange(1, len(self.W_pos) + 1, device=self.W_pos.device).unsqueeze(-1)
-    stand_in = SimpleNamespace(W_pos=numbers)
-    positions = own.func(stand_in, tokens, *args, **kwargs).squeeze(-1) - 1
-    seen = _enter(self, "hook_in", positions)
-    if seen is positions or torch.equal(seen, positions):
-        return _leave(self, "hook_out", own(tokens, *args, **kwargs))
-    return _leave(self, "hook_out", torch.where(seen.unsqueeze(-1) < 0, 0, self.W_pos[seen]))
-
-
-def _attention(
-    self: Any,
-    own: Any,
-    query_input: Tensor,
-    key_input: Tensor,
-    value_input: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    query_input = _enter(self, "q.hook_in", query_input)
-    key_input = _enter(self, "k.hook_in", key_input)
-    value_input = _enter(self, "v.hook_in", value_input)
-    return _leave(self, "o.hook_out", own(query_input, key_input, value_input, *args, **kwargs))
-
-
-def _mlp(self: Any, own: Any, x: Tensor) -> Tensor:
-    return _leave(self, "out.hook_out", own(_enter(self, "in.hook_in", x)))
-
-
-def _gated_mlp(self: Any, own: Any, x: Tensor) -> Tensor:
-    branches = _Branches(_enter(self, "gate.hook_in", x), _enter(self, "in.hook_in", x))
-    return _leave(self, "out.hook_out", own(branches))
-
-
-class _Branches:
-    """Stands for the one input of a gated MLP, of which every product takes the next tensor.
-
-    So TransformerLens's own forward, whichever operations it uses, multiplies ``W_gate`` and then
-    ``W_in`` by tensors of their own.
-    """
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = list(tensors)
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensors[0].device
-
-    def to(self, device: torch.device) -> _Branches:
-        return _Branches(*(tensor.to(device) for tensor in self.tensors))
-
-    @classmethod
-    def __torch_function__(
-        cls, product: Callable, types: Any, args: tuple, kwargs: dict | None = None
-    ) -> Tensor:
-        branches, *weight = args
-        return product(branches.tensors.pop(0), *weight, **(kwargs or {}))
-
-
-LINEAR = _Passing("forward", _linear, ("hook_in", "hook_out"))
-NORMED_EMBED = _Passing(
-    "forward", _normed_embed, ("hook_in", "hook_out"), {"ln": (BEFORE, "hook_out")}
-)
-POS_EMBED = _Passing("forward", _pos_embed, ("hook_in", "hook_out"))
-ATTENTION = _Passing(
-    "forward",
-    _attention,
-    ("q", "k", "v", "o"),
-    {
-        "hook_q": (BEFORE, "q.hook_out"),
-        "hook_k": (BEFORE, "k.hook_out"),
-        "hook_v": (BEFORE, "v.hook_out"),
-        "hook_z": (BEHIND, "o.hook_in"),
-    },
-)
-MLP = _Passing(
-    "forward",
-    _mlp,
-    ("in", "out"),
-    {"hook_pre": (BEFORE, "in.hook_out"), "hook_post": (BEHIND, "out.hook_in")},
-)
-GATED_MLP = _Passing(
-    "forward",
-    _gated_mlp,
-    ("in", "gate", "out"),
-    {
-        "hook_pre": (BEFORE, "gate.hook_out"),
-        "hook_pre_linear": (BEFORE, "in.hook_out"),
-        "hook_post": (BEHIND, "out.hook_in"),
-    },
-)
-
-
-def _passings(model: Any) -> Iterator[tuple[nn.Module, _Passing]]:
-    """The modules around the weights, and what each of them gets."""
-    yield model.embed, NORMED_EMBED if "ln" in model.embed._modules else LINEAR
-    if _reads_positions(model):
-        yield model.pos_embed, POS_EMBED
-    for block in model.blocks:
-        yield block.attn, ATTENTION
-        mlp = block._modules.get("mlp")
-        if mlp is not None and _is_dense(mlp):
-            yield mlp, GATED_MLP if _has_matrix(mlp, "W_gate") else MLP
-    if "hook_in" not in model.unembed._modules:
-        yield model.unembed, LINEAR

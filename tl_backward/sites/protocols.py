@@ -12,7 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tl_backward._undo import Undo
     from tl_backward.sites.parameters import NamedParameter
-    from tl_backward.sites.site import Obstacle, WeightSite
+    from tl_backward.sites.site import UnsupportedWeight, WeightSite
 
     class Model(Protocol):
         """A TransformerLens model: a ``TransformerBridge`` or a ``HookedTransformer``."""
@@ -56,7 +56,7 @@ class Backend(Protocol):
     def accepts(self, model: object) -> bool:
         """Whether the model is of this class."""
 
-    def survey(self, model: Any) -> Iterator[WeightSite | Obstacle]:
+    def survey(self, model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
         """Every weight matrix in the order of the forward pass: its site, or why it has none."""
 
     def named_parameters(self, model: Any) -> Iterator[NamedParameter]:
@@ -71,7 +71,7 @@ class Backend(Protocol):
     def attach_hook_points(self, model: Any, undo: Undo) -> None:
         """Add every HookPoint that the model's sites name and it lacks, until they are undone."""
 
-    def passed_if_hooked(self, model: Any) -> list[str]:
+    def lazy_hook_points(self, model: Any) -> list[str]:
         """The HookPoints of the residual stream that the model calls only if they have hooks."""
 
     def end_of_stream(self, model: Any) -> nn.Module | None:

@@ -140,7 +140,7 @@ class WeightSite:
         return self.layout(matrix)
 
 
-class Obstacle(NamedTuple):
+class UnsupportedWeight(NamedTuple):
     """A weight matrix, or the place of one, that has no site, and why."""
 
     name: str
@@ -165,12 +165,12 @@ class FoundSites:
 
     Attributes:
         sites: Those with a site, in the order of the model.
-        obstacles: Those without.
+        unsupported: Those without.
         n_layers: Number of layers of the model.
     """
 
     sites: list[WeightSite]
-    obstacles: list[Obstacle]
+    unsupported: list[UnsupportedWeight]
     n_layers: int
 
     def select(
@@ -183,14 +183,14 @@ class FoundSites:
         Raises:
             ValueError, NotImplementedError: As :func:`tl_backward.weight_sites`.
         """
-        kinds = _kinds(self.sites, self.obstacles, weights)
+        kinds = _kinds(self.sites, self.unsupported, weights)
         wanted = layer_numbers(self.n_layers, layers)
 
-        def is_wanted(one: WeightSite | Obstacle) -> bool:
+        def is_wanted(one: WeightSite | UnsupportedWeight) -> bool:
             return one.kind in kinds and (wanted is None or one.layer in wanted)
 
         selected = [site for site in self.sites if is_wanted(site)]
-        in_the_way = [obstacle for obstacle in self.obstacles if is_wanted(obstacle)]
+        in_the_way = [one for one in self.unsupported if is_wanted(one)]
         asked_for = weights is not None and (wanted is not None or not selected)
         if asked_for and in_the_way:
             name, *_, reason, _ = in_the_way[0]
@@ -201,12 +201,14 @@ class FoundSites:
 
 
 def _kinds(
-    sites: Sequence[WeightSite], obstacles: Sequence[Obstacle], weights: str | Iterable[str] | None
+    sites: Sequence[WeightSite],
+    unsupported: Sequence[UnsupportedWeight],
+    weights: str | Iterable[str] | None,
 ) -> list[str]:
     available = list(dict.fromkeys(site.kind for site in sites))
     asked_for = [weights] if isinstance(weights, str) else weights
     kinds = available if asked_for is None else list(asked_for)
-    known = {*available, *(obstacle.kind for obstacle in obstacles)}
+    known = {*available, *(one.kind for one in unsupported)}
     if not kinds or not known.issuperset(kinds):
         raise ValueError(f"weights={weights!r}: this model has {', '.join(available)}")
     return kinds

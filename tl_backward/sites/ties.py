@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_backward.sites.site import Obstacle, WeightSite
+from tl_backward.sites.site import UnsupportedWeight, WeightSite
 
 
 class Axis(NamedTuple):
@@ -52,8 +52,10 @@ def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
     return [related(site) for site in sites]
 
 
-def told_apart(found: Iterable[WeightSite | Obstacle]) -> Iterator[WeightSite | Obstacle]:
-    """The same, but obstacles for sites of one module under several names.
+def told_apart(
+    found: Iterable[WeightSite | UnsupportedWeight],
+) -> Iterator[WeightSite | UnsupportedWeight]:
+    """The same, but no sites for those of one module under several names.
 
     What passes the module does not tell by which name it was called.
     """
@@ -63,7 +65,7 @@ def told_apart(found: Iterable[WeightSite | Obstacle]) -> Iterator[WeightSite | 
         if isinstance(one, WeightSite):
             names[id(one.holder[0]), one.holder[1]].append(one.name)
     for one in found:
-        if isinstance(one, Obstacle):
+        if isinstance(one, UnsupportedWeight):
             yield one
             continue
         module, attribute = one.holder
@@ -75,7 +77,7 @@ def told_apart(found: Iterable[WeightSite | Obstacle]) -> Iterator[WeightSite | 
             f"its {type(module).__name__} is also that of {', '.join(others)}, and one module "
             "does not tell its uses apart; give each a module of its own with the same parameter"
         )
-        yield Obstacle(one.name, one.kind, one.layer, reason, one.parameter)
+        yield UnsupportedWeight(one.name, one.kind, one.layer, reason, one.parameter)
 
 
 def shares_memory(one: WeightSite, other: WeightSite) -> bool:

@@ -31,8 +31,8 @@ from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
     RESIDUAL_HOOKS,
-    Obstacle,
     Tap,
+    UnsupportedWeight,
     WeightSite,
     final_norm,
     unchanged,
@@ -75,7 +75,7 @@ def accepts(model: object) -> bool:
     return True
 
 
-def survey(model: Any) -> Iterator[WeightSite | Obstacle]:
+def survey(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
     """Every weight matrix of the model: its site, or what keeps it from having one.
 
     Raises:
@@ -85,7 +85,7 @@ def survey(model: Any) -> Iterator[WeightSite | Obstacle]:
     return told_apart(_matrices(model))
 
 
-def _matrices(model: Any) -> Iterator[WeightSite | Obstacle]:
+def _matrices(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
     for kind, path in LOOKUPS.items():
         component = model._modules.get(path)
         if _weight(component) is not None:
@@ -100,14 +100,16 @@ def _matrices(model: Any) -> Iterator[WeightSite | Obstacle]:
             yield _apart_from_embedding(found, model._modules.get("embed"))
 
 
-def _apart_from_embedding(found: WeightSite | Obstacle, embed: Any) -> WeightSite | Obstacle:
+def _apart_from_embedding(
+    found: WeightSite | UnsupportedWeight, embed: Any
+) -> WeightSite | UnsupportedWeight:
     """A site whose parameter is not also, under another name, an adapter of the embedding."""
     adapters = adapter_matrices(getattr(embed, "original_component", None), "embed.W_E")
     if isinstance(found, WeightSite):
         storages = {one.weight.untyped_storage().data_ptr() for one in adapters}
         if storages and found.parameter.untyped_storage().data_ptr() in storages:
             reason = "it shares its numbers with an adapter of embed.W_E, to which edits go too"
-            return Obstacle(found.name, found.kind, None, reason, found.parameter)
+            return UnsupportedWeight(found.name, found.kind, None, reason, found.parameter)
     return found
 
 
@@ -171,14 +173,14 @@ def _bypassed(model: Any) -> Iterator[tuple[nn.Module, str]]:
                     yield component, "multiplied by without its module in compatibility mode"
 
 
-def _lookup(kind: str, path: str, component: Any) -> Iterator[WeightSite | Obstacle]:
+def _lookup(kind: str, path: str, component: Any) -> Iterator[WeightSite | UnsupportedWeight]:
     name = f"{path}.{kind}"
     whole, module = component.original_component, base_layer(component.original_component)
     reason = not_plain_lora(whole)
     if reason is None and not _lookup_scale(module):
         reason = f"its {type(module).__name__} is no plain look-up"
     if reason is not None:
-        yield Obstacle(name, kind, None, reason, module.weight)
+        yield UnsupportedWeight(name, kind, None, reason, module.weight)
     else:
         yield WeightSite(
             name=name,
@@ -201,7 +203,7 @@ def _lookup(kind: str, path: str, component: Any) -> Iterator[WeightSite | Obsta
 
 def _projection(
     kind: str, layer: int, block: Any, part: str, projection: str
-) -> Iterator[WeightSite | Obstacle]:
+) -> Iterator[WeightSite | UnsupportedWeight]:
     name = f"blocks.{layer}.{part}.{kind}"
     parent = block._modules.get(part)
     if _is_moe(parent) and not _is_sparse(parent):
@@ -211,7 +213,7 @@ def _projection(
         component = None
     reason = _obstacle(kind, projection, block, parent, component)
     if reason is not None:
-        yield Obstacle(name, kind, layer, reason, _weight(component))
+        yield UnsupportedWeight(name, kind, layer, reason, _weight(component))
     elif component is not None:
         for found in _linear(name, kind, layer, f"blocks.{layer}.{part}.{projection}", component):
             if isinstance(found, WeightSite):
@@ -255,12 +257,12 @@ def _in_its_place(block: Any) -> str | None:
 
 def _linear(
     name: str, kind: str, layer: int | None, path: str, component: Any
-) -> Iterator[WeightSite | Obstacle]:
+) -> Iterator[WeightSite | UnsupportedWeight]:
     """A linear layer, and the LoRA adapters beside it."""
     whole, module = component.original_component, base_layer(component.original_component)
     reason = not_plain_lora(whole) or _not_affine(module)
     if reason is not None:
-        yield Obstacle(name, kind, layer, reason, _weight(component))
+        yield UnsupportedWeight(name, kind, layer, reason, _weight(component))
     else:
         yield _site(name, kind, layer, module, f"{path}.hook_in", f"{path}.hook_out")
     yield from _adapters(name, kind, layer, path, component)
@@ -268,14 +270,14 @@ def _linear(
 
 def _adapters(
     name: str, kind: str, layer: int | None, path: str, component: Any
-) -> Iterator[WeightSite | Obstacle]:
+) -> Iterator[WeightSite | UnsupportedWeight]:
     """The matrices of the LoRA adapters beside a weight."""
     of_all = not_plain_lora(component.original_component)
     for matrix in adapter_matrices(component.original_component, name):
         full, whole_kind = f"{name}.{matrix.kind}", f"{kind}.{matrix.kind}"
         reason = of_all or matrix.unused
         if reason is not None or matrix.module is None:
-            yield Obstacle(full, whole_kind, layer, str(reason), matrix.weight)
+            yield UnsupportedWeight(full, whole_kind, layer, str(reason), matrix.weight)
         else:
             hook_in = f"{path}.hook_in" if matrix.kind.startswith("lora_A") else None
             yield _site(full, whole_kind, layer, matrix.module, hook_in, None)
@@ -436,7 +438,7 @@ def attach_hook_points(model: Any, undo: Undo) -> None:
     """Nothing to add: a bridge has every HookPoint that its sites name."""
 
 
-def passed_if_hooked(model: Any) -> list[str]:
+def lazy_hook_points(model: Any) -> list[str]:
     """HookPoints that are passed only if they have hooks: of what a model scales (Granite)."""
     names = []
     if getattr(model._modules.get("embed"), "_output_contribution_scale", 1.0) != 1.0:
