@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import reduce, wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -33,13 +33,23 @@ def in_full_precision(method: Method) -> Method:
     return cast(Method, run)
 
 
+def upcast(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """Half precision in float32; float32 and float64 as they are."""
+    return x.to(upcast_dtype(x.dtype))
+
+
+def upcast_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that holds numbers of all of some dtypes, float32 at least."""
+    return reduce(torch.promote_types, dtypes, torch.float32)
+
+
 def stable_norm(x: Float[Tensor, "*axes"], dim: int | None = None) -> Float[Tensor, "..."]:
     """The 2-norm of all numbers, or along one axis.
 
     Finite and accurate wherever the norm is a number of the dtype, also where the squares are not:
     in float32 those of 1e20 overflow, and those of 1e-23 vanish. Of half precision, in float32.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = upcast(x)
     if not x.numel():
         return torch.linalg.vector_norm(x, dim=dim)
     largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)

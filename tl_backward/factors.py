@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_backward._precision import in_full_precision, stable_norm
+from tl_backward._precision import in_full_precision, stable_norm, upcast_dtype
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -189,7 +189,7 @@ class GradientFactors:
             raise TypeError(
                 "a GradientFactors can be multiplied by a scalar only; use @ for products"
             )
-        dtype = torch.promote_types(self.vjps.dtype, torch.float32)
+        dtype = upcast_dtype(self.vjps.dtype)
         return replace(self, vjps=self.vjps.to(dtype) * scalar)
 
     __rmul__ = __mul__
@@ -266,9 +266,7 @@ class GradientFactors:
 
     def _rows(self) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_out"]]:
         """Both factors with batch and tokens in one axis, in a precision to compute in."""
-        dtype = torch.promote_types(
-            torch.promote_types(self.inputs.dtype, self.vjps.dtype), torch.float32
-        )
+        dtype = upcast_dtype(self.inputs.dtype, self.vjps.dtype)
         return (
             einops.rearrange(self.inputs, "... d_in -> (...) d_in").to(dtype),
             einops.rearrange(self.vjps, "... d_out -> (...) d_out").to(dtype),

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward._precision import upcast_dtype
 from tl_backward.sites import Model, final_norm
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _solve(
     J: Float[Tensor, "d_out d_in"], vjps: Float[Tensor, "*rows d_in"], ridge: float
 ) -> Float[Tensor, "*rows d_out"]:
     """The ``z`` of least ``|z J - vjp|^2 + weight |z|^2``, in float32 at least."""
-    dtype = torch.promote_types(vjps.dtype, torch.float32)
+    dtype = upcast_dtype(vjps.dtype)
     J, vjps = J.to(dtype), vjps.to(dtype)
     gram = J @ J.mT
     weight = ridge * gram.diagonal().mean()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tl_backward._precision import upcast_dtype
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
 from tl_backward.analysis.registry import figure_of
 from tl_backward.sites import Model
@@ -96,5 +97,5 @@ def plot_gradient_rank(frame: pd.DataFrame) -> Figure:
 
 
 def _rank(rows: torch.Tensor) -> int:
-    dtype = torch.promote_types(rows.dtype, torch.float32)
+    dtype = upcast_dtype(rows.dtype)
     return int(torch.linalg.matrix_rank(rows.to(dtype)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from tl_backward._precision import upcast
 from tl_backward.analysis.segments import Fact, fact_of, prompt_segments
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import Hooks, run_with_backward_cache
@@ -165,7 +166,7 @@ def _nll_noting_answers(targets: list[int], answers: list[int]) -> Objective:
     """``-log p(target)`` after the last token; the most probable token goes to ``answers``."""
 
     def compute(logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
-        last = logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
+        last = upcast(logits[:, -1])
         answers.extend(last.argmax(-1).tolist())
         return torch.nn.functional.cross_entropy(last, targets.to(last.device), reduction="none")
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward._precision import upcast_dtype
 from tl_backward.analysis.over_records import Records, place_of, run_facts
 from tl_backward.analysis.registry import figure_of
 from tl_backward.analysis.target_rank import target_rank
@@ -171,7 +172,7 @@ def _ridge(
     given: Float[Tensor, "n d"], wanted: Float[Tensor, "n d"], ridge: float
 ) -> Float[Tensor, "d d"]:
     """The map ``M`` of least ``|given M - wanted|^2 + weight |M|^2``."""
-    dtype = torch.promote_types(given.dtype, torch.float32)
+    dtype = upcast_dtype(given.dtype)
     given, wanted = given.to(dtype), wanted.to(dtype)
     gram = given.mT @ given
     gram.diagonal().add_(ridge * gram.diagonal().mean())

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_backward._precision import upcast
+
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -169,7 +171,7 @@ def target_nll(targets: Sequence[Sequence[int]]) -> Objective:
         return torch.stack(
             [
                 torch.nn.functional.cross_entropy(
-                    _upcast(of_text[-len(ids) :]), torch.tensor(ids, device=logits.device)
+                    upcast(of_text[-len(ids) :]), torch.tensor(ids, device=logits.device)
                 )
                 for of_text, ids in zip(logits.unbind(0), targets, strict=True)
             ]
@@ -233,8 +235,8 @@ def kl_divergence(other_logits: Float[Tensor, "..."] | Sequence[Float[Tensor, ".
                 f"other_logits is over {last.shape[-1]} tokens, and this model has "
                 f"{logits.shape[-1]}; pass logits of a model with the same vocabulary"
             )
-        this = _upcast(logits[:, -1]).log_softmax(-1)
-        other = _upcast(last.to(this)).log_softmax(-1)
+        this = upcast(logits[:, -1]).log_softmax(-1)
+        other = upcast(last.to(this)).log_softmax(-1)
         probabilities = other.exp()
         return torch.where(probabilities == 0, 0, probabilities * (other - this)).sum(-1)
 
@@ -256,7 +258,7 @@ def lm_cross_entropy_loss(
     """
     if tokens.shape[1] < 2:
         raise ValueError("the loss over a text needs a prompt of at least two tokens")
-    log_probs = _upcast(logits[:, :-1]).log_softmax(-1)
+    log_probs = upcast(logits[:, :-1]).log_softmax(-1)
     return -log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1).mean(-1)
 
 
@@ -272,7 +274,3 @@ def _given_ids(argument: str, value: Any, n: int) -> Int[Tensor, "batch"]:
             "or, to turn the sign around, swap answer and other in the loss_fn itself"
         )
     return ids.expand(n) if len(ids) == 1 else ids
-
-
-def _upcast(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward._precision import upcast_dtype
 from tl_backward._undo import Undo
 from tl_backward.cache import BackwardCache
 from tl_backward.cache.rows import Positions, Rows, kept_positions
@@ -287,7 +288,7 @@ def _require_used(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
 
 def _require_finite(vjps: Mapping[Hashable, list[Tensor]], side: str) -> None:
     places = [(name, vjp) for name, each in vjps.items() for vjp in each]
-    sums = [vjp.sum(dtype=torch.promote_types(vjp.dtype, torch.float32)) for _, vjp in places]
+    sums = [vjp.sum(dtype=upcast_dtype(vjp.dtype)) for _, vjp in places]
     is_finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite()
     if is_finite.all():
         return

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_backward._precision import upcast
 from tl_backward.capture.tokens import (
     Prompt,
     Target,
@@ -103,7 +104,7 @@ class Facts:
         self, logits: Float[Tensor, "copies term d_vocab"]
     ) -> Float[Tensor, "copies term"]:
         """How far above all others the targets' tokens are: logit minus the largest other."""
-        at = logits.cpu().to(torch.promote_types(logits.dtype, torch.float32))
+        at = upcast(logits.cpu())
         ids = self.ids.expand(len(at), -1).unsqueeze(-1)
         largest_other = at.scatter(-1, ids, -torch.inf).amax(-1)
         return at.gather(-1, ids).squeeze(-1) - largest_other

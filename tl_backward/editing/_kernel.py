@@ -16,6 +16,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward._precision import upcast_dtype
 from tl_backward.factors import GradientFactors
 
 Metric: TypeAlias = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_in"]]
@@ -59,5 +60,5 @@ def kernel(
 
 def update(rows: Float[Tensor, "n d_in"], changes: Float[Tensor, "n d_out"]) -> GradientFactors:
     """``dW = U R`` in factored form, in the precision of ``R``, at least float32."""
-    dtype = torch.promote_types(changes.dtype, torch.float32)
+    dtype = upcast_dtype(changes.dtype)
     return GradientFactors(rows.to(changes.device, dtype), changes.to(dtype))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_backward._precision import full_precision
+from tl_backward._precision import full_precision, upcast_dtype
 from tl_backward.sites import Model, WeightSite, add_hook_points
 
 ForwardHooks: TypeAlias = list[tuple[str, Callable[..., Any]]]
@@ -54,7 +54,7 @@ def low_rank_hooks(
             raise RuntimeError(f"the input of {site.name} did not pass {site.hook_in}")
         x = site.encode(seen.x)
         del seen.x
-        dtype = torch.promote_types(torch.promote_types(u.dtype, x.dtype), torch.float32)
+        dtype = upcast_dtype(u.dtype, x.dtype)
         place = (x.device, dtype)
         if place not in placed:
             placed[place] = u.to(*place).mT, v.to(*place)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from tl_backward._precision import upcast
 from tl_backward.capture.run import require_ready
 from tl_backward.capture.run_hooks import frozen
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens, target_tokens
@@ -251,7 +252,7 @@ def _drawn(example: _Example, generator: torch.Generator) -> _Example:
 
 
 def _log_probs(logits: Float[Tensor, "place d_vocab"]) -> Float[Tensor, "place d_vocab"]:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return upcast(logits).log_softmax(-1)
 
 
 def _require_valid(

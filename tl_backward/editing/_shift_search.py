@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_backward._precision import upcast
 from tl_backward.capture.tokens import Prompt, pad_id, padded, prompt_tokens
 from tl_backward.editing._facts import Facts
 from tl_backward.editing._joint_steps import smallest_steps
@@ -236,4 +237,4 @@ def _log_probs(
     logits: Float[Tensor, "batch pos d_vocab"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "chosen d_vocab"]:
     chosen = logits[mask.to(logits.device)]
-    return chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1)
+    return upcast(chosen).log_softmax(-1)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_backward._precision import upcast_dtype
 from tl_backward.editing._facts import Facts
 from tl_backward.editing._kernel import kernel
 from tl_backward.editing.key_statistics import KeyStatistics
@@ -65,7 +66,7 @@ def unit_shift(
     W_U = unembedding(model).detach()
     values = W_U[:, facts.ids[terms].to(W_U.device)].mT
     if rule.value == "centred":
-        dtype = torch.promote_types(W_U.dtype, torch.float32)
+        dtype = upcast_dtype(W_U.dtype)
         values = values.to(dtype) - W_U.mean(1, dtype=dtype)
     factors = {}
     for site in sites:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_backward._precision import upcast
 from tl_backward._user_warnings import warn_user
 from tl_backward.capture.run import require_ready
 from tl_backward.capture.run_hooks import frozen
@@ -183,7 +184,7 @@ def _found(
     batch = _Batch(model, facts)
     upper = UpperLayers(model, batch.tokens, batch.places, layer)
     (seen,) = read_subjects(model, [point], [fact.in_contexts[0] for fact in facts])
-    v0 = seen.to(torch.promote_types(seen.dtype, torch.float32))
+    v0 = upcast(seen)
     largest = settings.clamp * v0.norm(dim=-1, keepdim=True)
     d = torch.zeros_like(v0, requires_grad=True)
     adam = torch.optim.Adam([d], lr=settings.lr)
@@ -256,4 +257,4 @@ def _size(fact: SubjectFact) -> int:
 
 
 def _log_probs(logits: Float[Tensor, "place d_vocab"]) -> Float[Tensor, "place d_vocab"]:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return upcast(logits).log_softmax(-1)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward._precision import upcast, upcast_dtype
 from tl_backward.capture.run import require_ready
 from tl_backward.capture.run_hooks import frozen
 from tl_backward.capture.tokens import Prompt, Target
@@ -73,7 +74,7 @@ def adam_fine_tune(
     require_ready(model, list(all_parameters(model)))
     facts = Facts(model, prompt, target, -1, "all", prepend_bos)
     upper = UpperLayers(model, facts.tokens, facts.places, site.layer or 0)
-    dtype = torch.promote_types(site.parameter.dtype, torch.float32)
+    dtype = upcast_dtype(site.parameter.dtype)
     device = upper.logits.device
     change = torch.zeros(site.d_in, site.d_out, dtype=dtype, device=device, requires_grad=True)
     identity = torch.eye(site.d_out, dtype=dtype, device=device)
@@ -107,7 +108,7 @@ def adam_fine_tune(
 
 def _losses(facts: Facts, logits: Float[Tensor, "term d_vocab"]) -> Float[Tensor, "batch"]:
     """Of each prompt, the mean negative log-likelihood of its target's tokens."""
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_probs = upcast(logits).log_softmax(-1)
     nll = -log_probs.gather(1, facts.ids.to(logits.device)[:, None]).squeeze(1)
     of_prompt = facts.example.to(logits.device)
     total = nll.new_zeros(facts.n_prompts).index_add(0, of_prompt, nll)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_backward import tensor_files
-from tl_backward._precision import full_precision
+from tl_backward._precision import full_precision, upcast, upcast_dtype
 from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing._made_for import fingerprints, model_name
@@ -284,12 +284,11 @@ def key_statistics(
     for start in tqdm(starts, desc="key statistics", delay=2, leave=False):
         batch, mask = padded(tokens[start : start + batch_size], pad_id(model), "right")
         for name, x in weight_inputs(model, sites, batch).items():
-            rows = x[mask.bool().to(x.device)]
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            rows = upcast(x[mask.bool().to(x.device)])
             with full_precision(rows.device):
                 moments[name] += (rows.mT @ rows).cpu()
     n_tokens = sum(map(len, tokens))
-    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+    dtype = upcast_dtype(model.cfg.dtype)
     statistics = KeyStatistics(
         {name: (total / n_tokens).to(dtype) for name, total in moments.items()},
         n_tokens,

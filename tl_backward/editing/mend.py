@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_backward import tensor_files
+from tl_backward._precision import upcast_dtype
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.capture.tokens import Prompt, Target, is_single
 from tl_backward.editing._made_for import fingerprints, model_name
@@ -79,7 +80,7 @@ class MendEditor:
         self.model, self.sites = model, list(sites)
         self.rank, self.prepend_bos, self.report = rank, prepend_bos, MendReport()
         self.networks = MendNetworks([(site.d_in, site.d_out) for site in sites], rank, seed)
-        self.networks.to(model.cfg.device, torch.promote_types(model.cfg.dtype, torch.float32))
+        self.networks.to(model.cfg.device, upcast_dtype(model.cfg.dtype))
         self.networks.requires_grad_(False)
 
     def __call__(self, prompt: Prompt, target: Target) -> WeightEdit:

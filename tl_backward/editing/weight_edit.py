@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_backward import tensor_files
 from tl_backward._fingerprint import fingerprint
-from tl_backward._precision import stable_norm
+from tl_backward._precision import stable_norm, upcast
 from tl_backward.editing._low_rank_hooks import (
     ForwardHooks,
     low_rank_hooks,
@@ -221,7 +221,7 @@ class WeightEdit:
         for name, g in self.factors.items():
             _require_beside_the_stream(name)
             of_site = g.inputs if _is_read_by_input(name) else g.vjps
-            vectors += [one.to(torch.promote_types(one.dtype, torch.float32)) for one in of_site]
+            vectors += [upcast(one) for one in of_site]
             labels += [f"{name} term {i}" for i in range(len(of_site))]
         if not vectors:
             raise ValueError("this edit is empty: there is nothing to read")

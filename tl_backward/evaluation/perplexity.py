@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_backward._precision import upcast
 from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
 from tl_backward.editing.runs import WholeRun
@@ -88,7 +89,7 @@ def _perplexities(
     mask: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, "batch"]:
     """The perplexity of each text, the padding left out."""
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    logits = upcast(logits[:, :-1])
     of_next = tokens[:, 1:, None].to(logits.device)
     nll = (logits.logsumexp(-1) - logits.gather(-1, of_next).squeeze(-1)).cpu().double()
     counted = mask[:, 1:]

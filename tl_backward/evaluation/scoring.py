@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_backward._precision import upcast
 from tl_backward._undo import Undo
 from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.run_hooks import Run, set_grad_enabled
@@ -178,4 +179,4 @@ def _logits_of_targets(
         hooks = [("unembed.hook_in", at_positions), *edit_hooks(model, edits, rows)]
         Run(undo).put_hooks(model, undo, hooks)
         logits = model(tokens.to(model.cfg.device), return_type="logits", **arguments)
-    return logits.cpu().to(torch.promote_types(logits.dtype, torch.float32))
+    return upcast(logits.cpu())

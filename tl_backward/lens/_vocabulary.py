@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_backward._precision import full_precision
+from tl_backward._precision import full_precision, upcast
 
 BLOCK = 64
 UNDERFLOW = -80.0
@@ -81,7 +81,7 @@ def read_vocabulary(
     for part, wanted in tqdm(rows, desc="reading", total=n_chunks, delay=2, leave=False):
         with full_precision(part.device):
             logits = unembed(part)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = upcast(logits)
         if not len(scratch):
             scratch = torch.empty_like(logits)
         used = scratch[: len(logits)]
