@@ -17,8 +17,8 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 import tl_backward as tlb
+from tl_backward.capture.batch import Batch
 from tl_backward.capture.objectives import Objective
-from tl_backward.capture.tokens import padded
 from tl_backward.sites import attached_hook_points
 
 PROMPTS = [[3, 17, 3, 9, 8], [6, 2], [12, 1, 20, 6, 9, 4, 13]]
@@ -337,10 +337,11 @@ def test_a_custom_loss_is_called_once_with_everything_it_needs():
 
 def test_padding_puts_texts_where_the_mask_says():
     texts = [torch.tensor([1, 2, 3]), torch.tensor([4])]
-    tokens, mask = padded(texts, 9, "right")
-    assert tokens.tolist() == [[1, 2, 3], [4, 9, 9]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    tokens, mask = padded(texts, 9, "left")
-    assert tokens.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    right, left = (Batch(texts, [[], []], False, side, 9) for side in ("right", "left"))
+    assert right.tokens.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert right.mask.int().tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert left.tokens.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert left.mask.int().tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("side", ["left"])

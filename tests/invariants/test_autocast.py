@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tl_backward as tlb
+from tl_backward.capture.batch import batch_of
 from tl_backward.editing import WeightEdit
 from tl_backward.editing.runs import weight_inputs
 from tl_backward.factors import GradientFactors
@@ -147,7 +148,7 @@ def test_key_statistics(model):
     sites = tlb.weight_sites(model, "W_out", [0, 1])
     with torch.autocast("cpu"):
         statistics = tlb.key_statistics(model, [TOKENS[0]], [0, 1])
-        inputs = weight_inputs(model, sites, TOKENS)
+        inputs = weight_inputs(model, sites, batch_of(model, TOKENS))
         keys = {site.name: statistics.whitened(site.name, randn(2, site.d_in)) for site in sites}
     for site in sites:
         X = inputs[site.name][0].double()

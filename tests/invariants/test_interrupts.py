@@ -19,6 +19,7 @@ from helpers.versions import HAS_BRIDGE, HAS_HOOKED_TRANSFORMER
 
 import tl_backward as tlb
 from tl_backward import _turns, _undo
+from tl_backward.capture.batch import batch_of
 from tl_backward.editing.runs import WholeRun, weight_inputs
 from tl_backward.evaluation.scoring import Case, score_targets
 from tl_backward.sites import all_modules, hook_points
@@ -142,8 +143,8 @@ def edit_of(model):
 def search(model):
     edit = edit_of(model)
     sites = tlb.weight_sites(model, "W_out")
-    inputs = weight_inputs(model, sites, TOKENS, edit)
-    return [*inputs.values(), WholeRun(model, TOKENS).edited_logits([edit])]
+    inputs = weight_inputs(model, sites, batch_of(model, TOKENS), edit)
+    return [*inputs.values(), WholeRun(model, batch_of(model, TOKENS)).edited_logits([edit])]
 
 
 def score(model):

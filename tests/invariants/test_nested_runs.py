@@ -147,10 +147,13 @@ def test_nor_in_hooks_of_the_capture_alone(model):
 def test_other_runs_leave_them_out_too(model):
     with attached_hook_points(model):
         sites = tlb.weight_sites(model, "W_out")
-        inputs, whole = weight_inputs(model, sites, TOKENS), WholeRun(model, TOKENS, sites)
+        inputs, whole = (
+            weight_inputs(model, sites, batch),
+            WholeRun(model, batch, sites),
+        )
         with hooked(model, "hook_embed", run_all, False, "forward hook") as calls:
-            hooked_inputs = weight_inputs(model, sites, TOKENS)
-            hooked_whole = WholeRun(model, TOKENS, sites)
+            hooked_inputs = weight_inputs(model, sites, batch)
+            hooked_whole = WholeRun(model, batch, sites)
     assert len(calls) == 2
     for name, x in inputs.items():
         assert torch.equal(hooked_inputs[name], x)

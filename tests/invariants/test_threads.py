@@ -17,6 +17,7 @@ import tl_backward as tlb
 from tl_backward import _turns
 from tl_backward._turns import take_turn
 from tl_backward._undo import Undo
+from tl_backward.capture.batch import batch_of
 from tl_backward.editing.runs import WholeRun, weight_inputs
 
 TEXTS = [[3, 17, 3, 29, 8, 0], [5, 1], [9, 30, 2, 11], [7, 7, 20, 3, 1, 12, 4]]
@@ -101,14 +102,15 @@ def test_forward_passes_beside_captures(model, grad):
 def test_edits_and_searches_beside_captures(model):
     sites = tlb.weight_sites(model, "W_out", [1])
     tokens = torch.tensor(TEXTS[:1])
+    batch = batch_of(model, tokens)
     edit = tlb.gradient_step(
         tlb.run_with_backward_cache(model, tokens, TARGET)[1], lr=0.1, model=model
     )
     jobs = [
         lambda: capture(model, TEXTS[0]),
-        lambda: list(weight_inputs(model, sites, tokens).values()),
-        lambda: list(weight_inputs(model, sites, tokens, edit).values()),
-        lambda: [WholeRun(model, tokens).edited_logits([edit])],
+        lambda: list(weight_inputs(model, sites, batch).values()),
+        lambda: list(weight_inputs(model, sites, batch, edit).values()),
+        lambda: [WholeRun(model, batch).edited_logits([edit])],
     ]
     want = [job() for job in jobs]
     got = in_threads(lambda i: jobs[i % len(jobs)](), range(TIMES * len(jobs)))

@@ -17,8 +17,9 @@ from torch import Tensor
 from tl_backward.analysis.over_records import Records, Row, first_tokens
 from tl_backward.analysis.registry import figure_of
 from tl_backward.analysis.segments import Fact, fact_of
+from tl_backward.capture.batch import batch_of_tokens
 from tl_backward.capture.bos import prepends_bos
-from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
+from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.editing.forward_shift import StepNotFoundError, forward_pass_shift
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.evaluation.perplexity import perplexity
@@ -270,10 +271,9 @@ def _last_logits(
     last = []
     texts = prompt_tokens(model, list(prompts), prepend_bos)
     for start in range(0, len(texts), batch):
-        part = texts[start : start + batch]
-        tokens, _ = padded(part, pad_id(model), "right")
-        logits = model(tokens.to(model.cfg.device), return_type="logits", padding_side="right")
-        ends = torch.tensor([len(text) - 1 for text in part], device=logits.device)
+        part = batch_of_tokens(model, texts[start : start + batch])
+        logits = part.logits(model)
+        ends = torch.tensor([span.stop - 1 for span in part.spans], device=logits.device)
         last.append(logits[torch.arange(len(part), device=logits.device), ends])
     return torch.cat(last)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
 from tl_backward.analysis.registry import figure_of
 from tl_backward.capture.bos import prepends_bos
-from tl_backward.editing._facts import Facts
 from tl_backward.editing._step_search import Step, smallest_step
 from tl_backward.editing.runs import WholeRun
+from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.evaluation.perplexity import perplexity
 from tl_backward.factors import GradientFactors
@@ -87,8 +87,8 @@ def smallest_edit(
 
     def rows(run: FactRun) -> list[Row]:
         tokens = torch.as_tensor(run.cache.tokens)
-        facts = Facts(model, tokens.tolist(), run.target, -1, "first", None)
-        whole = WholeRun(model, facts.tokens)
+        terms = TargetTerms(model, tokens.tolist(), run.target, -1, "first", None)
+        whole = WholeRun(model, terms.batch)
 
         def row_and_edit(name: str, g: GradientFactors, method: str) -> tuple[Row, WeightEdit]:
             update = _update(method, g, W_U[:, run.target])
@@ -96,7 +96,7 @@ def smallest_edit(
 
             def gaps(sizes: Sequence[float]) -> list[float]:
                 edits = [size * unit for size in sizes]
-                return facts.gaps(whole.edited_logits(edits, facts.places)).squeeze(1).tolist()
+                return terms.gaps(whole.edited_logits(edits, terms.places)).squeeze(1).tolist()
 
             norm = float(update.norm())
             step = Step(0.0, *gaps([0.0]))

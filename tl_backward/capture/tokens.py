@@ -167,25 +167,6 @@ def each_token_id(model: Any, argument: str, tokens: Any) -> Int[Tensor, "..."]:
     return ids
 
 
-def padded(
-    texts: Sequence[Int[Tensor, "_"]], pad_id: int, side: Literal["left", "right"]
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Texts in one tensor, and the mask that is 1 at their tokens."""
-    n = max(map(len, texts))
-    tokens = torch.full((len(texts), n), pad_id)
-    mask = torch.zeros(len(texts), n, dtype=torch.long)
-    for b, text in enumerate(texts):
-        at = slice(0, len(text)) if side == "right" else slice(n - len(text), n)
-        tokens[b, at] = text
-        mask[b, at] = 1
-    return tokens, mask
-
-
-def pad_id(model: Any) -> int:
-    """The token that fills up shorter texts; nothing depends on which one it is."""
-    return getattr(model.tokenizer, "pad_token_id", None) or 0
-
-
 def padding_side_of(model: Any, padding_side: str | None) -> Literal["left", "right"]:
     """The side that is asked for, or else the one of the model's tokenizer.
 

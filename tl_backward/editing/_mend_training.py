@@ -13,9 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from tl_backward._precision import upcast
+from tl_backward.capture.batch import batch_of_tokens
 from tl_backward.capture.run import require_ready
 from tl_backward.capture.run_hooks import frozen
-from tl_backward.capture.tokens import pad_id, padded, prompt_tokens, target_tokens
+from tl_backward.capture.tokens import prompt_tokens, target_tokens
 from tl_backward.editing._low_rank_hooks import ForwardHooks, low_rank_hooks
 from tl_backward.editing._upper_layers import UpperLayers
 from tl_backward.editing.mend import MendEditor, MendReport, mlp_sites
@@ -171,13 +172,13 @@ def _losses(
     """The edit loss and the locality loss of some examples, each under its own edit."""
     model = editor.model
     texts = [example.outer[0] for example in batch] + [example.local[0] for example in batch]
-    tokens, _ = padded(
-        [torch.tensor([*prompt, *target[:-1]]) for prompt, target in texts], pad_id(model), "right"
+    whole = batch_of_tokens(
+        model, [torch.tensor(text.prompt) for text in texts], [text.target for text in texts]
     )
     rows, positions, targets, shares = _terms(texts)
     first = min(site.layer or 0 for site in editor.sites)
     n_edit = sum(len(text.target) for text in texts[: len(batch)])
-    upper = UpperLayers(model, tokens, (rows, positions), first)
+    upper = UpperLayers(model, whole, (rows, positions), first)
     logits = upper.run(_edit_hooks(editor, batch))
     after, before = _log_probs(logits), _log_probs(upper.logits)
     shares = shares.to(after) / len(batch)

@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_backward._precision import upcast
-from tl_backward.capture.tokens import Prompt, pad_id, padded, prompt_tokens
-from tl_backward.editing._facts import Facts
+from tl_backward.capture.batch import batch_of_tokens
+from tl_backward.capture.tokens import Prompt, prompt_tokens
 from tl_backward.editing._joint_steps import smallest_steps
 from tl_backward.editing._shift_terms import ShiftRule, unit_shift
 from tl_backward.editing._step_search import Step, smallest_step
 from tl_backward.editing.runs import WholeRun
+from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, WeightSite
@@ -46,27 +47,27 @@ class ShiftSearch:
 
     Args:
         model: A TransformerLens model.
-        facts: Prompts and targets.
+        terms: Prompts and targets.
         sites: Where shifts may be.
         rule: What the shifts' terms are made of.
         margin: How far above all others the targets' logits have to come, in nats.
-        skip_if_predicted: Whether facts that are predicted get no shift.
+        skip_if_predicted: Whether prompts whose targets are predicted get no shift.
     """
 
     def __init__(
         self,
         model: Model,
-        facts: Facts,
+        terms: TargetTerms,
         sites: Sequence[WeightSite],
         rule: ShiftRule,
         margin: float,
         skip_if_predicted: bool,
     ) -> None:
-        self._model, self._facts, self._sites = model, facts, sites
+        self._model, self._terms, self._sites = model, terms, sites
         self._rule, self.margin = rule, margin
-        self._run = WholeRun(model, facts.tokens, sites)
+        self._run = WholeRun(model, terms.batch, sites)
         self._runs = [self._run]
-        predicted = facts.gaps(self._run.logits[facts.places][None])[0] > 0
+        predicted = terms.gaps(self._run.logits[terms.places][None])[0] > 0
         self.skipped: Bool[Tensor, "batch"] = predicted & skip_if_predicted
 
     @property
@@ -86,17 +87,17 @@ class ShiftSearch:
         prompt's target has one, if that makes a smaller update than the same step for all.
         """
         unit = unit_shift(
-            self._model, sites, self._facts, self._run.inputs, ~self.skipped, self._rule
+            self._model, sites, self._terms, self._run.inputs, ~self.skipped, self._rule
         )
         if lr != "auto":
             return Candidate(sites, unit, Step(lr, *self._gaps(unit, [lr])))
-        if self._rule.joint and len(self._facts.ids) > 1:
+        if self._rule.joint and len(self._terms.ids) > 1:
             return self._with_joint_steps(sites, unit)
         step = smallest_step(
             lambda sizes: self._gaps(unit, sizes), self._guess(sites, unit), self.margin
         )
         common = Candidate(sites, unit, step)
-        if self._facts.n_prompts > 1 or len(self._facts.ids) == 1:
+        if len(self._terms.batch) > 1 or len(self._terms.ids) == 1:
             return common
         return min(common, self._with_own_steps(common), key=self._size)
 
@@ -111,7 +112,7 @@ class ShiftSearch:
         Raises:
             ValueError: When there is no position at which changes can be seen.
         """
-        run, mask = self._run, self._facts.elsewhere()
+        run, mask = self._run, self._terms.elsewhere()
         if texts is not None:
             run, mask = self._run_on(texts, prepend_bos)
         if not mask.any():
@@ -144,20 +145,20 @@ class ShiftSearch:
         What is skipped has to stay on top, but without the margin, which it is therefore given.
         """
         edits = [size * unit for size in sizes]
-        gaps = self._facts.gaps(self._run.edited_logits(edits, self._facts.places))
+        gaps = self._terms.gaps(self._run.edited_logits(edits, self._terms.places))
         return (gaps + self.margin * self.skipped).amin(1).tolist()
 
     def _with_own_steps(self, common: Candidate) -> Candidate:
         """Each token's step, in turn, is the smallest that lifts it, with the others in place."""
-        sizes = [0.0] * len(self._facts.ids)
+        sizes = [0.0] * len(self._terms.ids)
 
         def gaps(term: int, candidates: Sequence[float]) -> list[float]:
             edits = [
                 _scaled(common.unit, [*sizes[:term], size, *sizes[term + 1 :]])
                 for size in candidates
             ]
-            logits = self._run.edited_logits(edits, self._facts.places)
-            return self._facts.term_gaps(logits)[:, term].tolist()
+            logits = self._run.edited_logits(edits, self._terms.places)
+            return self._terms.term_gaps(logits)[:, term].tolist()
 
         worst = -math.inf
         for _ in range(N_TURNS):
@@ -172,12 +173,12 @@ class ShiftSearch:
 
     def _with_joint_steps(self, sites: Sequence[WeightSite], unit: WeightEdit) -> Candidate:
         """Each term's step is about the smallest that lifts it, with the others in place."""
-        wanted = (~self.skipped)[self._facts.example]
+        wanted = (~self.skipped)[self._terms.example]
 
         def all_gaps(sizes: Float[Tensor, "term"]) -> Float[Tensor, "every_term"]:
             edit = _scaled(unit, sizes.tolist())
-            logits = self._run.edited_logits([edit], self._facts.places)
-            return self._facts.term_gaps(logits)[0]
+            logits = self._run.edited_logits([edit], self._terms.places)
+            return self._terms.term_gaps(logits)[0]
 
         def gaps(copies: Float[Tensor, "copy term"]) -> Float[Tensor, "copy term"]:
             return torch.stack([all_gaps(sizes)[wanted] for sizes in copies])
@@ -204,8 +205,8 @@ class ShiftSearch:
     def _guess(self, sites: Sequence[WeightSite], unit: WeightEdit) -> float:
         """The step by which a weight's outputs change as much as they are large."""
         outputs, changes = [], []
-        terms = (~self.skipped)[self._facts.example]
-        at = self._facts.example[terms], self._facts.input_at[terms]
+        wanted = (~self.skipped)[self._terms.example]
+        at = self._terms.example[wanted], self._terms.input_at[wanted]
         for site in sites:
             g, x = unit.factors[site.name], self._run.inputs[site.name][at]
             added = (x @ g.inputs.mT) @ g.vjps
@@ -219,9 +220,9 @@ class ShiftSearch:
     ) -> tuple[WholeRun, Bool[Tensor, "batch pos"]]:
         n_ctx = self._model.cfg.n_ctx
         cut = [ids[:n_ctx] for ids in prompt_tokens(self._model, texts, prepend_bos, "right")]
-        tokens, mask = padded(cut, pad_id(self._model), "right")
-        self._runs.append(WholeRun(self._model, tokens))
-        return self._runs[-1], mask.bool()
+        batch = batch_of_tokens(self._model, cut)
+        self._runs.append(WholeRun(self._model, batch))
+        return self._runs[-1], batch.mask
 
 
 def _scaled(edit: WeightEdit, sizes: Sequence[float]) -> WeightEdit:

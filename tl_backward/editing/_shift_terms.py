@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_backward._precision import upcast_dtype
-from tl_backward.editing._facts import Facts
 from tl_backward.editing._kernel import kernel
 from tl_backward.editing.key_statistics import KeyStatistics
+from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, WeightSite, unembedding
@@ -40,7 +40,7 @@ class ShiftRule(NamedTuple):
 def unit_shift(
     model: Model,
     sites: Sequence[WeightSite],
-    facts: Facts,
+    terms: TargetTerms,
     inputs: Mapping[str, Float[Tensor, "batch pos d_in"]],
     wanted: Bool[Tensor, "batch"],
     rule: ShiftRule,
@@ -53,7 +53,7 @@ def unit_shift(
     Args:
         model: The model.
         sites: Where to edit.
-        facts: The prompts and targets.
+        terms: The prompts and targets.
         inputs: The inputs of the sites' weights.
         wanted: For each prompt, whether it gets its terms.
         rule: What terms are made of.
@@ -62,9 +62,9 @@ def unit_shift(
         ValueError: When there are no statistics of one of the sites, or joint keys are equal.
         NotImplementedError: When the unembedding does not read what the weights write.
     """
-    terms = wanted[facts.example].nonzero().squeeze(1)
+    chosen = wanted[terms.example].nonzero().squeeze(1)
     W_U = unembedding(model).detach()
-    values = W_U[:, facts.ids[terms].to(W_U.device)].mT
+    values = W_U[:, terms.ids[chosen].to(W_U.device)].mT
     if rule.value == "centred":
         dtype = upcast_dtype(W_U.dtype)
         values = values.to(dtype) - W_U.mean(1, dtype=dtype)
@@ -75,8 +75,10 @@ def unit_shift(
                 f"{site.name} writes vectors of width {site.d_out}, but W_U reads such of width "
                 f"{values.shape[1]}: there is a projection between them"
             )
-        x = inputs[site.name][facts.example, facts.input_at]
-        keys = _joint_keys(x, site.name, rule)[terms] if rule.joint else _keys(x[terms], site, rule)
+        x = inputs[site.name][terms.example, terms.input_at]
+        keys = (
+            _joint_keys(x, site.name, rule)[chosen] if rule.joint else _keys(x[chosen], site, rule)
+        )
         factors[site.name] = GradientFactors(keys, values.to(x.device))
     known = None if any(site.in_storage_with for site in sites) else sites
     return WeightEdit(model, factors, sites=known)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_backward.capture.tokens import Target, pad_id, padded, prompt_tokens, target_tokens
+from tl_backward.capture.batch import Batch, batch_of_tokens
+from tl_backward.capture.tokens import Target, prompt_tokens, target_tokens
 from tl_backward.editing._subjects import SLOT, Span, subject_in, subject_token
 from tl_backward.editing.runs import read_at
 from tl_backward.editing.weight_edit import WeightEdit
@@ -116,12 +117,12 @@ def subject_facts(
     return facts
 
 
-def padded_texts(
+def batch_of_subjects(
     model: Model, texts: Sequence[SubjectText]
-) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text"]]:
-    """The tokens of several texts, padded on the right, and the subjects' last tokens in them."""
-    tokens, _ = padded([torch.tensor(text.ids) for text in texts], pad_id(model), "right")
-    return tokens, torch.tensor([text.position for text in texts])
+) -> tuple[Batch, Int[Tensor, "text"]]:
+    """Several texts, and the subjects' last tokens in them."""
+    batch = batch_of_tokens(model, [torch.tensor(text.ids) for text in texts])
+    return batch, torch.tensor([text.position for text in texts])
 
 
 def read_subjects(
@@ -139,7 +140,7 @@ def read_subjects(
         edit: An edit that takes part by its hooks.
     """
     read = [
-        read_at(model, points, *padded_texts(model, batch), edit)
+        read_at(model, points, *batch_of_subjects(model, batch), edit)
         for batch in in_batches(texts, [len(text.ids) for text in texts])
     ]
     return [torch.cat(of_point) for of_point in zip(*read, strict=True)]

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from tl_backward.capture.batch import Batch
 from tl_backward.editing.runs import LEAST_TOLERANCE, Places, logits_at, returning
 from tl_backward.sites import Model
 
@@ -22,22 +23,20 @@ class UpperLayers:
 
     Args:
         model: A TransformerLens model.
-        tokens: Texts, padded on the right.
+        batch: Texts, padded on the right.
         places: Where logits are needed.
         first: The lowest block in which hooks will change something.
     """
 
     @torch.no_grad()
-    def __init__(
-        self, model: Model, tokens: Int[Tensor, "batch pos"], places: Places, first: int
-    ) -> None:
-        self._model, self._tokens, self._places = model, tokens, places
+    def __init__(self, model: Model, batch: Batch, places: Places, first: int) -> None:
+        self._model, self._batch, self._places = model, batch, places
         self._below: list[Any] = []
         with ExitStack() as stack:
             for block in model.blocks[:first]:
                 handle = block.register_forward_hook(lambda block, x, y: self._below.append(y))
                 stack.callback(handle.remove)
-            self.logits: Float[Tensor, "place d_vocab"] = logits_at(model, tokens, places)[0]
+            self.logits: Float[Tensor, "place d_vocab"] = logits_at(model, batch, places)[0]
         if not self._is_reproduced(first):
             self._below = []
 
@@ -49,7 +48,7 @@ class UpperLayers:
             below = zip(self._model.blocks, self._below, strict=False)
             for block, output in below:
                 stack.enter_context(returning(block, output))
-            return logits_at(self._model, self._tokens, self._places, fwd_hooks)[0]
+            return logits_at(self._model, self._batch, self._places, fwd_hooks)[0]
 
     def _is_reproduced(self, first: int) -> bool:
         """Whether the outputs of the blocks below are all that the upper ones need."""

@@ -27,8 +27,8 @@ from tl_backward.capture.run_hooks import frozen
 from tl_backward.editing._subject_facts import (
     SubjectFact,
     SubjectText,
+    batch_of_subjects,
     in_batches,
-    padded_texts,
     read_subjects,
 )
 from tl_backward.editing._upper_layers import UpperLayers
@@ -130,7 +130,7 @@ class _Batch:
 
     def __init__(self, model: Model, facts: Sequence[SubjectFact]) -> None:
         texts = [(f, text) for f, fact in enumerate(facts) for text in _texts(fact)]
-        self.tokens, self.positions = padded_texts(model, [text for _, text in texts])
+        self.texts, self.positions = batch_of_subjects(model, [text for _, text in texts])
         self.of_fact = torch.tensor([f for f, _ in texts])
         is_last = torch.tensor([text is facts[f].essence for f, text in texts])
         essence_rows = is_last.nonzero().squeeze(1)
@@ -182,7 +182,7 @@ def _found(
 ) -> Values:
     """The values of the facts of one batch, which messages call by their numbers."""
     batch = _Batch(model, facts)
-    upper = UpperLayers(model, batch.tokens, batch.places, layer)
+    upper = UpperLayers(model, batch.texts, batch.places, layer)
     (seen,) = read_subjects(model, [point], [fact.in_contexts[0] for fact in facts])
     v0 = upcast(seen)
     largest = settings.clamp * v0.norm(dim=-1, keepdim=True)

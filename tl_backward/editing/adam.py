@@ -13,11 +13,11 @@ from tl_backward._precision import upcast, upcast_dtype
 from tl_backward.capture.run import require_ready
 from tl_backward.capture.run_hooks import frozen
 from tl_backward.capture.tokens import Prompt, Target
-from tl_backward.editing._facts import Facts
 from tl_backward.editing._low_rank_hooks import low_rank_hooks
 from tl_backward.editing._mlp_outputs import w_out_sites
 from tl_backward.editing._upper_layers import UpperLayers
 from tl_backward.editing.gradient_step import FineTuneReport
+from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, all_parameters
@@ -72,8 +72,8 @@ def adam_fine_tune(
     _require_valid(lr, steps, bound)
     (site,) = w_out_sites(model, [layer])
     require_ready(model, list(all_parameters(model)))
-    facts = Facts(model, prompt, target, -1, "all", prepend_bos)
-    upper = UpperLayers(model, facts.tokens, facts.places, site.layer or 0)
+    terms = TargetTerms(model, prompt, target, -1, "all", prepend_bos)
+    upper = UpperLayers(model, terms.batch, terms.places, site.layer or 0)
     dtype = upcast_dtype(site.parameter.dtype)
     device = upper.logits.device
     change = torch.zeros(site.d_in, site.d_out, dtype=dtype, device=device, requires_grad=True)
@@ -83,7 +83,7 @@ def adam_fine_tune(
     with frozen(all_parameters(model)):
         while True:
             logits = upper.run(low_rank_hooks(site, change.mT[None], identity[None]))
-            of_prompts = _losses(facts, logits)
+            of_prompts = _losses(terms, logits)
             losses.append(of_prompts.detach())
             if not of_prompts.isfinite().all():
                 raise ValueError(
@@ -96,7 +96,7 @@ def adam_fine_tune(
             adam.step()
             if bound is not None:
                 change.data.clamp_(-bound, bound)
-    predicted = facts.gaps(logits.detach()[None])[0] > 0
+    predicted = terms.gaps(logits.detach()[None])[0] > 0
     report = FineTuneReport(
         len(losses) - 1,
         tuple(predicted.tolist()),
@@ -106,13 +106,13 @@ def adam_fine_tune(
     return WeightEdit(model, {site.name: factors} if len(losses) > 1 else {}, report)
 
 
-def _losses(facts: Facts, logits: Float[Tensor, "term d_vocab"]) -> Float[Tensor, "batch"]:
+def _losses(terms: TargetTerms, logits: Float[Tensor, "term d_vocab"]) -> Float[Tensor, "batch"]:
     """Of each prompt, the mean negative log-likelihood of its target's tokens."""
     log_probs = upcast(logits).log_softmax(-1)
-    nll = -log_probs.gather(1, facts.ids.to(logits.device)[:, None]).squeeze(1)
-    of_prompt = facts.example.to(logits.device)
-    total = nll.new_zeros(facts.n_prompts).index_add(0, of_prompt, nll)
-    return total / of_prompt.bincount(minlength=facts.n_prompts)
+    nll = -log_probs.gather(1, terms.ids.to(logits.device)[:, None]).squeeze(1)
+    of_prompt = terms.example.to(logits.device)
+    total = nll.new_zeros(len(terms.batch)).index_add(0, of_prompt, nll)
+    return total / of_prompt.bincount(minlength=len(terms.batch))
 
 
 def _require_valid(lr: Any, steps: Any, bound: Any) -> None:

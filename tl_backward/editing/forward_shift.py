@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 
 from tl_backward.capture.tokens import Prompt, Target
-from tl_backward.editing._facts import Facts
 from tl_backward.editing._shift_search import Candidate, ShiftSearch
 from tl_backward.editing._shift_terms import ShiftRule, unit_shift
 from tl_backward.editing.key_statistics import KeyStatistics
 from tl_backward.editing.runs import WholeRun, weight_inputs
+from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, WeightSite, require_eval_mode, weight_sites
 
@@ -167,10 +167,10 @@ def forward_pass_shift(
     require_eval_mode(model)
     if statistics is not None:
         statistics.require_for(model, sites)
-    facts = Facts(model, prompt, target, position, tokens, prepend_bos)
+    terms = TargetTerms(model, prompt, target, position, tokens, prepend_bos)
     if not automatic:
-        return _with_fixed_step(model, facts, sites, float(lr), iterations, skip_if_predicted, rule)
-    search = ShiftSearch(model, facts, sites, rule, margin, skip_if_predicted)
+        return _with_fixed_step(model, terms, sites, float(lr), iterations, skip_if_predicted, rule)
+    search = ShiftSearch(model, terms, sites, rule, margin, skip_if_predicted)
     if search.skipped.all():
         edit = WeightEdit(model, {})
         edit.report = ShiftReport((), 0.0, tuple(search.skipped.tolist()), search.n_passes)
@@ -184,26 +184,26 @@ def forward_pass_shift(
 
 def _with_fixed_step(
     model: Model,
-    facts: Facts,
+    terms: TargetTerms,
     sites: Sequence[WeightSite],
     lr: float,
     iterations: int,
     skip_if_predicted: bool,
     rule: ShiftRule,
 ) -> WeightEdit:
-    edit, skipped, n_passes = WeightEdit(model, {}), (False,) * facts.n_prompts, 0
+    edit, skipped, n_passes = WeightEdit(model, {}), (False,) * len(terms.batch), 0
     for _ in range(iterations):
         if skip_if_predicted:
-            run = WholeRun(model, facts.tokens, sites, edit)
-            inputs, wanted = run.inputs, facts.gaps(run.logits[facts.places][None])[0] <= 0
+            run = WholeRun(model, terms.batch, sites, edit)
+            inputs, wanted = run.inputs, terms.gaps(run.logits[terms.places][None])[0] <= 0
         else:
-            inputs = weight_inputs(model, sites, facts.tokens, edit)
-            wanted = torch.ones(facts.n_prompts, dtype=torch.bool)
+            inputs = weight_inputs(model, sites, terms.batch, edit)
+            wanted = torch.ones(len(terms.batch), dtype=torch.bool)
         skipped = skipped if n_passes else tuple((~wanted).tolist())
         n_passes += 1
         if not wanted.any():
             break
-        edit = edit + lr * unit_shift(model, sites, facts, inputs, wanted, rule)
+        edit = edit + lr * unit_shift(model, sites, terms, inputs, wanted, rule)
     edit.report = ShiftReport(_layers(sites), lr, skipped, n_passes)
     return edit
 

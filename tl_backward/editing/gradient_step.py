@@ -14,7 +14,7 @@ from tl_backward._undo import Undo
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.capture.tokens import Prompt, Target
-from tl_backward.editing._facts import Facts
+from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, occupy
 from tl_backward.sites.names import parse_site_name
@@ -128,7 +128,7 @@ def fine_tune(
     if not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be a whole number of at least 1, got {max_steps!r}")
     kinds = weights if weights is None or isinstance(weights, str) else list(weights)
-    facts = Facts(model, prompt, target, -1, "all", prepend_bos)
+    terms = TargetTerms(model, prompt, target, -1, "all", prepend_bos)
     seen: list[Tensor] = []
     losses: list[Tensor] = []
     edit = WeightEdit(model, {})
@@ -139,15 +139,15 @@ def fine_tune(
             see: tuple[str, Any] = ("unembed.hook_out", lambda logits, hook: seen.append(logits))
             loss, cache = run_with_backward_cache(
                 model,
-                facts.prompt,
-                facts.target,
+                terms.prompt,
+                terms.batch.whole(terms.batch.targets),
                 weights=kinds,
                 layers=layers,
                 padding_side="right",
                 fwd_hooks=[*edit.fwd_hooks(), see],
             )
             losses.append(loss.reshape(-1))
-            predicted = facts.gaps(seen.pop().detach()[facts.places][None])[0] > 0
+            predicted = terms.gaps(seen.pop().detach()[terms.places][None])[0] > 0
             if predicted.all() or n_steps == max_steps:
                 break
             edit = edit + gradient_step(cache, lr=lr, model=model)

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from tl_backward import tensor_files
 from tl_backward._precision import full_precision, upcast, upcast_dtype
+from tl_backward.capture.batch import batch_of_tokens
 from tl_backward.capture.bos import prepends_bos
-from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
+from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.editing._made_for import fingerprints, model_name
 from tl_backward.editing.runs import weight_inputs
 from tl_backward.sites import Model, WeightSite, require_eval_mode, weight_sites
@@ -282,9 +283,9 @@ def key_statistics(
     moments = {site.name: torch.zeros(site.d_in, site.d_in, dtype=torch.float64) for site in sites}
     starts = range(0, len(tokens), batch_size)
     for start in tqdm(starts, desc="key statistics", delay=2, leave=False):
-        batch, mask = padded(tokens[start : start + batch_size], pad_id(model), "right")
+        batch = batch_of_tokens(model, tokens[start : start + batch_size])
         for name, x in weight_inputs(model, sites, batch).items():
-            rows = upcast(x[mask.bool().to(x.device)])
+            rows = upcast(x[batch.mask.to(x.device)])
             with full_precision(rows.device):
                 moments[name] += (rows.mT @ rows).cpu()
     n_tokens = sum(map(len, tokens))

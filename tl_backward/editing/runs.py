@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_backward._undo import Undo
+from tl_backward.capture.batch import Batch
 from tl_backward.capture.recorder import Recorder
 from tl_backward.capture.run_hooks import Hooks, Run, set_grad_enabled
 from tl_backward.editing.hooks import edit_hooks
@@ -31,7 +33,7 @@ class _Stop(BaseException):
 def weight_inputs(
     model: Model,
     sites: Sequence[WeightSite],
-    tokens: Int[Tensor, "batch pos"],
+    batch: Batch,
     edit: WeightEdit | None = None,
 ) -> dict[str, Float[Tensor, "batch pos d_in"]]:
     """The inputs of some weights, by site name, from a forward pass that stops at the last of them.
@@ -39,23 +41,23 @@ def weight_inputs(
     Args:
         model: A TransformerLens model.
         sites: Sites in the order of the forward pass.
-        tokens: Texts, padded on the right.
+        batch: Texts, padded on the right.
         edit: An edit that takes part by its hooks.
     """
     with Undo() as undo, undo, undo:
-        recorder = _recorder(model, sites, tokens, edit, undo)
+        recorder = _recorder(model, sites, batch, edit, undo)
         recorder.watch(sites[-1].x_tap(), _stop)
         try:
-            _logits(model, tokens)
+            batch.logits(model)
         except _Stop:
-            return _first(recorder, sites, "x", tokens)
+            return _first(recorder, sites, "x", batch)
     raise RuntimeError(f"{sites[-1].name} took no part in the forward pass")
 
 
 def read_at(
     model: Model,
     points: Sequence[str],
-    tokens: Int[Tensor, "batch pos"],
+    batch: Batch,
     positions: Int[Tensor, "batch"],
     edit: WeightEdit | None = None,
 ) -> list[Float[Tensor, "batch _"]]:
@@ -64,7 +66,7 @@ def read_at(
     Args:
         model: A TransformerLens model.
         points: Names of the HookPoints.
-        tokens: Texts, padded on the right.
+        batch: Texts, padded on the right.
         positions: The position in each.
         edit: An edit that takes part by its hooks.
     """
@@ -82,7 +84,7 @@ def read_at(
         hooks += [(point, partial(see, point)) for point in points]
         Run(undo).put_hooks(model, undo, hooks)
         try:
-            _logits(model, tokens)
+            batch.logits(model)
         except _Stop:
             return [seen[point] for point in points]
     missing = ", ".join(point for point in points if point not in seen)
@@ -101,7 +103,7 @@ class WholeRun:
 
     Args:
         model: A TransformerLens model.
-        tokens: Texts, padded on the right.
+        batch: Texts, padded on the right.
         sites: Weights whose inputs and outputs to keep.
         edit: An edit that takes part by its hooks, in this pass only.
     """
@@ -109,20 +111,20 @@ class WholeRun:
     def __init__(
         self,
         model: Model,
-        tokens: Int[Tensor, "batch pos"],
+        batch: Batch,
         sites: Sequence[WeightSite] = (),
         edit: WeightEdit | None = None,
     ) -> None:
-        self._model, self._tokens = model, tokens
+        self._model, self._batch = model, batch
         self._block_outputs: list[Any] = []
         self._agrees: dict[int, bool] = {}
         with Undo() as undo, undo, undo:
-            recorder = _recorder(model, sites, tokens, edit, undo)
+            recorder = _recorder(model, sites, batch, edit, undo)
             for block in model.blocks:
                 recorder.watch(Tap(block, "output"), self._block_outputs.append)
-            self.logits: Float[Tensor, "batch pos d_vocab"] = _logits(model, tokens)
-        self.inputs = _first(recorder, sites, "x", tokens)
-        self.outputs = _first(recorder, sites, "y", tokens)
+            self.logits: Float[Tensor, "batch pos d_vocab"] = batch.logits(model)
+        self.inputs = _first(recorder, sites, "x", batch)
+        self.outputs = _first(recorder, sites, "y", batch)
         self.n_passes, self.n_upper_passes = 1, 0
 
     def edited_logits(
@@ -162,7 +164,7 @@ class WholeRun:
         with_control: bool,
     ) -> Float[Tensor, "copies *batch_and_pos d_vocab"]:
         of_copies = torch.arange(-1 if with_control else 0, len(edits))
-        rows = of_copies.repeat_interleave(len(self._tokens)) if len(of_copies) > 1 else None
+        rows = of_copies.repeat_interleave(len(self._batch)) if len(of_copies) > 1 else None
         with Undo() as undo, undo, undo:
             occupy(self._model, undo)
             set_grad_enabled(False, undo)
@@ -171,16 +173,17 @@ class WholeRun:
             below = zip(self._model.blocks[:first], self._block_outputs, strict=False)
             for block, output in below:
                 _return_at_once(block, _repeated(output, len(of_copies)), run, undo)
-            tokens = self._tokens.repeat(len(of_copies), 1)
+            copies = self._batch.repeated(len(of_copies))
             if places is not None:
-                return logits_at(self._model, tokens, places, hooks, len(of_copies))
+                return logits_at(self._model, copies, places, hooks, len(of_copies))
             run.put_hooks(self._model, undo, hooks)
-            return _logits(self._model, tokens).unflatten(0, (len(of_copies), -1))
+            logits = copies.logits(self._model)
+            return rearrange(logits, "(copy b) pos token -> copy b pos token", copy=len(of_copies))
 
 
 def logits_at(
     model: Model,
-    tokens: Int[Tensor, "copies_and_batch pos"],
+    batch: Batch,
     places: Places,
     fwd_hooks: Hooks = (),
     copies: int = 1,
@@ -195,7 +198,7 @@ def logits_at(
         gathered = not any(point.fwd_hooks for point in points)
         gather = [("unembed.hook_in", partial(_at_places, places, copies))] * gathered
         Run(undo).put_hooks(model, undo, [*fwd_hooks, *gather])
-        logits = _logits(model, tokens)
+        logits = batch.logits(model)
     return logits if gathered else _at_places(places, copies, logits)
 
 
@@ -203,13 +206,13 @@ def _at_places(
     places: Places, copies: int, x: Float[Tensor, "copies_and_batch pos d"], hook: Any = None
 ) -> Float[Tensor, "copies place d"]:
     texts, positions = places
-    return x.unflatten(0, (copies, -1))[:, texts, positions]
+    return rearrange(x, "(copy b) pos d -> copy b pos d", copy=copies)[:, texts, positions]
 
 
 def _recorder(
     model: Model,
     sites: Sequence[WeightSite],
-    tokens: Int[Tensor, "batch pos"],
+    batch: Batch,
     edit: WeightEdit | None,
     undo: Undo,
 ) -> Recorder:
@@ -219,7 +222,7 @@ def _recorder(
     run = Run(undo)
     run.put_hooks(model, undo, [] if edit is None else edit.fwd_hooks())
     run.step_aside_for_others((module for _, module in all_modules(model)), undo)
-    recorder = Recorder(run, len(tokens))
+    recorder = Recorder(run, len(batch))
     for site in sites:
         recorder.keep_value(site.x_tap(), (site.name, "x"))
         recorder.keep_value(site.y_tap(), (site.name, "y"))
@@ -227,18 +230,13 @@ def _recorder(
 
 
 def _first(
-    recorder: Recorder, sites: Sequence[WeightSite], end: str, tokens: Int[Tensor, "batch pos"]
+    recorder: Recorder, sites: Sequence[WeightSite], end: str, batch: Batch
 ) -> dict[str, Float[Tensor, "batch pos _"]]:
     """What passed the sites, of those that are used several times the first time."""
     return {
-        site.name: recorder.values((site.name, end))[0].reshape(*tokens.shape, -1) for site in sites
+        site.name: recorder.values((site.name, end))[0].reshape(len(batch), batch.width, -1)
+        for site in sites
     }
-
-
-def _logits(model: Model, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "_ _ d_vocab"]:
-    """A causal model does not see the padding on the right of a text."""
-    arguments = {} if model.tokenizer is None else {"padding_side": "right"}
-    return model(tokens.to(model.cfg.device), return_type="logits", **arguments)
 
 
 def _stop(*_: Any) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_backward._precision import upcast
+from tl_backward.capture.batch import Batch, batch_of_tokens
 from tl_backward.capture.bos import prepends_bos
-from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
+from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.editing.runs import WholeRun
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model
@@ -60,21 +61,21 @@ def perplexity(
     total = torch.zeros(len(edits), dtype=torch.float64)
     with_effect = [i for i, edit in enumerate(edits) if edit.factors]
     without = [i for i, edit in enumerate(edits) if not edit.factors]
-    for batch in _batches(sorted(tokens, key=len, reverse=True)):
-        ids, mask = padded(batch, pad_id(model), "right")
-        run = WholeRun(model, ids)
+    for of_pass in _passes(sorted(tokens, key=len, reverse=True)):
+        batch = batch_of_tokens(model, of_pass)
+        run = WholeRun(model, batch)
         if without:
-            total[without] += _perplexities(run.logits, ids, mask.bool()).sum()
-        at_once = max(1, TOKENS_PER_PASS // ids.numel())
+            total[without] += _perplexities(run.logits, batch).sum()
+        at_once = max(1, TOKENS_PER_PASS // batch.tokens.numel())
         for start in range(0, len(with_effect), at_once):
             some = with_effect[start : start + at_once]
             logits = run.edited_logits([edits[i] for i in some])
             for i, of_edit in zip(some, logits, strict=True):
-                total[i] += _perplexities(of_edit, ids, mask.bool()).sum()
+                total[i] += _perplexities(of_edit, batch).sum()
     return total / len(texts)
 
 
-def _batches(tokens: Sequence[Int[Tensor, "_"]]) -> Iterator[list[Int[Tensor, "_"]]]:
+def _passes(tokens: Sequence[Int[Tensor, "_"]]) -> Iterator[list[Int[Tensor, "_"]]]:
     """Texts, the longest first, that fill a pass with their padding."""
     start = 0
     while start < len(tokens):
@@ -84,13 +85,11 @@ def _batches(tokens: Sequence[Int[Tensor, "_"]]) -> Iterator[list[Int[Tensor, "_
 
 
 def _perplexities(
-    logits: Float[Tensor, "batch pos d_vocab"],
-    tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"],
+    logits: Float[Tensor, "batch pos d_vocab"], batch: Batch
 ) -> Float[Tensor, "batch"]:
     """The perplexity of each text, the padding left out."""
     logits = upcast(logits[:, :-1])
-    of_next = tokens[:, 1:, None].to(logits.device)
+    of_next = batch.tokens[:, 1:, None].to(logits.device)
     nll = (logits.logsumexp(-1) - logits.gather(-1, of_next).squeeze(-1)).cpu().double()
-    counted = mask[:, 1:]
+    counted = batch.mask[:, 1:]
     return (nll.masked_fill(~counted, 0).sum(-1) / counted.sum(-1)).exp()

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tl_backward._precision import upcast
 from tl_backward._undo import Undo
+from tl_backward.capture.batch import batch_of_tokens
 from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.run_hooks import Run, set_grad_enabled
-from tl_backward.capture.tokens import pad_id, padded, prompt_tokens
+from tl_backward.capture.tokens import prompt_tokens
 from tl_backward.editing import WeightEdit, edit_hooks
 from tl_backward.sites import Model, occupy
 
@@ -163,20 +164,19 @@ def _logits_of_targets(
     model: Model, batch: Sequence[_Row], edits: Sequence[WeightEdit], rows: Sequence[int]
 ) -> Float[Tensor, "batch longest d_vocab"]:
     """The logits from the position on that predicts each row's first target token."""
-    tokens, _ = padded([torch.tensor(row.tokens) for row in batch], pad_id(model), "right")
+    texts = batch_of_tokens(model, [torch.tensor(row.tokens) for row in batch])
     longest = max(len(row.tokens) - row.first for row in batch)
     first = torch.tensor([row.first for row in batch])
-    positions = (first[:, None] + torch.arange(longest)).clamp(max=tokens.shape[1] - 1)
+    positions = (first[:, None] + torch.arange(longest)).clamp(max=texts.width - 1)
 
     def at_positions(x: Tensor, hook: Any) -> Tensor:
         index = positions.to(x.device)[..., None].expand(-1, -1, x.shape[-1])
         return x.gather(1, index)
 
-    arguments = {} if model.tokenizer is None else {"padding_side": "right"}
     with Undo() as undo, undo, undo:
         occupy(model, undo)
         set_grad_enabled(False, undo)
         hooks = [("unembed.hook_in", at_positions), *edit_hooks(model, edits, rows)]
         Run(undo).put_hooks(model, undo, hooks)
-        logits = model(tokens.to(model.cfg.device), return_type="logits", **arguments)
+        logits = texts.logits(model)
     return upcast(logits.cpu())

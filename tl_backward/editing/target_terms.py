@@ -1,4 +1,4 @@
-"""Prompts with the targets that they are to be followed by."""
+"""Prompts with targets, and for each target token the position that predicts it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_backward._precision import upcast
-from tl_backward.capture.tokens import (
-    Prompt,
-    Target,
-    is_single,
-    pad_id,
-    padded,
-    prompt_tokens,
-    target_tokens,
-)
+from tl_backward.capture.batch import batch_of_tokens
+from tl_backward.capture.tokens import Prompt, Target, is_single, prompt_tokens, target_tokens
 from tl_backward.editing.runs import Places
 from tl_backward.sites import Model
 
 
-class Facts:
-    """Where in which text which token of a target is to be predicted.
+class TargetTerms:
+    """Every token of every target is one term.
 
-    Every token of a target is one term. With ``which="all"`` the text is the prompt and all but
-    the last token of its target (teacher forcing).
+    With ``which="all"`` the texts of the batch are the prompts and all but the last token of their
+    targets (teacher forcing).
 
     Attributes:
+        batch: The texts, with the tokens of their targets.
         prompt: The prompts as token ids without padding; several in a list.
-        target: The token ids of the target, or of each prompt's.
-        tokens: The texts, padded on the right.
-        n_prompts: How many there are.
         example: For each term, its text.
         ids: Its token.
         predicting: The position that predicts it.
@@ -60,29 +51,16 @@ class Facts:
         which: Literal["first", "all"],
         prepend_bos: bool | None,
     ) -> None:
-        prompts = prompt_tokens(model, prompt, prepend_bos)
         single = is_single(prompt)
+        prompts = prompt_tokens(model, prompt, prepend_bos)
         targets = target_tokens(model, target, None if single else len(prompts), after=prompts)
         if which == "first":
             targets = [ids[:1] for ids in targets]
-        ids = [text.tolist() for text in prompts]
-        self.prompt = ids[0] if single else ids
-        self.target = targets[0] if single else targets
-        texts = [
-            torch.cat([text, text.new_tensor(ids[:-1])])
-            for text, ids in zip(prompts, targets, strict=True)
-        ]
-        _require_room(model, texts)
-        self.n_prompts = len(prompts)
-        self.tokens, self._mask = padded(texts, pad_id(model), "right")
+        self.batch = batch_of_tokens(model, prompts, targets, single=single)
+        self.prompt = self.batch.whole([text.tolist() for text in prompts])
         self.ids = torch.tensor([i for ids in targets for i in ids])
         self.example = torch.tensor([b for b, ids in enumerate(targets) for _ in ids])
-        self.predicting = torch.cat(
-            [
-                torch.arange(len(text) - 1, len(text) - 1 + len(ids))
-                for text, ids in zip(prompts, targets, strict=True)
-            ]
-        )
+        self.predicting = torch.cat(self.batch.predicting)
         self.input_at = (
             _positions(position, [len(text) for text in prompts])
             if which == "first"
@@ -97,7 +75,7 @@ class Facts:
     def gaps(self, logits: Float[Tensor, "copies term d_vocab"]) -> Float[Tensor, "copies batch"]:
         """The :meth:`term_gaps` by prompt: of a target with several tokens, that of the worst."""
         gaps = self.term_gaps(logits)
-        worst = gaps.new_full((len(gaps), self.n_prompts), torch.inf)
+        worst = gaps.new_full((len(gaps), len(self.batch)), torch.inf)
         return worst.scatter_reduce(1, self.example.expand(len(gaps), -1), gaps, "amin")
 
     def term_gaps(
@@ -111,7 +89,7 @@ class Facts:
 
     def elsewhere(self) -> Bool[Tensor, "batch pos"]:
         """The positions that predict no target."""
-        mask = self._mask.bool()
+        mask = self.batch.mask.clone()
         mask[self.example, self.predicting] = False
         return mask
 
@@ -127,13 +105,3 @@ def _positions(position: int | Sequence[int], lengths: list[int]) -> Int[Tensor,
         if not -n <= at < n:
             raise ValueError(f"position={at}: prompt {b} has positions 0 to {n - 1}")
     return torch.tensor([at % n for at, n in zip(each, lengths, strict=True)])
-
-
-def _require_room(model: Model, texts: list[Tensor]) -> None:
-    n_ctx = model.cfg.n_ctx
-    for b, text in enumerate(texts):
-        if n_ctx is not None and len(text) > n_ctx:
-            raise ValueError(
-                f"prompt (example {b}) has {len(text)} tokens with its target, more than the "
-                f"model's context of {n_ctx}; shorten it"
-            )
