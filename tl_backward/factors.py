@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
-import einops
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -102,8 +102,7 @@ class GradientFactors:
     @in_full_precision
     def dense(self) -> Float[Tensor, "d_in d_out"]:
         """The gradient itself, summed over batch and tokens (Eq 6, 8). Costs ``n d_in d_out``."""
-        X, D = self._rows()
-        return X.mT @ D
+        return einsum(*self._rows(), "row d_in, row d_out -> d_in d_out")
 
     def rank(self, rtol: float | None = None) -> int:
         """Numerical rank, at most ``n`` (Lemma 4.1).
@@ -238,9 +237,9 @@ class GradientFactors:
             )
         if self._is_smaller_dense and other._is_smaller_dense:
             return (self.dense() * other.dense()).sum()
-        X1, D1 = self._rows()
-        X2, D2 = other._rows()
-        return ((X1 @ X2.mT) * (D1 @ D2.mT)).sum()
+        pairs = zip(self._rows(), other._rows(), strict=True)
+        grams = [einsum(one, two, "row d, other d -> row other") for one, two in pairs]
+        return (grams[0] * grams[1]).sum()
 
     def _unit_rows(self) -> tuple[GradientFactors, Float[Tensor, ""]]:
         """The same up to a factor, and its root: no row is longer than 1, nor is its VJP.
@@ -268,8 +267,8 @@ class GradientFactors:
         """Both factors with batch and tokens in one axis, in a precision to compute in."""
         dtype = upcast_dtype(self.inputs.dtype, self.vjps.dtype)
         return (
-            einops.rearrange(self.inputs, "... d_in -> (...) d_in").to(dtype),
-            einops.rearrange(self.vjps, "... d_out -> (...) d_out").to(dtype),
+            rearrange(self.inputs, "... d_in -> (...) d_in").to(dtype),
+            rearrange(self.vjps, "... d_out -> (...) d_out").to(dtype),
         )
 
 

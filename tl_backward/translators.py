@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -73,8 +74,8 @@ def through_final_norm(
                 f"residual has the shape {list(residual.shape)}, but the vectors that are read "
                 f"have {list(vectors.shape)}; select the same positions in both"
             )
-        rows = zip(residual.reshape(-1, 1, residual.shape[-1]), vectors.flatten(0, -2), strict=True)
-        solved = [_solve(jacobian(at)[0], vector, ridge) for at, vector in rows]
+        rows = (rearrange(x, "... d_model -> (...) 1 d_model") for x in (residual, vectors))
+        solved = [_solve(jacobian(at)[0], vector, ridge) for at, vector in zip(*rows, strict=True)]
         return torch.stack(solved).reshape(vectors.shape)
 
     return translator
@@ -122,5 +123,6 @@ def _solve(
     gram = J @ J.mT
     weight = ridge * gram.diagonal().mean()
     system = gram + weight * torch.eye(len(gram), dtype=dtype, device=gram.device)
-    rows = (vjps @ J.mT).reshape(-1, len(gram))
-    return torch.linalg.solve(system, rows.mT).mT.reshape(*vjps.shape[:-1], -1)
+    products = einsum(J, vjps, "d_out d_in, ... d_in -> ... d_out")
+    solved = torch.linalg.solve(system, rearrange(products, "... d_out -> d_out (...)"))
+    return solved.mT.reshape(products.shape)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -138,8 +139,9 @@ def _neuron_norms(
     vectors: Float[Tensor, "n d"], coefficients: Float[Tensor, "n neurons"]
 ) -> Float[Tensor, "neurons"]:
     """The norm of every neuron, from the vectors' inner products."""
-    gram = vectors @ vectors.mT
-    return torch.einsum("ij,ik,kj->j", coefficients, gram, coefficients).clamp(min=0).sqrt()
+    gram = einsum(vectors, vectors, "row d, other d -> row other")
+    pattern = "row neuron, row other, other neuron -> neuron"
+    return einsum(coefficients, gram, coefficients, pattern).clamp(min=0).sqrt()
 
 
 def overlaps(one: Int[Tensor, "a k"], other: Int[Tensor, "b k"]) -> Float[Tensor, "a b"]:

@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import einsum
 
 from tl_backward.analysis.over_records import FactRun, Records, Row, over_records, place_of
 from tl_backward.analysis.registry import figure_of
@@ -110,4 +111,4 @@ def plot_layer_similarity(
 def _cosines(vjps: torch.Tensor) -> torch.Tensor:
     """``[layer, layer, position]``; nan where one of the two is zero."""
     units = vjps / vjps.norm(dim=-1, keepdim=True)
-    return torch.einsum("anj,bnj->abn", units, units)
+    return einsum(units, units, "layer pos d, other pos d -> layer other pos")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from einops import reduce
+
 from tl_backward.cache.residual import NODES, Residual
 from tl_backward.sites.names import layer_of
 
@@ -24,7 +26,7 @@ def attribution(clean: Residual, corrupt: Residual, positions: list[list[int]]) 
             continue
         kind, n_heads = _node(name, corrupt.n_heads)
         product = (clean.activations[name] - corrupt.activations[name]) * corrupt.vjps[name]
-        scores = product.unflatten(-1, (n_heads or 1, -1)).sum(-1).reshape(len(nodes), -1)
+        scores = reduce(product, "... pos (head d) -> (... pos) head", "sum", head=n_heads or 1)
         for (example, position), of_heads in zip(nodes, scores.tolist(), strict=True):
             for head, score in enumerate(of_heads):
                 place = (layer_of(name), head if n_heads else None, position)

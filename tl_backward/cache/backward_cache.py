@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -65,6 +66,11 @@ class BackwardCache(Mapping[str, GradientFactors]):
     loss: Float[Tensor, "*batch"]
     weights_processing: str
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether it is of several prompts, also of a list of one."""
+        return isinstance(self.tokens, list)
+
     def __getitem__(self, key: str | tuple[str, int | None]) -> GradientFactors:
         return self.factors[self._name(key)]
 
@@ -75,7 +81,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
         return len(self.factors)
 
     def __repr__(self) -> str:
-        if isinstance(self.tokens, list):
+        if self.is_batch:
             of = f"{len(self.tokens)} prompts, mean loss={self.loss.mean().item():.4f}"
         else:
             of = f"{len(self.positions)} of {len(self.tokens)} positions, loss={self.loss:.4f}"
@@ -88,7 +94,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
             ValueError: When there is a single prompt.
             IndexError: When there are fewer prompts.
         """
-        if not isinstance(self.tokens, list):
+        if not self.is_batch:
             raise ValueError("this cache is of a single prompt")
         if not -len(self.tokens) <= b < len(self.tokens):
             raise IndexError(f"example {b}: this cache has {len(self.tokens)} prompts")
@@ -129,7 +135,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
         Raises:
             KeyError: When the weight was not captured.
         """
-        return self[key].vjps.flatten(0, -2).sum(0)
+        return reduce(self[key].vjps, "... d_out -> d_out", "sum")
 
     def accumulated_vjps(
         self,
@@ -315,7 +321,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
             raise tensor_files.damaged(Path(path), kind, error) from error
 
     def _positions(self) -> list[list[int]]:
-        each = self.positions if isinstance(self.positions, list) else [self.positions]
+        each: Any = self.positions if self.is_batch else [self.positions]
         return [positions.tolist() for positions in each]
 
     def _name(self, key: str | tuple[str, int | None]) -> str:

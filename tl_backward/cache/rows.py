@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class Rows:
     def of(self, tensors: Sequence[Tensor]) -> Float[Tensor, "*batch n d"]:
         """The rows of one or more tensors, text by text; in one axis if their numbers differ."""
         n_texts, uses = len(self.starts), len(tensors)
-        rows = [tensor.reshape(n_texts, self.width, -1) for tensor in tensors]
+        rows = [by_text(tensor, n_texts) for tensor in tensors]
         whole = rows[0] if uses == 1 else torch.cat(rows, dim=1)
         indices = [
             torch.cat([use * self.width + start + kept for use in range(uses)])
@@ -48,10 +49,17 @@ class Rows:
         every = torch.arange(uses * self.width)
         if not all(torch.equal(index, every) for index in indices):
             flat = torch.cat([b * len(every) + index for b, index in enumerate(indices)])
-            whole = whole.flatten(0, 1)[flat.to(whole.device)]
+            whole = rearrange(whole, "batch pos d -> (batch pos) d")[flat.to(whole.device)]
             if self.lengths() is None:
-                whole = whole.unflatten(0, (n_texts, -1))
+                whole = rearrange(whole, "(batch n) d -> batch n d", batch=n_texts)
         return whole[0] if self.single else whole
+
+
+def by_text(tensor: Float[Tensor, "*batch_and_pos d"], n_texts: int) -> Float[Tensor, "_ pos d"]:
+    """One vector for each position of each text, also where heads or texts share an axis."""
+    if tensor.ndim == 2:
+        return rearrange(tensor, "(batch pos) d -> batch pos d", batch=n_texts)
+    return rearrange(tensor, "batch pos ... -> batch pos (...)")
 
 
 def of_example(

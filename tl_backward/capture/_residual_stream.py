@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tl_backward.cache.residual import NODES, Residual
-from tl_backward.cache.rows import Rows
+from tl_backward.cache.rows import Rows, by_text
 from tl_backward.capture._backward_hooks import CalledAgain
 from tl_backward.capture.recorder import Recorder, vjp_between
 from tl_backward.sites import FoundSites, Model, Tap, residual_points
@@ -120,6 +121,8 @@ def _through(recorder: Recorder, block: int, z: str, vjp: Tensor) -> Tensor:
 
 def _each_head(vjp: Tensor, n_heads: int, rows: Rows) -> list[Tensor]:
     """The VJP at ``hook_z`` with all heads but one set to zero, for each head."""
-    by_head = vjp.reshape(len(rows.starts), rows.width, n_heads, -1)
-    of_each = torch.eye(n_heads, dtype=vjp.dtype, device=vjp.device).unsqueeze(-1)
-    return [(by_head * one).reshape(vjp.shape) for one in of_each]
+    heads = rearrange(
+        by_text(vjp, len(rows.starts)), "batch pos (head d) -> batch pos head d", head=n_heads
+    )
+    of_each = rearrange(torch.eye(n_heads).to(vjp), "one head -> one head 1")
+    return [(heads * one).reshape(vjp.shape) for one in of_each]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,18 +58,27 @@ def low_rank_hooks(
         dtype = upcast_dtype(u.dtype, x.dtype)
         place = (x.device, dtype)
         if place not in placed:
-            placed[place] = u.to(*place).mT, v.to(*place)
+            placed[place] = u.to(*place), v.to(*place)
         left, right = placed[place]
         if len(u) > 1:
             x = x.expand(len(u), *x.shape[1:]) if len(x) == 1 else x
             if len(x) % len(u) or (x.ndim > 2 and len(x) != len(u)):
                 raise ValueError(f"rows are {len(u)}, but {site.hook_in} has a batch of {len(x)}")
         with full_precision(x.device):
-            added = (x.reshape(len(u), -1, site.d_in).to(dtype) @ left) @ right
-        return (y + site.hook_out_scale * added.reshape(-1, *y.shape[1:])).to(y.dtype)
+            rows = _by_edit(x.to(dtype), len(u))
+            inner = einsum(rows, left, "edit row d_in, edit n d_in -> edit row n")
+            added = einsum(inner, right, "edit row n, edit n d_out -> edit row d_out")
+        return (y + site.hook_out_scale * added.reshape(y.shape)).to(y.dtype)
 
     hook_in, hook_out = site.hook_points
     return [(hook_in, note), (hook_out, add)]
+
+
+def _by_edit(x: Float[Tensor, "batch *pos_and_heads d"], n_edits: int) -> Float[Tensor, "_ row _"]:
+    """The inputs of each edit's part of the batch."""
+    if x.ndim == 2:
+        return rearrange(x, "(edit row) d_in -> edit row d_in", edit=n_edits)
+    return rearrange(x, "(edit b) pos ... -> edit (b pos) (...)", edit=n_edits)
 
 
 def require_finite(site: WeightSite, u: Float[Tensor, "*batch n d_in"], v: Tensor) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_backward._undo import Undo
+from tl_backward.cache.rows import by_text
 from tl_backward.capture.batch import Batch
 from tl_backward.capture.recorder import Recorder
 from tl_backward.capture.run_hooks import Hooks, Run, set_grad_enabled
@@ -233,10 +234,7 @@ def _first(
     recorder: Recorder, sites: Sequence[WeightSite], end: str, batch: Batch
 ) -> dict[str, Float[Tensor, "batch pos _"]]:
     """What passed the sites, of those that are used several times the first time."""
-    return {
-        site.name: recorder.values((site.name, end))[0].reshape(len(batch), batch.width, -1)
-        for site in sites
-    }
+    return {site.name: by_text(recorder.values((site.name, end))[0], len(batch)) for site in sites}
 
 
 def _stop(*_: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -78,7 +79,10 @@ class WeightEdit:
     ) -> None:
         self.model = model
         self.factors: dict[str, GradientFactors] = {
-            name: GradientFactors(g.inputs.detach().flatten(0, -2), g.vjps.detach().flatten(0, -2))
+            name: GradientFactors(
+                rearrange(g.inputs.detach(), "... d_in -> (...) d_in"),
+                rearrange(g.vjps.detach(), "... d_out -> (...) d_out"),
+            )
             for name, g in factors.items()
         }
         self.report = report

@@ -22,25 +22,25 @@ class Selection:
     """The prompts and positions of a cache that are read."""
 
     def __init__(self, cache: BackwardCache, batch_slice: SliceInput, positions: Positions) -> None:
-        batched = isinstance(cache.tokens, list)
-        if batch_slice is not None and not batched:
+        if batch_slice is not None and not cache.is_batch:
             raise ValueError("batch_slice selects from several prompts, but there is only one")
-        every = cache.positions if isinstance(cache.positions, list) else [cache.positions]
+        every = cache.positions if cache.is_batch else [cache.positions]
         self._lengths = [len(of_text) for of_text in every]
         has = "this batch has prompts"
         self.chosen = selected(batch_slice, len(every), "batch_slice", has).tolist()
         self._kept = [
-            kept_positions(positions, self._lengths[b], b if batched else None) for b in self.chosen
+            kept_positions(positions, self._lengths[b], b if cache.is_batch else None)
+            for b in self.chosen
         ]
-        self._single = not batched or isinstance(plain_index(batch_slice), int)
+        self._single = not cache.is_batch or isinstance(plain_index(batch_slice), int)
         self.positions = [every[b][kept] for b, kept in zip(self.chosen, self._kept, strict=True)]
         self.str_tokens = [
-            cache.str_tokens[b] if batched else cache.str_tokens for b in self.chosen
+            cache.str_tokens[b] if cache.is_batch else cache.str_tokens for b in self.chosen
         ]
         n_rows = max(map(len, self._kept))
         self.shape = [n_rows] if self._single else [len(self._kept), n_rows]
         self.loss = self.whole(cache.loss.reshape(-1)[self.chosen])
-        predicting = cache.target_positions if batched else [cache.target_positions]
+        predicting = cache.target_positions if cache.is_batch else [cache.target_positions]
         self.target_positions = [predicting[b] for b in self.chosen]
         ids = cache.target_ids.reshape(len(every), -1)[self.chosen]
         self.target_ids = [of_text[of_text >= 0] for of_text in ids]
@@ -93,7 +93,7 @@ def require_same_model(model: Model, found: FoundSites, cache: BackwardCache) ->
             f"{type(cache).__name__}"
         )
     cfg, layers = model.cfg, cache.residual.n_layers
-    tokens = cache.tokens if isinstance(cache.tokens, list) else [cache.tokens]
+    tokens = cache.tokens if cache.is_batch else [cache.tokens]
     last = int(torch.cat([*tokens, cache.target_ids.flatten()]).max())
     sites = {site.name: site for site in found.sites}
     differences = [

@@ -72,6 +72,11 @@ class BackwardLensResult(Mapping[str, Readout]):
     weights_processing: str
     left_out: dict[str, list[int]] = field(default_factory=dict)
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether it is of several prompts, also of a list of one."""
+        return isinstance(self.positions, list)
+
     def __getitem__(self, kind: str) -> Readout:
         try:
             return self.readouts[kind]
@@ -86,7 +91,7 @@ class BackwardLensResult(Mapping[str, Readout]):
 
     def __repr__(self) -> str:
         n_layers = len(next(iter(self.values())).labels)
-        if isinstance(self.positions, list):
+        if self.is_batch:
             of = f"{len(self.positions)} prompts, mean loss={self.loss.mean().item():.4f}"
         else:
             target = self.loss_target if self.ranks_by_token else self.target
@@ -102,7 +107,7 @@ class BackwardLensResult(Mapping[str, Readout]):
         Of the ends the outermost token is shown, and of ``vocab`` the value of every token.
         """
         shown = f"<pre>{html.escape(repr(self))}</pre>"
-        if isinstance(self.positions, list) or not len(self.positions):
+        if self.is_batch or not len(self.positions):
             return shown
         frame = self.to_dataframe()
         last = frame[frame.position.eq(int(self.positions[-1])) & frame.end.ne("target")]
@@ -127,7 +132,7 @@ class BackwardLensResult(Mapping[str, Readout]):
             ValueError: When there is a single prompt.
             IndexError: When there are fewer prompts.
         """
-        if not isinstance(self.positions, list):
+        if not self.is_batch:
             raise ValueError("this result is of a single prompt")
         positions = self.positions[b]
         n = len(positions)
@@ -189,7 +194,7 @@ class BackwardLensResult(Mapping[str, Readout]):
     @property
     def prompt_tokens(self) -> list[Any]:
         """``str_tokens`` without those of the target that were appended to the prompt."""
-        if isinstance(self.target_positions, list):
+        if self.is_batch:
             each = zip(self.str_tokens, self.target_positions, strict=True)
             return [tokens[: _length_of_prompt(predicting)] for tokens, predicting in each]
         return self.str_tokens[: _length_of_prompt(self.target_positions)]
@@ -204,7 +209,7 @@ class BackwardLensResult(Mapping[str, Readout]):
     def _loss_targets(self) -> list[tuple[int, ...]]:
         """The loss's target of every prompt."""
         ids: list[Any] = self.loss_target_ids
-        return [tuple(one) for one in (ids if isinstance(self.positions, list) else [ids])]
+        return [tuple(one) for one in (ids if self.is_batch else [ids])]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per weight, layer, (prompt,) position and token that was kept.
@@ -265,6 +270,6 @@ def default_kind(result: Mapping[str, Readout]) -> str:
     return "W_out" if "W_out" in result else next(iter(result))
 
 
-def _length_of_prompt(predicting: Int[Tensor, "k"]) -> int | None:
+def _length_of_prompt(predicting: Any) -> int | None:
     """The first token of a target is predicted by the last one of its prompt."""
     return int(predicting[0]) + 1 if len(predicting) else None

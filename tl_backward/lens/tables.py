@@ -24,7 +24,7 @@ def data_frame(result: BackwardLensResult) -> pd.DataFrame:
     """See :meth:`BackwardLensResult.to_dataframe`."""
     import pandas as pd
 
-    if isinstance(result.positions, list):
+    if result.is_batch:
         examples = [result.example(b) for b in range(len(result.positions))]
         frames = [example.to_dataframe() for example in examples]
         for b, (example, frame) in enumerate(zip(examples, frames, strict=True)):
@@ -48,7 +48,7 @@ def lens_tables(result: BackwardLensResult) -> LensTables:
     Raises:
         ValueError: For several prompts.
     """
-    if isinstance(result.positions, list):
+    if result.is_batch:
         raise ValueError(
             "tables are of one prompt: take result.example(b), or the lens with batch_slice=b"
         )
