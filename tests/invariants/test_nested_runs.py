@@ -11,6 +11,7 @@ from helpers.gradients import gradient_of_parameter, reference_loss
 from helpers.versions import MODELS
 
 import tl_backward as tlb
+from tl_backward.capture.batch import batch_of
 from tl_backward.editing.runs import WholeRun, weight_inputs
 from tl_backward.sites import attached_hook_points
 
@@ -147,10 +148,8 @@ def test_nor_in_hooks_of_the_capture_alone(model):
 def test_other_runs_leave_them_out_too(model):
     with attached_hook_points(model):
         sites = tlb.weight_sites(model, "W_out")
-        inputs, whole = (
-            weight_inputs(model, sites, batch),
-            WholeRun(model, batch, sites),
-        )
+        batch = batch_of(model, TOKENS)
+        inputs, whole = weight_inputs(model, sites, batch), WholeRun(model, batch, sites)
         with hooked(model, "hook_embed", run_all, False, "forward hook") as calls:
             hooked_inputs = weight_inputs(model, sites, batch)
             hooked_whole = WholeRun(model, batch, sites)
