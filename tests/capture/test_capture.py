@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 from helpers.gradients import gradient_of_parameter, reference_loss, relative_error
+from helpers.products import Products
 from helpers.state import state
 from helpers.texts import PROMPT, TARGET
 from helpers.versions import NEEDS_BRIDGE
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_backward as tlb
 
@@ -60,20 +60,6 @@ def test_frozen_parameters_give_the_same_factors(model):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-class Products(TorchDispatchMode):
-    """Counts the shapes that matrix products write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: Counter[tuple[int, ...]] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            self.shapes[tuple(out.shape)] += 1
-        return out
-
-
 def test_no_weight_gradient_is_computed(model, kind):
     weights = {tuple(site.parameter.shape) for site in tlb.weight_sites(model)}
     assert not any(shape[0] == shape[1] for shape in weights if kind == "llama")
@@ -89,12 +75,14 @@ def test_no_weight_gradient_is_computed(model, kind):
 
 
 def test_the_backward_pass_stops_at_the_first_site_asked_for(model):
+    """Its one product is the last position's logits' with the unembedding, as is the forward's."""
     with Products() as one:
         tlb.run_with_backward_cache(model, PROMPT, TARGET, weights="W_out", layers=-1)
     with Products() as forward:
         reference_loss(model, model.to_tokens(PROMPT), 5)
-    unembedding_only = one.shapes - forward.shapes
-    assert unembedding_only.total() == 1
+    d_vocab, d_model = model.cfg.d_vocab, model.cfg.d_model
+    assert one.shapes - forward.shapes == {(1, d_vocab): 1, (1, d_model): 1}
+    assert forward.shapes - one.shapes == {(len(model.to_tokens(PROMPT)[0]), d_vocab): 1}
 
 
 def test_one_forward_and_one_backward(model, monkeypatch):

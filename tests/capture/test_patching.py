@@ -194,7 +194,8 @@ def test_where_the_captured_graph_begins(model, kind):
         assert len(calls) == (2 if runs_in_both else kind != "W_E")
         vjps = cache[site.name].vjps
         assert torch.equal(vjps, whole[site.name].vjps)
-        assert torch.equal(vjps, plain[site.name].vjps) != runs_in_both
+        same = torch.allclose(vjps, plain[site.name].vjps, rtol=1e-12, atol=1e-14)
+        assert same != runs_in_both
 
 
 @pytest.mark.parametrize(("kind", "end"), [("W_Q", "hook_out"), ("W_O", "hook_in")])

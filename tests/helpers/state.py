@@ -49,7 +49,7 @@ def state_of_model(model: Any) -> dict[str, Any]:
     buffers = [buffer for one in models for buffer in one.buffers()]
     return {
         "tree": [(name, id(module), type(module)) for name, module in named],
-        "torch_hooks": [[list(getattr(m, name)) for name in REGISTRIES] for m in modules],
+        "torch_hooks": [[_hooks_of(m, name) for name in REGISTRIES] for m in modules],
         "tl_hooks": [
             (len(m.fwd_hooks), len(m.bwd_hooks)) for m in modules if isinstance(m, HookPoint)
         ],
@@ -61,6 +61,12 @@ def state_of_model(model: Any) -> dict[str, Any]:
         "grad": [p.grad if p.grad is None else bits(p.grad) for p in parameters],
         "weights": [bits(tensor) for tensor in (*parameters, *buffers)],
     }
+
+
+def _hooks_of(module: nn.Module, registry: str) -> list[int]:
+    """The hooks but those that transformers adds at the first use of an argument."""
+    hooks = getattr(module, registry).items()
+    return [n for n, hook in hooks if not str(hook.__module__).startswith("transformers.")]
 
 
 def bits(tensor: Tensor) -> bytes:

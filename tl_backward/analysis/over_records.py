@@ -170,4 +170,4 @@ def _nll_noting_answers(targets: list[int], answers: list[int]) -> Objective:
         answers.extend(last.argmax(-1).tolist())
         return torch.nn.functional.cross_entropy(last, targets.to(last.device), reduction="none")
 
-    return Objective(compute, {"targets": torch.tensor(targets)})
+    return Objective(compute, {"targets": torch.tensor(targets)}, n_last=1)

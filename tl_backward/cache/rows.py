@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -32,6 +33,12 @@ class Rows:
     starts: list[int]
     kept: list[Int[Tensor, "_"]]
 
+    @cached_property
+    def _are_all(self) -> bool:
+        """Whether each text fills its row, and each of its positions is kept, in their order."""
+        every = torch.arange(self.width)
+        return all(torch.equal(kept, every) for kept in self.kept)
+
     def lengths(self, uses: int = 1) -> tuple[int, ...] | None:
         """Rows of each text, if they differ; ``uses`` tensors give that many times as many."""
         lengths = tuple(uses * len(kept) for kept in self.kept)
@@ -42,20 +49,21 @@ class Rows:
         n_texts, uses = len(self.starts), len(tensors)
         rows = [by_text(tensor, n_texts) for tensor in tensors]
         whole = rows[0] if uses == 1 else torch.cat(rows, dim=1)
-        indices = [
-            torch.cat([use * self.width + start + kept for use in range(uses)])
-            for start, kept in zip(self.starts, self.kept, strict=True)
-        ]
-        every = torch.arange(uses * self.width)
-        if not all(torch.equal(index, every) for index in indices):
-            flat = torch.cat([b * len(every) + index for b, index in enumerate(indices)])
+        if not self._are_all:
+            flat = torch.cat(
+                [
+                    (b * uses + use) * self.width + start + kept
+                    for b, (start, kept) in enumerate(zip(self.starts, self.kept, strict=True))
+                    for use in range(uses)
+                ]
+            )
             whole = rearrange(whole, "batch pos d -> (batch pos) d")[flat.to(whole.device)]
             if self.lengths() is None:
                 whole = rearrange(whole, "(batch n) d -> batch n d", batch=n_texts)
         return whole[0] if self.single else whole
 
 
-def by_text(tensor: Float[Tensor, "*batch_and_pos d"], n_texts: int) -> Float[Tensor, "_ pos d"]:
+def by_text(tensor: Float[Tensor, "..."], n_texts: int) -> Float[Tensor, "batch pos d"]:
     """One vector for each position of each text, also where heads or texts share an axis."""
     if tensor.ndim == 2:
         return rearrange(tensor, "(batch pos) d -> batch pos d", batch=n_texts)

@@ -29,11 +29,13 @@ class Objective:
         compute: ``compute(logits, tokens, **of_each)``, one value per text.
         of_each: By argument, one entry per example.
         tokens: The arguments that name tokens as users do, and become ids in :meth:`resolved`.
+        n_last: How many of a text's last positions have logits that it reads; None for all.
     """
 
     compute: Callable[..., Float[Tensor, "batch"]]
     of_each: dict[str, Any]
     tokens: tuple[str, ...] = ()
+    n_last: int | None = None
 
     def __call__(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
@@ -71,7 +73,7 @@ class Objective:
                     "may end with padding; pass a list with the logits of every prompt, such as "
                     "[model(prompt) for prompt in prompts]"
                 )
-        return Objective(self.compute, of_each)
+        return replace(self, of_each=of_each, tokens=())
 
     def example(self, b: int) -> Objective:
         """The same for one text of the batch."""
@@ -177,7 +179,7 @@ def target_nll(targets: Sequence[Sequence[int]]) -> Objective:
             ]
         )
 
-    return Objective(compute, {"targets": targets})
+    return Objective(compute, {"targets": targets}, n_last=max(map(len, targets)))
 
 
 def logit_diff(
@@ -205,7 +207,9 @@ def logit_diff(
         rows = torch.arange(len(last), device=last.device)
         return last[rows, answer.to(last.device)] - last[rows, other.to(last.device)]
 
-    return Objective(compute, {"answer": answer, "other": other}, tokens=("answer", "other"))
+    return Objective(
+        compute, {"answer": answer, "other": other}, tokens=("answer", "other"), n_last=1
+    )
 
 
 def kl_divergence(other_logits: Float[Tensor, "..."] | Sequence[Float[Tensor, "..."]]) -> Objective:
@@ -240,7 +244,7 @@ def kl_divergence(other_logits: Float[Tensor, "..."] | Sequence[Float[Tensor, ".
         probabilities = other.exp()
         return torch.where(probabilities == 0, 0, probabilities * (other - this)).sum(-1)
 
-    return Objective(compute, {"other_logits": other})
+    return Objective(compute, {"other_logits": other}, n_last=1)
 
 
 def lm_cross_entropy_loss(

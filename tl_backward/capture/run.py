@@ -17,6 +17,7 @@ from tl_backward.cache import BackwardCache
 from tl_backward.cache.rows import Positions, Rows, kept_positions
 from tl_backward.capture._backward_hooks import GuardedHooks
 from tl_backward.capture._residual_stream import needs_graph, residual_from, watch_residual
+from tl_backward.capture._unembedding import last_positions
 from tl_backward.capture.batch import Batch, batch_of
 from tl_backward.capture.objectives import (
     Loss,
@@ -168,19 +169,25 @@ def run_with_backward_cache(
         run.step_aside_for_others(modules, undo)
         run_uncompiled(modules, undo)
         guarded = GuardedHooks(run, model, batch.mask)
+        last = last_positions(run, model, modules, batch, sites, objective)
         recorder = Recorder(run, len(batch), None if device is None else torch.device(device))
-        _watch_weights(recorder, sites)
+        _watch_weights(recorder, sites if last is None else last.watched(sites))
         watched = watch_residual(recorder, model, found, _lowest(found, sites, layers), per_head)
+        if last is not None:
+            run.hook_forward_pre(model.unembed, last.narrow)
         logits = batch.logits(model)
 
         run.stage = "loss"
-        losses = losses_of_examples(objective, logits, batch.spans, batch.tokens.to(logits.device))
+        read = batch if last is None or not last.were_taken else last
+        losses = losses_of_examples(objective, logits, read.spans, read.tokens.to(logits.device))
         _require_used(recorder, sites)
 
         run.stage = "backward"
         vjps = recorder.backward(losses.sum(), retain_graph=needs_graph(recorder, watched))
         guarded.are_done = True
         _require_finite(vjps, batch.padding_side)
+        if last is not None and last.were_taken:
+            last.widen(vjps)
         if logits.requires_grad and loss_fn is not None and not isinstance(loss_fn, Objective):
             _warn_if_flat(losses, logits, vjps)
         losses = losses.detach() if device is None else losses.detach().to(device)

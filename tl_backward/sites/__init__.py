@@ -46,6 +46,7 @@ __all__ = [
     "all_parameters",
     "attached_hook_points",
     "coverage",
+    "end_of_stream",
     "final_norm",
     "find_sites",
     "layer_numbers",
@@ -121,6 +122,11 @@ def lazy_hook_points(model: Model) -> list[str]:
     return _backend(model).lazy_hook_points(model)
 
 
+def end_of_stream(model: Model) -> nn.Module | None:
+    """Where the residual stream ends, if not at the last block's own HookPoint."""
+    return _backend(model).end_of_stream(model)
+
+
 def residual_points(model: Model) -> dict[str, nn.Module]:
     """The HookPoints of the residual stream and of what is added to it, by TransformerLens's names.
 
@@ -136,7 +142,7 @@ def residual_points(model: Model) -> dict[str, nn.Module]:
         last,
     ]
     found = {name: points[name] for name in names if name in points}
-    end = _backend(model).end_of_stream(model)
+    end = end_of_stream(model)
     return found if end is None else found | {last: end}
 
 
