@@ -121,11 +121,11 @@ def test_the_target_of_the_loss(model):
 def test_rank_trajectory(result):
     assert torch.equal(result.rank_trajectory(TARGET), result["W_out"].target_ranks)
     assert torch.equal(result.rank_trajectory(weight="W_in"), result["W_in"].target_ranks)
-    with pytest.raises(ValueError, match="run with ' Paris'"):
+    with pytest.raises(ValueError, match="ran with ' Paris'"):
         result.rank_trajectory(" Rome")
-    with pytest.raises(KeyError, match="'W_gate' was not read; there is W_in, W_out"):
+    with pytest.raises(KeyError, match="'W_gate' was not read; available: W_in, W_out"):
         result.rank_trajectory(weight="W_gate")
-    with pytest.raises(ValueError, match="without a target; pass it targets="):
+    with pytest.raises(ValueError, match="without a target; pass targets="):
         replace(result, target_ids=result.target_ids[None][:0]).rank_trajectory()
 
 
@@ -145,7 +145,7 @@ def test_rank_trajectory_takes_the_strings_that_the_lens_was_given(model):
     whole = lens(PROMPT, " Paris Rome")
     assert torch.equal(whole.rank_trajectory(" Paris Rome"), whole["W_out"].target_ranks)
     two = lens(prompts, [TARGET, " Rome"])
-    with pytest.raises(ValueError, match=r"run with \[' Paris', ' Rome'\]"):
+    with pytest.raises(ValueError, match=r"ran with \[' Paris', ' Rome'\]"):
         two.rank_trajectory(TARGET)
     assert torch.equal(two.example(1).rank_trajectory(" Rome"), two["W_out"].target_ranks[:, 1, :4])
 
@@ -210,10 +210,10 @@ def test_rank_trajectory_of_a_target_of_several_tokens(model):
     for name in (None, " Paris Rome"):
         assert torch.equal(one.rank_trajectory(name), one["W_out"].target_ranks)
     for name in (TARGET, model.to_single_token(TARGET), " Rome"):
-        with pytest.raises(ValueError, match="run with ' Paris Rome'"):
+        with pytest.raises(ValueError, match="ran with ' Paris Rome'"):
             one.rank_trajectory(name)
     mixed = lens(OF_LONG[:2], LONG[:2])
-    with pytest.raises(ValueError, match=r"run with \[' Paris Rome', ' Paris'\]"):
+    with pytest.raises(ValueError, match=r"ran with \[' Paris Rome', ' Paris'\]"):
         mixed.rank_trajectory(TARGET)
     assert torch.equal(mixed.rank_trajectory(), mixed["W_out"].target_ranks)
     for b, name in enumerate(LONG[:2]):

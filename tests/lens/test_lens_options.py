@@ -420,8 +420,8 @@ def test_a_loss_instead_of_a_target(lens, model):
     [
         ({"vocab": [1, 2], "top_k": 3}, "pass vocab, or top_k and bottom_k, not both"),
         ({"vocab": [10**6]}, "vocab holds token ids outside the vocabulary"),
-        ({"vocab": []}, "vocab must be one or several tokens"),
-        ({"vocab": torch.ones(1, 2, dtype=torch.long)}, "vocab must be one or several tokens"),
+        ({"vocab": []}, "vocab must be one token or a flat list"),
+        ({"vocab": torch.ones(1, 2, dtype=torch.long)}, "vocab must be one token or a flat list"),
         ({"bottom_k": 10**6}, r"bottom_k must be an integer in \[0, "),
         ({"top_k": 1.5}, r"top_k must be an integer in \[1, .* got 1.5"),
         ({"top_k": True}, "top_k must be an integer"),
@@ -429,7 +429,7 @@ def test_a_loss_instead_of_a_target(lens, model):
         ({"return_type": "odds"}, "return_type must be 'logits', 'log_probs' or 'probs'"),
         ({"direction": "ascent"}, "direction must be 'gradient' or 'descent'"),
         ({"residual": "stream"}, "residual must be 'accumulated', 'decomposed' or 'heads'"),
-        ({"weights": ()}, "there is nothing to read"),
+        ({"weights": ()}, "nothing to read"),
         ({"positions": 9}, "positions=9: this prompt has positions 0 to 4"),
         ({"layers": 7}, "layers=7"),
         ({"layers": 1.5}, "layers=1.5: this model has layers 0 to"),
@@ -438,8 +438,8 @@ def test_a_loss_instead_of_a_target(lens, model):
         ({"targets": torch.full((5,), -1)}, "targets holds token ids outside the vocabulary"),
         ({"targets": torch.zeros(4, dtype=torch.long)}, r"targets of shape \[4\]"),
         ({"batch_slice": 0}, "there is only one"),
-        ({"incl_mid": True}, "incl_mid=True is for residual='accumulated'"),
-        ({"incl_mid": True, "forward": True}, "incl_mid=True is for residual='accumulated'"),
+        ({"incl_mid": True}, "incl_mid=True needs residual='accumulated'"),
+        ({"incl_mid": True, "forward": True}, "incl_mid=True needs residual='accumulated'"),
     ],
 )
 def test_bad_input_names_the_argument(lens, arguments, message):
@@ -480,7 +480,7 @@ def test_tokens_that_are_no_ids(lens, argument, ids):
     [
         (lambda vectors, layer: vectors[..., :3], ValueError, r"returned the shape \[5, 3\] for"),
         (lambda vectors, layer: None, ValueError, "lens returned None for vectors of shape"),
-        (lambda vectors, layer: vectors / 0, ValueError, "that lens returned are not finite"),
+        (lambda vectors, layer: vectors / 0, ValueError, "returned by lens are not finite"),
         (object(), TypeError, r"lens must be a function .*through_jacobian_lens"),
     ],
 )
@@ -523,23 +523,25 @@ def test_positions_and_prompts_that_a_cache_lacks(lens, model):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_cache_of_another_model(models, cls):
     cache, lens = captured(models(f"{cls}-llama")), tlb.BackwardLogitLens(models(f"{cls}-gpt2"))
-    require_refused(lens, cache, r"cache is of another model: its blocks\.0")
+    require_refused(lens, cache, r"cache comes from another model: its blocks\.0")
 
 
 def test_a_cache_of_a_model_whose_weights_have_the_same_shapes(lens, model):
     cache = captured(model)
     deeper = replace(cache, residual=replace(cache.residual, n_layers=9))
-    require_refused(lens, deeper, "cache is of another model: it has 9 layers")
+    require_refused(lens, deeper, "cache comes from another model: it has 9 layers")
     for name in ("tokens", "target_ids"):
         wider = replace(cache, **{name: torch.full_like(getattr(cache, name), 10**6)})
-        require_refused(lens, wider, "cache is of another model: it holds the token id 1000000")
+        require_refused(
+            lens, wider, "cache comes from another model: it holds the token id 1000000"
+        )
 
 
 @pytest.mark.skipif("bridge" not in CLASSES, reason="only a bridge changes the weights it has")
 def test_a_cache_of_weights_before_their_processing(models):
     cache = captured(models("bridge-gpt2"))
     lens = tlb.BackwardLogitLens(models("bridge-gpt2-compatibility"))
-    require_refused(lens, cache, r"they were raw, and those .* are fold_ln")
+    require_refused(lens, cache, r"weights were raw, the model's are fold_ln")
 
 
 def require_refused(lens, cache, message):
@@ -566,7 +568,7 @@ def test_bad_vectors_neurons_and_singular_vectors(lens, model):
     for number in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="vectors: the vectors are not finite"):
             lens.read(torch.full((2, model.cfg.d_model), number))
-    with pytest.raises(ValueError, match="1 labels are given for 2 entries"):
+    with pytest.raises(ValueError, match="labels holds 1 names for 2 entries"):
         lens.read(torch.ones(2, model.cfg.d_model), ["one"])
     with pytest.raises(ValueError, match=rf"neurons=\[99\]: W_in has neurons 0 to {d_mlp - 1}"):
         lens.neurons(cache, "W_in", 0, [3, 99])
@@ -590,5 +592,5 @@ def test_the_embedding_writes_to_the_residual_stream(lens, model):
 def test_what_is_no_model_and_no_weight(lens):
     with pytest.raises(TypeError, match="model must be a TransformerLens HookedTransformer"):
         tlb.BackwardLogitLens(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="weights must be kinds such as"):
+    with pytest.raises(TypeError, match="weights must name kinds such as"):
         lens(PROMPT, TARGET, weights=None)

@@ -558,7 +558,7 @@ def test_several_prompts_are_shown_one_by_one():
         loss_target_ids=[[3], [4]],
     )
     for show in (lambda result: result.plot(), lens_page):
-        with pytest.raises(ValueError, match=r"take result.example\(b\)"):
+        with pytest.raises(ValueError, match=r"use result.example\(b\)"):
             show(result)
     assert lens_page(result.example(0)) == lens_page(result_of(shared))
     assert "BackwardLensResult" in result._repr_html_()

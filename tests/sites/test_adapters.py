@@ -503,7 +503,7 @@ def test_lens_behind_a_post_norm(tokenizer):
 @pytest.mark.parametrize("kind", ["W_in.lora_B", "W_out.lora_A", "W_Q.lora_B"])
 def test_lens_of_what_is_between_two_adapters(bridge, kind):
     lens = tlb.BackwardLogitLens(bridge)
-    with pytest.raises(ValueError, match=f"{kind}.* has the residual stream on neither side"):
+    with pytest.raises(ValueError, match=f"{kind}.* neither reads nor writes the residual stream"):
         lens(PROMPT, TARGET, weights=kind)
     _, cache = tlb.run_with_backward_cache(bridge, PROMPT, TARGET)
     with pytest.raises(ValueError, match=f"{kind}.*neither reads the residual stream nor writes"):
@@ -581,5 +581,7 @@ def test_vectors_of_an_edit(bridge):
     vectors, _ = step.residual_vectors()
     torch.testing.assert_close(vectors, cache["W_out.lora_B", 1].vjps)
     step = gradient_step(cache, lr=0.1, weights="W_in.lora_B", layers=1, model=bridge)
-    with pytest.raises(ValueError, match=r"W_in\.lora_B has the residual stream on neither side"):
+    with pytest.raises(
+        ValueError, match=r"W_in\.lora_B neither reads nor writes the residual stream"
+    ):
         step.residual_vectors()

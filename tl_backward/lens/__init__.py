@@ -1,4 +1,4 @@
-"""Vectors of the backward pass, read in the model's vocabulary."""
+"""The backward lens: gradients and VJPs read in the model's vocabulary."""
 
 from tl_backward.lens.lens import BackwardLogitLens
 from tl_backward.lens.readout import Readout

@@ -1,4 +1,4 @@
-"""How vectors are read: the lens's options, checked."""
+"""Validated readout options of the lens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VocabularyTokens: TypeAlias = str | int | Sequence[str | int] | Int[Tensor, "v"]
 
 
 class ReadoutKeywords(TypedDict, total=False):
-    """The arguments of :meth:`BackwardLogitLens.__call__` that say how vectors are read."""
+    """The readout arguments of :meth:`BackwardLogitLens.__call__`."""
 
     lens: Translator | None
     apply_ln: bool
@@ -58,24 +58,24 @@ class ReadoutOptions:
 
 
 def readout_options(model: Model, **given: Unpack[ReadoutKeywords]) -> ReadoutOptions:
-    """The options of :meth:`BackwardLogitLens.__call__`, with their defaults.
+    """Validate the readout arguments of :meth:`BackwardLogitLens.__call__` and fill in defaults.
 
     Raises:
-        TypeError: When the lens is no function, or the vocabulary no tokens.
-        ValueError: When one is out of range, or two exclude each other.
+        TypeError: If ``lens`` is not callable, or ``vocab`` does not hold tokens.
+        ValueError: If an option is out of range, or two exclude each other.
     """
     vocab, lens = given.get("vocab"), given.get("lens")
     top_k, bottom_k = _ends(model, vocab, given.get("top_k"), given.get("bottom_k"))
     ids = each_token_id(model, "vocab", [] if vocab is None else vocab)
     if ids.ndim > 1 or (vocab is not None and not ids.numel()):
-        raise ValueError(f"vocab must be one or several tokens in one axis, got {vocab!r}")
+        raise ValueError(f"vocab must be one token or a flat list of tokens, got {vocab!r}")
     chunk_size = given.get("chunk_size", 64)
     if not is_integer(chunk_size) or chunk_size < 1:
         raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
     if lens is not None and not callable(lens):
         raise TypeError(
             f"lens must be a function f(vectors, layer) -> vectors, got {lens!r}; for a "
-            "JacobianLens pass tl_backward.translators.through_jacobian_lens(it)"
+            "JacobianLens, pass tl_backward.translators.through_jacobian_lens(jacobian_lens)"
         )
     return_type = given.get("return_type", "log_probs")
     if return_type not in VALUE_COLUMNS:
@@ -101,7 +101,7 @@ def readout_options(model: Model, **given: Unpack[ReadoutKeywords]) -> ReadoutOp
 def _ends(
     model: Model, vocab: VocabularyTokens | None, top_k: int | None, bottom_k: int | None
 ) -> tuple[int, int]:
-    """How many tokens are kept at the top and at the bottom."""
+    """The number of tokens to keep at the top and at the bottom."""
     if vocab is not None and (top_k is not None or bottom_k is not None):
         raise ValueError("pass vocab, or top_k and bottom_k, not both")
     d_vocab = int(model.cfg.d_vocab)
@@ -110,6 +110,6 @@ def _ends(
     for name, k, least in (("top_k", top, int(top_k is not None)), ("bottom_k", bottom, 0)):
         if not is_integer(k) or not least <= k <= d_vocab:
             raise ValueError(
-                f"{name} must be an integer in [{least}, {d_vocab}], the vocabulary, got {k!r}"
+                f"{name} must be an integer in [{least}, {d_vocab}] (d_vocab), got {k!r}"
             )
     return top, bottom

@@ -1,4 +1,4 @@
-"""The readout of any vectors, zero rows left out."""
+"""The readout of arbitrary vectors; zero rows are skipped."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def read_vectors(
     targets: Targets,
     options: ReadoutOptions,
 ) -> Readout:
-    """The readout of all vectors but those that are zero.
+    """Read every nonzero vector.
 
     Raises:
-        ValueError: When a vector is not finite, or the translator returns another shape.
+        ValueError: If a vector is not finite, or the translator changes the shape.
     """
     layers = [layer_of_entry(label) for label in labels]
     norms = stable_norm(vectors, dim=-1)
@@ -39,17 +39,17 @@ def read_vectors(
     if options.lens is not None:
         each = zip(vectors, layers, strict=True)
         with full_precision(vectors.device):
-            vectors = torch.stack([_translated(options.lens, of, layer) for of, layer in each])
+            vectors = torch.stack([_translated(options.lens, v, layer) for v, layer in each])
     ids = targets.per_row.expand(*vectors.shape[:-1], -1)
     rows = vectors[~zero_mask]
     if options.normalize:
         rows = rows / stable_norm(rows, dim=-1).unsqueeze(-1)
     if not rows.isfinite().all():
-        by_lens = "" if options.lens is None else " that lens returned"
-        raise ValueError(f"{kind}: the vectors{by_lens} are not finite")
-    turned = options.direction == "descent" and not is_forward(kind)
+        from_lens = "" if options.lens is None else " returned by lens"
+        raise ValueError(f"{kind}: the vectors{from_lens} are not finite")
+    flipped = options.direction == "descent" and not is_forward(kind)
     ends = (options.top_k, options.bottom_k)
-    top_k, bottom_k = ends[::-1] if turned else ends
+    top_k, bottom_k = ends[::-1] if flipped else ends
     read = read_vocabulary(
         rows,
         partial(unembed, model, apply_ln=options.apply_ln),
@@ -60,7 +60,7 @@ def read_vectors(
         return_type=options.return_type,
         chunk_size=options.chunk_size,
     )
-    if turned:
+    if flipped:
         read = read.reversed(int(model.cfg.d_vocab))
 
     def scatter(values: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ def read_vectors(
     def of_targets(values: Tensor) -> Tensor:
         return scatter(values) if targets.several else scatter(values.squeeze(-1))
 
-    every = (read.top_ids.cpu(), read.bottom_ids.cpu(), options.vocab, targets.per_row)
-    kept = torch.cat([x.flatten() for x in every]).unique().tolist()
+    shown = (read.top_ids.cpu(), read.bottom_ids.cpu(), options.vocab, targets.per_row)
+    kept = torch.cat([ids.flatten() for ids in shown]).unique().tolist()
     return Readout(
         kind=kind,
         labels=labels,

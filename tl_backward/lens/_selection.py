@@ -1,4 +1,4 @@
-"""What the lens reads of a cache."""
+"""The part of a cache that the lens reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tl_backward.sites.names import parse_site_name
 
 
 class Selection:
-    """The prompts and positions of a cache that are read."""
+    """The selected prompts and positions of a cache."""
 
     def __init__(self, cache: BackwardCache, batch_slice: SliceInput, positions: Positions) -> None:
         if batch_slice is not None and not cache.is_batch:
@@ -47,13 +47,13 @@ class Selection:
         self.targets = self._targets(n_rows) if ids.shape[1] else None
 
     def whole(self, each: Any) -> Any:
-        """What there is for each prompt, or that of the only one."""
+        """The values of all prompts, or the value itself for a single prompt."""
         return each[0] if self._single else each
 
     def _targets(self, n_rows: int) -> Int[Tensor, "..."]:
-        """The target of each text, or of each row, if one has several tokens.
+        """One target token per text, or per row if any target has several tokens.
 
-        A row has the token that its position predicts, and elsewhere the first.
+        A row whose position predicts a target token gets that token; other rows get the first.
         """
         if all(len(ids) == 1 for ids in self.target_ids):
             return self.whole(torch.cat(self.target_ids))
@@ -66,30 +66,30 @@ class Selection:
         return self.whole(of_rows)
 
     def rows(self, tensor: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*chosen pos d"]:
-        """The rows that are read, filled up with zeros behind the end of shorter texts."""
+        """The selected rows; shorter texts are padded with zeros on the right."""
         if tensor.ndim == 3:
             texts: Sequence[Tensor] = tensor.unbind(0)
         elif len(tensor) == sum(self._lengths):
             texts = tensor.split(self._lengths)
         else:
             raise NotImplementedError(
-                "the lens reads weights that are used once in a forward pass, and the blocks of "
-                "this model run several times"
+                "the lens reads weights that a forward pass uses once, but the blocks of this "
+                "model run several times"
             )
         chosen = [texts[b][kept] for b, kept in zip(self.chosen, self._kept, strict=True)]
         return chosen[0] if self._single else pad_sequence(chosen, batch_first=True)
 
 
 def require_same_model(model: Model, found: FoundSites, cache: BackwardCache) -> None:
-    """Refuse a cache that another model, or this one with other weights, has left.
+    """Refuse a cache of another model, or of the same model with differently processed weights.
 
     Raises:
-        TypeError: When it is no cache.
-        ValueError: When it has other sites, layers, token ids or processed weights.
+        TypeError: If ``cache`` is not a :class:`BackwardCache`.
+        ValueError: If its sites, layers, token ids or weight processing differ from the model's.
     """
     if not isinstance(cache, BackwardCache):
         raise TypeError(
-            "cache must be a BackwardCache, as run_with_backward_cache returns it, got "
+            "cache must be a BackwardCache from run_with_backward_cache, got "
             f"{type(cache).__name__}"
         )
     cfg, layers = model.cfg, cache.residual.n_layers
@@ -104,19 +104,21 @@ def require_same_model(model: Model, found: FoundSites, cache: BackwardCache) ->
     differences += [f"it has {layers} layers"] * (layers != cfg.n_layers)
     differences += [f"it holds the token id {last}"] * (last >= cfg.d_vocab)
     if differences:
-        raise ValueError(f"cache is of another model: {differences[0]}, which this one has not")
+        raise ValueError(
+            f"cache comes from another model: {differences[0]}, which does not match this model"
+        )
     processing = weights_processing(model)
     if cache.weights_processing != processing:
         raise ValueError(
-            f"cache is of other weights: they were {cache.weights_processing}, and those of "
-            f"the model are {processing}; capture it again"
+            f"cache comes from other weights: its weights were {cache.weights_processing}, the "
+            f"model's are {processing}; capture again"
         )
 
 
 def residual_side(
     cache: BackwardCache, name: str, vjps: Literal["residual", "output"]
 ) -> Float[Tensor, "*batch n d_model"]:
-    """What a weight is read by."""
+    """The residual-stream side of a weight's factors: its inputs or its VJPs."""
     if reads_stream(parse_site_name(name).kind):
         return cache[name].inputs
     return cache.residual_vjps(name) if vjps == "residual" else cache[name].vjps
@@ -125,7 +127,7 @@ def residual_side(
 def parts_of_residual(
     cache: BackwardCache, which: str, incl_mid: bool, layers: Collection[int] | None
 ) -> dict[str, Tensor]:
-    """The VJPs of the residual stream that ``which`` names, by label."""
+    """The VJPs of the residual stream selected by ``which``, keyed by label."""
     residual = cache.residual
     if which == "accumulated":
         return residual.accumulated(None, incl_mid, mlp_input=False, layers=layers)

@@ -1,4 +1,4 @@
-"""Whose ranks a readout has."""
+"""The target tokens whose ranks a readout reports."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ TargetTokens: TypeAlias = str | int | Sequence[Any] | Int[Tensor, "..."]
 
 @dataclass(frozen=True)
 class Targets:
-    """Whose ranks are wanted.
-
-    Several are for all rows; otherwise there is one for all, for each prompt or for each row.
+    """Target token ids: several that all rows share, or one for all, per prompt or per row.
 
     Attributes:
-        shown: As the result shows them.
-        per_row: For every row.
-        several: Whether there are several for all rows.
+        shown: The ids in the shape that the result reports.
+        per_row: The ids aligned with the rows, several in the last axis.
+        several: Whether all rows share several targets.
     """
 
     shown: Int[Tensor, "..."]
@@ -38,10 +36,10 @@ def targets_for(
     rows: Sequence[int],
     of_loss: Int[Tensor, "..."] | None = None,
 ) -> Targets:
-    """Those that are asked for, or else the loss's, of prompts or of rows ``[*batch, pos]``.
+    """The requested targets, by default the loss's; ``rows`` is the shape ``[*batch, pos]``.
 
     Raises:
-        TypeError, ValueError: When they are no tokens, or do not fit to the rows.
+        TypeError, ValueError: If they are not tokens, or do not broadcast to the rows.
     """
     if targets is None and of_loss is not None:
         of_rows = of_loss if of_loss.ndim == len(rows) else of_loss.unsqueeze(-1)
@@ -54,13 +52,13 @@ def targets_for(
 
 
 def _for_rows(targets: Int[Tensor, "..."], rows: Sequence[int]) -> Int[Tensor, "..."]:
-    """Targets that are aligned with rows from the right, one for every row."""
+    """One target per row, broadcast from the right."""
     if targets.ndim == len(rows) + 1 and len(targets) == 1:
         targets = targets[0]
     try:
         return targets.expand(*rows)
     except RuntimeError as error:
         raise ValueError(
-            f"targets of shape {list(targets.shape)} do not fit to the rows, {list(rows)}; they "
-            "are aligned from the right, and one for each prompt is [batch, 1]"
+            f"targets of shape {list(targets.shape)} do not broadcast to the rows, {list(rows)}; "
+            "axes are aligned from the right, so pass one per prompt as [batch, 1]"
         ) from error

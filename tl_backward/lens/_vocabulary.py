@@ -1,4 +1,4 @@
-"""Vectors of width d_model, read in the vocabulary."""
+"""The vocabulary kernel: the logit lens of vectors of width d_model."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from tl_backward._precision import full_precision, upcast
 
 BLOCK = 64
 UNDERFLOW = -80.0
-"""Exponents below it add nothing to a sum, and their exponentials are slow, subnormal numbers."""
+"""Smaller exponents add nothing to a sum, and their exponentials are slow subnormal numbers."""
 ReturnType: TypeAlias = Literal["logits", "log_probs", "probs"]
 
 
 @dataclass(frozen=True, eq=False)
 class VocabularyReadout:
-    """The two ends of each vector's logit lens, and where the targets stand between them.
+    """The top and bottom tokens of each vector's logit lens, and the ranks of the targets.
 
-    Values are what was asked for: logits, log-probabilities or probabilities.
+    Values are logits, log-probabilities or probabilities, as requested.
 
     Attributes:
         top_ids: The ``top_k`` most probable tokens, most probable first.
         top_values: Their values.
         bottom_ids: The ``bottom_k`` least probable tokens, least probable first.
         bottom_values: Their values.
-        target_ranks: How many tokens are more probable than each target: 0 is the most probable,
+        target_ranks: Number of tokens more probable than each target: 0 is the most probable,
             ``d_vocab - 1`` the least; ties share the smaller rank.
         target_values: The values of the targets.
         vocab_values: The values of the tokens in ``vocab``.
@@ -47,7 +47,7 @@ class VocabularyReadout:
     entropy: Float[Tensor, "rows"]
 
     def reversed(self, d_vocab: int) -> VocabularyReadout:
-        """The same readout with its ends and the direction of the ranks exchanged."""
+        """The same readout with top and bottom swapped and ranks counted from the bottom."""
         return replace(
             self,
             top_ids=self.bottom_ids,
@@ -72,8 +72,8 @@ def read_vocabulary(
 ) -> VocabularyReadout:
     """Read vectors by the logit lens ``softmax(unembed(v))`` (Eq 7), ``chunk_size`` rows at a time.
 
-    Autocast changes nothing. At most ``chunk_size x d_vocab`` logits exist at once, and one more
-    such matrix. Shows a progress bar when it takes longer than two seconds.
+    Autocast has no effect. Memory peaks at two ``chunk_size x d_vocab`` matrices. Shows a progress
+    bar after two seconds.
     """
     rows = zip(vectors.split(chunk_size), targets.split(chunk_size), strict=True)
     n_chunks = -(-len(vectors) // chunk_size)
@@ -86,7 +86,7 @@ def read_vocabulary(
             scratch = torch.empty_like(logits)
         used = scratch[: len(logits)]
         chunks.append(_read_logits(logits, used, wanted, top_k, bottom_k, vocab, return_type))
-        del logits  # before the next ones are there
+        del logits  # free this chunk before computing the next one
     return VocabularyReadout(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
@@ -99,7 +99,7 @@ def _read_logits(
     vocab: Int[Tensor, "v"] | None,
     return_type: ReturnType,
 ) -> tuple[Tensor, ...]:
-    """The fields of a :class:`VocabularyReadout` of some rows, in its order."""
+    """The fields of a :class:`VocabularyReadout` for some rows, in field order."""
     log_total, entropy = _log_total_and_entropy(logits, scratch)
 
     def value(chosen: Tensor) -> Tensor:
@@ -129,10 +129,9 @@ def _n_above(
     logits: Float[Tensor, "rows d_vocab"],
     scratch: Float[Tensor, "rows d_vocab"],
 ) -> Int[Tensor, "rows"]:
-    """How many logits of each row are above its value.
+    """The number of logits in each row that exceed the row's value.
 
-    Counted as a sum of ones in float, exact up to 2^24, and without the integer copy that
-    ``count_nonzero`` makes.
+    The float sum of ones is exact up to 2^24 and avoids the integer copy of ``count_nonzero``.
     """
     return torch.gt(logits, values.unsqueeze(-1), out=scratch).sum(-1).long()
 
@@ -153,10 +152,10 @@ def _log_total_and_entropy(
 def _outermost(
     logits: Float[Tensor, "rows d_vocab"], k: int, largest: bool
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """The k outermost values and where they are, the outermost first.
+    """The k largest or smallest logits and their columns, outermost first.
 
-    They lie in those k blocks of columns whose own outermost values are the outermost, or in the
-    columns behind the last whole block: several times faster than ``topk`` over the vocabulary.
+    They lie in the k column blocks with the outermost block extrema, or in the columns after the
+    last whole block. This is several times faster than ``topk`` over the vocabulary.
     """
     n_rows, n_blocks = len(logits), logits.shape[1] // BLOCK
     if k == 0 or k >= n_blocks:
@@ -166,7 +165,7 @@ def _outermost(
     of_blocks = blocks.amax(-1) if largest else blocks.amin(-1)
     chosen = of_blocks.topk(k, largest=largest).indices
     columns = (chosen.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
-    behind = torch.arange(in_blocks, logits.shape[1], device=logits.device)
-    columns = torch.cat([columns, behind.expand(n_rows, -1)], dim=1)
+    remaining = torch.arange(in_blocks, logits.shape[1], device=logits.device)
+    columns = torch.cat([columns, remaining.expand(n_rows, -1)], dim=1)
     values, where = logits.gather(1, columns).topk(k, largest=largest)
     return values, columns.gather(1, where)

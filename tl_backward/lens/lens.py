@@ -43,16 +43,16 @@ from tl_backward.translators import Translator
 
 
 class BackwardLogitLens:
-    """Reads gradients and what they are made of in the model's own vocabulary.
+    """Reads gradients, and the vectors they are built from, in the model's own vocabulary.
 
-    Calling it reads weights, and the VJPs of the residual stream; the methods read other vectors
-    in the same way.
+    Calling the lens reads weights and the VJPs of the residual stream. The methods read other
+    vectors in the same way.
 
     Args:
         model: A TransformerLens model in eval mode.
 
     Raises:
-        TypeError: When it is no TransformerLens model.
+        TypeError: If ``model`` is not a TransformerLens model.
 
     Example:
         >>> lens = BackwardLogitLens(model)
@@ -90,64 +90,63 @@ class BackwardLogitLens:
         chunk_size: int = 64,
         **run: Unpack[CaptureOptions],
     ) -> BackwardLensResult:
-        """Run the model forward and backward once and read what arrives at its weights.
+        """Run one forward and one backward pass and read the inputs and VJPs of the weights.
 
-        The arguments are those of TransformerLens's forward lens (``logit_lens``) where they mean
-        the same.
+        Arguments that TransformerLens's forward lens (``logit_lens``) also has keep their meaning.
 
         Args:
-            prompt: Text or token ids, of one prompt or of several.
-            target: What is differentiated towards, as in :func:`run_with_backward_cache`.
-            cache: What such a run has left, instead of a prompt.
+            prompt: Text or token ids of one prompt or several.
+            target: The target to differentiate towards, as in :func:`run_with_backward_cache`.
+            cache: The cache of an earlier run, instead of a prompt.
             weights: Kinds of weights to read.
-            residual: Read VJPs of the residual stream, too: ``"accumulated"``, ``"decomposed"`` or
-                what every head adds, ``"heads"``; ``result["accumulated"]`` and so on.
-            incl_mid: Whether the accumulated ones include the middle of blocks. The forward stream
-                is kept without it.
-            forward: Read the residual stream of the forward pass of the same run, too: the logit
-                lens beside its mirror image, in ``result["forward"]``.
-            layers: Layers to read; negative ones count from the last. Of the residual stream these
-                are the entries such as ``3_pre``, ``3_attn_out`` or ``L3H0``, and those of no layer
-                (``final_post``, ``unembed``) stay; the whole backward pass is run for it. Default:
-                all, of a cache all that it has.
+            residual: Also read VJPs of the residual stream: ``"accumulated"``, ``"decomposed"``, or
+                ``"heads"`` for the part that each head adds; see ``result["accumulated"]`` etc.
+            incl_mid: Whether ``"accumulated"`` includes the middle of blocks. The forward stream
+                never does.
+            forward: Also read the residual stream of the same run's forward pass, i.e. the usual
+                logit lens, into ``result["forward"]``.
+            layers: Layers to read; negative ones count from the last. In the residual stream they
+                select entries such as ``3_pre``, ``3_attn_out`` or ``L3H0``; entries without a
+                layer (``final_post``, ``unembed``) are always read, and the whole backward pass
+                runs. Default: all, with ``cache=`` all captured layers.
             positions: Positions to read: an index, a slice or a list (a tuple is a slice), or
-                TransformerLens's ``Slice``. Of a cache, of the positions that it has. Default: all.
-            batch_slice: Prompts of a batch to read, in the same way; an index drops the axis.
+                TransformerLens's ``Slice``. With ``cache=``, indexes the cached positions.
+                Default: all.
+            batch_slice: Prompts of a batch to read, in the same form; an index drops the axis.
             vjps: Which VJPs to read where a post-norm follows the weight (Gemma 2 and 3, OLMo 2,
-                GLM-4 ...): those behind the norm, at the residual stream, or those at the
-                weight's own output. Elsewhere the two are the same.
-            lens: A translator ``f(vectors, layer) -> vectors`` of the ``[(batch), pos, d_model]``
-                vectors of one layer, applied before the norm; :mod:`tl_backward.translators` has
-                some. ``layer`` is that of the weight, or the number in a label such as ``3_pre``,
-                and None for others.
+                GLM-4 ...): those after the norm, at the residual stream, or those at the weight's
+                own output. Elsewhere the two are equal.
+            lens: A translator ``f(vectors, layer) -> vectors`` for the ``[(batch), pos, d_model]``
+                vectors of one layer, applied before the norm; see :mod:`tl_backward.translators`.
+                ``layer`` is the weight's layer, or the number in a label such as ``3_pre``, and
+                None elsewhere.
             apply_ln: Whether to apply the model's final norm.
             normalize: Scale every vector to unit length first (the normalised logit lens, App H).
-            vocab: Tokens whose values to keep, in ``vocab_values``, instead of the ends: strings or
-                ids.
-            targets: Tokens whose ranks and values to keep: one, several for every row, or in a
-                tensor one for each row, aligned with the ``[batch, pos]`` that are read from the
-                right. Default: the target's. Of a target of several tokens, a position that
-                predicts one of them has that token, and any other position the first.
-            return_type: What values are: log-probabilities, logits or probabilities.
-            top_k: How many of the most probable tokens to keep. Default: 10, or none with
-                ``vocab``.
-            bottom_k: How many of the least probable ones. Default: as many.
-            direction: ``"descent"`` has at the top what a descent step moves towards: for VJPs the
-                other end of the same readout. Inputs ``x_i`` are read as they are.
-            chunk_size: Rows that are unembedded at once.
+            vocab: Strings or ids of the tokens whose values to keep in ``vocab_values``, instead of
+                the top and bottom tokens.
+            targets: Tokens whose ranks and values to keep: one, several shared by all rows, or a
+                tensor with one per row, aligned from the right with the ``[batch, pos]`` rows.
+                Default: the target's. With a target of several tokens, a position that predicts
+                one of them gets that token; any other position gets the first.
+            return_type: Type of the values: log-probabilities, logits or probabilities.
+            top_k: Number of most probable tokens to keep. Default: 10, or none with ``vocab``.
+            bottom_k: Number of least probable tokens to keep. Default: ``top_k``.
+            direction: ``"descent"`` puts at the top the tokens that a descent step moves towards,
+                by swapping the ends of the VJPs' readouts. Inputs ``x_i`` are read unchanged.
+            chunk_size: Number of rows to unembed at once.
             run: ``loss_fn`` instead of a target, ``prepend_bos``, ``padding_side``, ``fwd_hooks``
                 and ``bwd_hooks``, as in :func:`run_with_backward_cache`.
 
         Raises:
-            ValueError: When an argument is out of range, when ``vocab`` and ``top_k`` are both
-                given, or both a cache and what a run needs, when the cache is of another model or
-                lacks what is asked for, and as :func:`run_with_backward_cache` does.
-            TypeError: When prompt, cache, weights, lens or tokens are something else.
+            ValueError: If an argument is out of range; if ``vocab`` is combined with ``top_k``, or
+                ``cache`` with arguments of a run; if the cache comes from another model or lacks
+                what is to be read; and as :func:`run_with_backward_cache`.
+            TypeError: If prompt, cache, weights, lens or tokens have the wrong type.
             NotImplementedError: For blocks that run several times in one forward pass.
 
         Warns:
-            UserWarning: When layers have no site of a weight, as where experts replace the MLP;
-                ``result.left_out`` has them. And as :func:`run_with_backward_cache` does.
+            UserWarning: If layers have no site of a weight, e.g. where experts replace the MLP
+                (listed in ``result.left_out``); and as :func:`run_with_backward_cache`.
         """
         options = readout_options(
             self.model,
@@ -164,13 +163,13 @@ class BackwardLogitLens:
         kinds = _readable_kinds(weights, vjps, residual, incl_mid, forward)
         found = find_sites(self.model)
         if cache is None:
-            below = residual is not None or forward  # the stream before the first layer
+            needs_all_layers = residual is not None or forward  # the whole residual stream
             cache = self._capture(
                 prompt,
                 target,
                 run,
                 weights=kinds,
-                layers=None if below else layers,
+                layers=None if needs_all_layers else layers,
                 positions=positions,
                 per_head=residual == "heads",
             )
@@ -228,17 +227,17 @@ class BackwardLogitLens:
         """Read any vectors of width ``d_model``, such as steering vectors or an edit's.
 
         Args:
-            vectors: What to read; the first axis is that of ``labels``.
-            labels: What the entries are. Default: their numbers.
+            vectors: The vectors; the first axis matches ``labels``.
+            labels: Names of the entries. Default: their indices.
             targets: As in :meth:`__call__`; a tensor is aligned with ``[entry, ...]`` from the
                 right.
-            options: ``lens`` (which gets the layer of a label such as ``3_pre``, and None for
-                others), ``apply_ln``, ``normalize``, ``vocab``, ``return_type``, ``top_k``,
-                ``bottom_k``, ``direction`` and ``chunk_size``, as in :meth:`__call__`.
+            options: ``lens`` (called with the layer of a label such as ``3_pre``, otherwise None),
+                ``apply_ln``, ``normalize``, ``vocab``, ``return_type``, ``top_k``, ``bottom_k``,
+                ``direction`` and ``chunk_size``, as in :meth:`__call__`.
 
         Raises:
-            TypeError: When the vectors are no floating-point tensor.
-            ValueError: When the vectors have another width, are none or not finite, and as
+            TypeError: If ``vectors`` is not a floating-point tensor.
+            ValueError: If ``vectors`` is empty, not finite or of another width; and as
                 :meth:`__call__`.
         """
         checked = readout_options(self.model, **options)
@@ -253,7 +252,7 @@ class BackwardLogitLens:
             )
         labels = [str(i) for i in range(len(vectors))] if labels is None else list(labels)
         if len(labels) != len(vectors):
-            raise ValueError(f"{len(labels)} labels are given for {len(vectors)} entries")
+            raise ValueError(f"labels holds {len(labels)} names for {len(vectors)} entries")
         wanted = targets_for(self.model, targets, vectors.shape[:-1])
         return read_vectors(self.model, "vectors", labels, vectors.detach(), wanted, checked)
 
@@ -265,22 +264,22 @@ class BackwardLogitLens:
         k: int = 1,
         **options: Unpack[ReadKeywords],
     ) -> Readout:
-        """The singular vectors on the residual side of a weight's gradient.
+        """Read the singular vectors on the residual-stream side of a weight's gradient.
 
-        Left ones of what reads the residual stream, right ones of what writes to it, the largest
-        singular value first. A singular vector has no sign of its own: the top and the bottom of
-        its readout may change places.
+        These are the left ones if the weight reads the residual stream and the right ones if it
+        writes to it, largest singular value first. Their sign is arbitrary, so the top and the
+        bottom of a readout may be swapped.
 
         Args:
             cache: From :func:`run_with_backward_cache`.
             weight: The kind of weight.
             layer: Its layer; None for an embedding.
-            k: How many.
+            k: Number of singular vectors.
             options: As in :meth:`read`.
 
         Raises:
-            ValueError: When there are fewer, and as :meth:`__call__`.
-            KeyError: When the weight was not captured.
+            ValueError: If the gradient has fewer than ``k``; and as :meth:`__call__`.
+            KeyError: If the weight was not captured.
         """
         name = self._site_name(cache, weight, layer)
         U, S, Vh = cache[name].svd()
@@ -297,10 +296,10 @@ class BackwardLogitLens:
         neurons: int | Sequence[int],
         **options: Unpack[ReadKeywords],
     ) -> Readout:
-        """Single neurons of a weight's gradient, each a vector of the residual side (Eq 9, 10).
+        """Read single neurons of a weight's gradient in the residual stream (Eq 9, 10).
 
-        Columns of the gradient of what reads the residual stream, ``sum_i x_i delta_i[j]``, and
-        rows of what writes to it, ``sum_i x_i[j] delta_i``.
+        A neuron is a column of the gradient, ``sum_i x_i delta_i[j]``, if the weight reads the
+        residual stream, and a row, ``sum_i x_i[j] delta_i``, if it writes to it.
 
         Args:
             cache: From :func:`run_with_backward_cache`.
@@ -310,8 +309,8 @@ class BackwardLogitLens:
             options: As in :meth:`read`.
 
         Raises:
-            ValueError: When a neuron does not exist, and as :meth:`__call__`.
-            KeyError: When the weight was not captured.
+            ValueError: If a neuron does not exist; and as :meth:`__call__`.
+            KeyError: If the weight was not captured.
         """
         name = self._site_name(cache, weight, layer)
         neurons = list(neurons) if isinstance(neurons, Iterable) else [neurons]
@@ -328,7 +327,7 @@ class BackwardLogitLens:
     def _capture(
         self, prompt: Prompt | None, target: Target | None, run: CaptureOptions, **what: Any
     ) -> BackwardCache:
-        """The cache of a run of its own."""
+        """Run the model and return the cache."""
         if prompt is None:
             raise ValueError("pass a prompt and a target, or a cache")
         if isinstance(prompt, BackwardCache):
@@ -337,7 +336,7 @@ class BackwardLogitLens:
         return cache
 
     def _site_name(self, cache: BackwardCache, weight: str, layer: int | None) -> str:
-        """The one weight whose gradient has vectors of the residual stream on one side."""
+        """The name of a single site that reads or writes the residual stream."""
         found = find_sites(self.model)
         require_same_model(self.model, found, cache)
         if weight not in ("W_E", "W_pos") and not is_weight_kind(weight):
@@ -352,7 +351,7 @@ class BackwardLogitLens:
     def _target_names(
         self, targets: Iterable[Int[Tensor, "_"]], given: Any
     ) -> dict[str, tuple[int, ...]]:
-        """Token ids by the strings that they were given as, if they were, and by their own."""
+        """Token ids keyed by their decoded strings, and by the strings the user passed."""
         ids = [tuple(of_target.tolist()) for of_target in targets]
         given = [given] * len(ids) if isinstance(given, str) else given
         pairs = zip(given, ids, strict=False) if isinstance(given, Sequence) else ()
@@ -376,7 +375,7 @@ class BackwardLogitLens:
 
 
 class _Reader:
-    """Reads the selected rows of vectors; those that several weights share are read once."""
+    """Reads the selected rows of vectors; vectors that several weights share are read once."""
 
     def __init__(
         self, model: Model, selection: Selection, targets: Targets, options: ReadoutOptions
@@ -386,9 +385,9 @@ class _Reader:
         self._done: list[tuple[bool, Tensor, Readout]] = []
 
     def read(self, kind: str, vectors: Mapping[str, Float[Tensor, "*batch n d_model"]]) -> Readout:
-        """The readout of the vectors under some labels, on the device of the first."""
-        labels, each = list(vectors), [self._selection.rows(of) for of in vectors.values()]
-        stack = torch.stack([of.to(each[0].device) for of in each])
+        """Read vectors keyed by label, on the device of the first."""
+        labels, rows = list(vectors), [self._selection.rows(v) for v in vectors.values()]
+        stack = torch.stack([entry.to(rows[0].device) for entry in rows])
         forward = is_forward(kind)
         for same_direction, other, readout in self._done:
             if same_direction == forward and torch.equal(other, stack):
@@ -406,20 +405,20 @@ def _readable_kinds(
     incl_mid: bool,
     forward: bool,
 ) -> list[str]:
-    """The kinds of weights that are asked for, if they and the rest can be read."""
+    """The requested kinds of weights, after checking that everything requested can be read."""
     if weights is None:
-        raise TypeError("weights must be kinds such as ('W_in', 'W_out'), or () for none")
+        raise TypeError("weights must name kinds such as ('W_in', 'W_out'), or be () for none")
     kinds = [weights] if isinstance(weights, str) else list(weights)
     for kind in kinds:
         if kind in ("W_E", "W_pos", "W_U"):
             raise ValueError(
-                f"weights={kind!r} is not between two residual streams; the lens reads "
+                f"weights={kind!r} is not inside a block; the lens reads "
                 f"{', '.join(READ_BY_INPUT + READ_BY_VJP)}"
             )
         if "." in kind and not is_weight_kind(kind):
             raise ValueError(
-                f"weights={kind!r} has the residual stream on neither side; of LoRA adapters the "
-                f"lens reads lora_A of {', '.join(READ_BY_INPUT)} and lora_B of "
+                f"weights={kind!r} neither reads nor writes the residual stream; in LoRA adapters "
+                f"the lens reads lora_A of {', '.join(READ_BY_INPUT)} and lora_B of "
                 f"{' and '.join(READ_BY_VJP)}"
             )
     if vjps not in ("residual", "output"):
@@ -430,28 +429,28 @@ def _readable_kinds(
         )
     if incl_mid and residual != "accumulated":
         raise ValueError(
-            "incl_mid=True is for residual='accumulated'; the middle of the forward stream is "
-            "not kept"
+            "incl_mid=True needs residual='accumulated'; the cache does not keep the middle of the "
+            "forward stream"
         )
     if not kinds and residual is None and not forward:
-        raise ValueError("weights is empty and residual None: there is nothing to read")
+        raise ValueError("nothing to read: weights is empty and residual is None")
     return kinds
 
 
 def _require_no_run(**given: Any) -> None:
-    """Raise when a cache is read and something is given that only a run can use."""
-    useless = [name for name, value in given.items() if value is not None and value != ()]
-    if useless:
+    """Raise if arguments of a run are given together with a cache."""
+    unusable = [name for name, value in given.items() if value is not None and value != ()]
+    if unusable:
         raise ValueError(
-            "pass either a prompt or a cache; the run of a cache is over, so leave out "
-            f"{', '.join(useless)}"
+            "pass either a prompt or a cache; a cache needs no run, so leave out "
+            f"{', '.join(unusable)}"
         )
 
 
 def _captured_names(
     found: FoundSites, cache: BackwardCache, kind: str, layers: int | Iterable[int] | None
 ) -> list[str]:
-    """The sites of one kind in the layers that are asked for; by default those in the cache."""
+    """The sites of one kind in the requested layers; by default all in the cache."""
     wanted = [site.name for site in found.select(kind, layers)]
     names = [name for name in wanted if name in cache]
     if not names or (layers is not None and names != wanted):
@@ -463,7 +462,7 @@ def _captured_names(
 def _left_out(
     found: FoundSites, kinds: Sequence[str], layers: Collection[int] | None
 ) -> dict[str, list[int]]:
-    """By kind, the layers that were asked for and have no site of it, with a warning."""
+    """Warn about requested layers without a site, and return them by kind."""
     asked_for = range(found.n_layers) if layers is None else layers
     left_out = {
         kind: sorted({*asked_for} - {site.layer for site in found.select(kind)}) for kind in kinds
@@ -475,6 +474,6 @@ def _left_out(
             for kind, missing in left_out.items()
         )
         warn_user(
-            f"weights: not read, as there is no site: {which}; tl_backward.coverage(model) says why"
+            f"weights: skipped for lack of a site: {which}; tl_backward.coverage(model) says why"
         )
     return left_out

@@ -1,4 +1,4 @@
-"""Vectors of one kind, as the lens read them."""
+"""The lens's readout of vectors of one kind."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ VALUE_COLUMNS = {"logits": "logit", "log_probs": "log_prob", "probs": "probabili
 
 
 def is_weight_kind(kind: str) -> bool:
-    """Whether the lens reads a weight by this name, and not the residual stream."""
+    """Whether ``kind`` names a weight that the lens reads, not the residual stream."""
     return reads_stream(kind) or writes_stream(kind)
 
 
 def is_forward(kind: str) -> bool:
-    """Whether it is of the forward pass, whose most probable tokens are what counts."""
+    """Whether ``kind`` is read from the forward pass, where the most probable tokens matter."""
     return reads_stream(kind) or kind == "forward"
 
 
@@ -28,33 +28,33 @@ class Readout:
     """Vectors of one kind, read in the vocabulary at every layer and position.
 
     Matrices that read the residual stream (W_in, W_gate, W_Q, W_K, W_V) are read by their inputs
-    ``x_i``, of which the *most* probable tokens are what the update imprints (Eq 9). Those that
-    write to it (W_out, W_O) are read by their VJPs ``delta_i``, of which the *least* probable
-    tokens are what a descent step shifts the output towards, and the most probable ones what it
-    takes away (Eq 10). Signs are raw; no vector is ever negated.
+    ``x_i``: the update imprints the *most* probable tokens (Eq 9). Those that write to it (W_out,
+    W_O) are read by their VJPs ``delta_i``: a descent step shifts the output towards the *least*
+    probable tokens and away from the most probable ones (Eq 10). Signs are raw; no vector is ever
+    negated.
 
-    Rows whose vector is zero are not read: their ids and ranks are -1 and their values nan. So are
-    the places behind the end of the shorter ones of several texts.
+    Zero vectors are not read: their ids and ranks are -1 and their values nan. The same holds for
+    padding after the shorter of several texts.
 
     Attributes:
-        kind: ``"W_out"``, say.
-        labels: What each entry of the first axis is: the name of a weight's site, or of a point of
-            the residual stream.
-        layers: The layer that each entry belongs to; None outside the blocks.
+        kind: The kind that was read, e.g. ``"W_out"``.
+        labels: Names of the entries of the first axis: weight sites, or points of the residual
+            stream.
+        layers: Layer of each entry; None outside the blocks.
         top_ids: The most probable tokens, most probable first.
-        top_values: Their values: log-probabilities in nats, or what ``return_type`` says.
+        top_values: Their values: log-probabilities in nats, or as ``return_type`` says.
         bottom_ids: The least probable tokens, least probable first.
         bottom_values: Their values.
         target_ranks: Rank of the target: 0 is the most probable token, ``d_vocab - 1`` the least.
-            Of several targets for every row, there is an axis of them at the end.
+            Several targets per row add a last axis.
         target_values: Their values.
-        vocab_ids: The tokens in ``vocab``, if some were asked for.
+        vocab_ids: The tokens in ``vocab``, if given.
         vocab_values: Their values.
         entropy: Entropy of the distribution over the vocabulary, in nats.
-        norms: Norm of each vector that was read, before any normalisation.
-        vjp_norms: Norm of ``delta_i`` at the weight's own output; of another vector, its own.
-        zero_mask: Where the vector that was to be read is zero, or where there is none.
-        vocabulary: The strings of all token ids above, and of the targets.
+        norms: Norm of each vector, before any normalisation.
+        vjp_norms: Norm of ``delta_i`` at the weight's own output; for other vectors, ``norms``.
+        zero_mask: Where the vector is zero or absent.
+        vocabulary: Strings of all token ids above and of the targets.
     """
 
     kind: str
@@ -83,13 +83,13 @@ class Readout:
 
     @property
     def has_several_targets(self) -> bool:
-        """Whether ``target_ranks`` has an axis of several targets for every row."""
+        """Whether ``target_ranks`` has a last axis of several targets."""
         return self.target_ranks.ndim > self.entropy.ndim
 
     def top_tokens(self) -> list[Any]:
         """The most probable tokens as strings, ``[layer]([batch])[position][k]``.
 
-        There are none for a zero row.
+        A zero row has none.
         """
         return self._strings(self.top_ids.tolist())
 
@@ -98,7 +98,7 @@ class Readout:
         return self._strings(self.bottom_ids.tolist())
 
     def example(self, b: int, n: int) -> Readout:
-        """One prompt of several, of which ``n`` positions were read."""
+        """The readout of one prompt of a batch, with its ``n`` positions."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         of_prompt: dict[str, Any] = {
             name: tensor[:, b, :n] for name, tensor in tensors.items() if isinstance(tensor, Tensor)

@@ -1,4 +1,4 @@
-"""What the lens saw in one run."""
+"""The result of one lens call."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ FigureKind: TypeAlias = Literal["table", "ranks", "norms", "forward_and_backward
 
 @dataclass(frozen=True, eq=False)
 class BackwardLensResult(Mapping[str, Readout]):
-    """What the lens saw: a :class:`Readout` for each kind of weight.
+    """The result of a lens call: a :class:`Readout` for each kind that was read.
 
-    It keeps no reference to the model; all tensors are on the CPU. Of several prompts, the batch
-    axis comes behind the layers, and :meth:`example` gives one of them.
+    The result keeps no reference to the model, and all tensors are on the CPU. With several
+    prompts, the batch axis follows the layers, and :meth:`example` selects one prompt.
 
     Attributes:
-        readouts: The readouts by kind: ``result["W_out"]`` is ``result.readouts["W_out"]``.
-        str_tokens: The tokens of the text, or a list of them for several.
-        positions: The positions that were read, or a list of them.
-        target_ids: The tokens that ranks are of. If ranks have an axis of several targets, these;
-            else one, or one for each prompt, ``[batch]``, or for each row, ``[*batch, pos]``. By
-            default the loss's target: where it has several tokens, a position that predicts one
-            of them has that token, and any other position the first.
+        readouts: Readouts by kind: ``result["W_out"]`` is ``result.readouts["W_out"]``.
+        str_tokens: Tokens of the text, or a list per prompt.
+        positions: Positions that were read, or a list per prompt.
+        target_ids: Tokens that are ranked: the targets that all rows share, or one for all, per
+            prompt ``[batch]`` or per row ``[*batch, pos]``. Default: the loss's target. If it has
+            several tokens, a position that predicts one of them has that token; any other position
+            has the first.
         target: The same as strings.
-        target_names: The ids of a target by the strings that ask for it: as it was given, and
-            decoded.
-        target_positions: The positions that predict the loss's target, or a list of them, as in
+        target_names: Token ids of each target, keyed by the string that was passed and by the
+            decoded string.
+        target_positions: Positions that predict the loss's target, or a list per prompt, as in
             :class:`BackwardCache`. Empty for a ``loss_fn``.
-        loss: The loss that was differentiated, of every prompt; a target's is in nats.
-        loss_target: The target whose negative log-likelihood the loss is, as a string, or a list of
-            them for several prompts; None for a ``loss_fn``.
-        loss_target_ids: Its tokens, or a list of them; empty for a ``loss_fn``.
+        loss: The differentiated loss of every prompt; in nats for a target.
+        loss_target: The target whose negative log-likelihood is the loss, as a string, or a list
+            for several prompts; None for a ``loss_fn``.
+        loss_target_ids: Its tokens, or a list per prompt; empty for a ``loss_fn``.
         d_vocab: Size of the vocabulary.
         normalize: Whether vectors were scaled to unit length before they were read.
-        return_type: What values are: ``"logits"``, ``"log_probs"`` or ``"probs"``.
-        direction: ``"gradient"``, or ``"descent"`` if the ends of VJPs' readouts were exchanged.
+        return_type: Type of the values: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+        direction: ``"gradient"``, or ``"descent"`` if the ends of the VJPs' readouts were swapped.
         weights_processing: As in :class:`BackwardCache`.
-        left_out: By kind of weight, the layers that were asked for and have no site of it.
+        left_out: Requested layers without a site, by kind of weight.
     """
 
     readouts: dict[str, Readout]
@@ -74,14 +74,14 @@ class BackwardLensResult(Mapping[str, Readout]):
 
     @property
     def is_batch(self) -> bool:
-        """Whether it is of several prompts, also of a list of one."""
+        """Whether the prompts were a batch, possibly a list of one."""
         return isinstance(self.positions, list)
 
     def __getitem__(self, kind: str) -> Readout:
         try:
             return self.readouts[kind]
         except KeyError:
-            raise KeyError(f"{kind!r} was not read; there is {', '.join(self)}") from None
+            raise KeyError(f"{kind!r} was not read; available: {', '.join(self)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.readouts)
@@ -102,9 +102,9 @@ class BackwardLensResult(Mapping[str, Readout]):
         return f"BackwardLensResult({', '.join(self)}; {n_layers} layers{without}, {of})"
 
     def _repr_html_(self) -> str:
-        """What was kept at the last position as tables for a notebook: weights by layer, the rest.
+        """Notebook tables of the last position: weights by layer, then the residual stream.
 
-        Of the ends the outermost token is shown, and of ``vocab`` the value of every token.
+        They show the outermost token at each end, or the value of every token of ``vocab``.
         """
         shown = f"<pre>{html.escape(repr(self))}</pre>"
         if self.is_batch or not len(self.positions):
@@ -126,14 +126,14 @@ class BackwardLensResult(Mapping[str, Readout]):
         return shown
 
     def example(self, b: int) -> BackwardLensResult:
-        """What the lens saw of one prompt of several.
+        """The result of one prompt of a batch.
 
         Raises:
-            ValueError: When there is a single prompt.
-            IndexError: When there are fewer prompts.
+            ValueError: If the result has a single prompt and no batch axis.
+            IndexError: If the batch has fewer prompts.
         """
         if not self.is_batch:
-            raise ValueError("this result is of a single prompt")
+            raise ValueError("this result has a single prompt and no batch axis")
         positions = self.positions[b]
         n = len(positions)
         has_several = next(iter(self.values())).has_several_targets
@@ -166,20 +166,20 @@ class BackwardLensResult(Mapping[str, Readout]):
         """Rank of a target in one weight's readout, layer by layer.
 
         Args:
-            target: Which one, as a string or an id, if the lens was run with several. The string is
-                that which the lens was given, or the token's own. Of a target of several tokens,
-                the whole one: each position has the rank of the token that it predicts.
-            weight: The kind of weight, or of what else was read. Default: W_out, or else the first.
+            target: String or id of one target, if the lens ran with several. The string may be the
+                one passed to the lens or the decoded token. Pass a target of several tokens as a
+                whole: each position has the rank of the token that it predicts.
+            weight: The kind to show. Default: W_out if it was read, otherwise the first.
 
         Raises:
-            KeyError: When the weight was not read.
-            ValueError: When the lens was run with other targets, or without any.
+            KeyError: If the kind was not read.
+            ValueError: If the lens ran with other targets, or without any.
         """
         readout = self[weight or default_kind(self)]
         ids = self.target_ids.reshape(-1).tolist()
         wanted: Any = self.target_names.get(target) if isinstance(target, str) else (target,)
         if not ids:
-            raise ValueError("the lens was run without a target; pass it targets=")
+            raise ValueError("the lens ran without a target; pass targets= to the lens")
         each = [(token,) for token in ids]
         if readout.has_several_targets:
             if target is None and len(ids) > 1:
@@ -189,11 +189,11 @@ class BackwardLensResult(Mapping[str, Readout]):
         elif target is None or {wanted} == set(self._loss_targets if self.ranks_by_token else each):
             return readout.target_ranks
         shown = self.loss_target if self.ranks_by_token else self.target
-        raise ValueError(f"target={target!r}: the lens was run with {shown!r}")
+        raise ValueError(f"target={target!r}: the lens ran with {shown!r}")
 
     @property
     def prompt_tokens(self) -> list[Any]:
-        """``str_tokens`` without those of the target that were appended to the prompt."""
+        """``str_tokens`` without the target tokens that were appended to the prompt."""
         if self.is_batch:
             each = zip(self.str_tokens, self.target_positions, strict=True)
             return [tokens[: _length_of_prompt(predicting)] for tokens, predicting in each]
@@ -201,46 +201,45 @@ class BackwardLensResult(Mapping[str, Readout]):
 
     @property
     def ranks_by_token(self) -> bool:
-        """Whether a target of the loss has several tokens, and each position its own of them."""
+        """Whether a loss target has several tokens, so that each position ranks its own token."""
         ranked = set(self.target_names.values())
         return any(len(ids) > 1 and ids in ranked for ids in self._loss_targets)
 
     @property
     def _loss_targets(self) -> list[tuple[int, ...]]:
-        """The loss's target of every prompt."""
+        """Token ids of the loss target of every prompt."""
         ids: list[Any] = self.loss_target_ids
         return [tuple(one) for one in (ids if self.is_batch else [ids])]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per weight, layer, (prompt,) position and token that was kept.
+        """One row per weight, layer, (prompt,) position and kept token.
 
         Columns: ``weight, label, layer``, ``example`` for several prompts, ``position, str_token,
         norm, vjp_norm, entropy, target_rank``, ``end``, ``k``, ``token_id, token``, and the token's
         value: ``log_prob``, ``logit`` or ``probability``. ``end`` is ``top`` or ``bottom``, where
         ``k`` is 0 for the outermost token, or ``vocab`` for the tokens of ``vocab`` in their order.
-        Of one target (for all, or for each prompt or row), all rows have the rank; where rows have
-        targets of their own, ``target`` before it names them. Each of several has a row of its own,
-        ``end`` ``target``, with its rank and value, and other rows have no rank. A zero row gives
-        one line without token.
+        With one target (for all, per prompt or per row), every row has its rank; targets that
+        differ by row are named in ``target``. With several targets, each has rows of its own with
+        ``end`` ``target``, its rank and its value; the other rows have no rank. A zero vector gives
+        one row without a token.
         """
         return data_frame(self)
 
     def plot(self, kind: FigureKind = "table", weight: str | None = None) -> Figure:
-        """A plotly figure of what the lens saw of one prompt.
+        """A plotly figure of the result of one prompt.
 
         Args:
-            kind: ``"table"``: layer x token, the token at the top and at the bottom, coloured by
-                the norm of the VJP, with more when pointed at. ``"ranks"``: the target's rank
-                through the layers, a line for each position. ``"norms"``: the norms of all that was
-                read.
-                ``"forward_and_backward"``: the forward lens and the table side by side, of a lens
-                that was run with ``forward=True``.
-            weight: Which weight, or what else was read. Default: W_out, or else the first.
+            kind: ``"table"``: layer x token, with the top and bottom token, coloured by the norm of
+                the VJP, details on hover. ``"ranks"``: the target's rank by layer, a line for each
+                position. ``"norms"``: the norms of all vectors that were read.
+                ``"forward_and_backward"``: the forward lens beside the table; needs
+                ``forward=True`` in the lens call.
+            weight: The kind to show. Default: W_out if it was read, otherwise the first.
 
         Raises:
             ImportError: Without the extra ``plot``.
-            KeyError: When the weight was not read.
-            ValueError: For several prompts, or when what the figure shows was not read.
+            KeyError: If the kind was not read.
+            ValueError: For several prompts, or if the figure needs vectors that were not read.
         """
         from tl_backward.plotting import lens_figure
 
@@ -249,7 +248,7 @@ class BackwardLensResult(Mapping[str, Readout]):
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page with a layer x token table for each weight.
 
-        Cells show the token at the top and at the bottom; their colour is the norm of the VJP.
+        Cells show the top and the bottom token; their colour is the norm of the VJP.
 
         Returns:
             The path of the page.
@@ -266,10 +265,10 @@ class BackwardLensResult(Mapping[str, Readout]):
 
 
 def default_kind(result: Mapping[str, Readout]) -> str:
-    """What is shown of a result when nothing else is asked for: W_out, or else the first."""
+    """The kind to show by default: W_out if it was read, otherwise the first."""
     return "W_out" if "W_out" in result else next(iter(result))
 
 
 def _length_of_prompt(predicting: Any) -> int | None:
-    """The first token of a target is predicted by the last one of its prompt."""
+    """Length of the prompt, whose last token predicts the target's first."""
     return int(predicting[0]) + 1 if len(predicting) else None

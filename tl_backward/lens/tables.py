@@ -43,14 +43,14 @@ def data_frame(result: BackwardLensResult) -> pd.DataFrame:
 
 
 def lens_tables(result: BackwardLensResult) -> LensTables:
-    """What figures and pages show of one prompt.
+    """The tables that figures and pages draw for one prompt.
 
     Raises:
         ValueError: For several prompts.
     """
     if result.is_batch:
         raise ValueError(
-            "tables are of one prompt: take result.example(b), or the lens with batch_slice=b"
+            "tables show one prompt: use result.example(b), or call the lens with batch_slice=b"
         )
     return LensTables(
         tables={kind: _table(result, kind) for kind in result},
@@ -70,7 +70,7 @@ def _table(result: BackwardLensResult, kind: str) -> Table:
     readout = result[kind]
     is_weight = is_weight_kind(kind)
     positions = torch.as_tensor(result.positions).tolist()
-    turned = result.direction == "descent" and not is_forward(kind)
+    flipped = result.direction == "descent" and not is_forward(kind)
     targets = _targets(result, readout, len(positions))
     ranks = readout.target_ranks.reshape(*readout.norms.shape, -1).tolist()
     top_counts = is_forward(kind) or result.direction == "descent"
@@ -98,7 +98,7 @@ def _table(result: BackwardLensResult, kind: str) -> Table:
         is_weight=is_weight,
         by_input=reads_stream(kind),
         top_counts=top_counts,
-        ends=("least", "most") if turned else ("most", "least"),
+        ends=("least", "most") if flipped else ("most", "least"),
         positions=positions,
         tokens=[result.str_tokens[position] for position in positions],
         headers=[
@@ -116,7 +116,7 @@ def _table(result: BackwardLensResult, kind: str) -> Table:
 
 
 def _targets(result: BackwardLensResult, readout: Readout, n_positions: int) -> list[list[str]]:
-    """The targets at each position: one or several for all, or one of its own."""
+    """The targets at each position: the shared ones, or its own."""
     if not isinstance(result.target, list):
         return [[result.target]] * n_positions
     if readout.has_several_targets:
