@@ -239,7 +239,7 @@ def test_heads_are_refused_where_a_hook_would_see_each_of_them(any_model, point)
         calls.append(hook.name)
 
     hooks = [(f"blocks.1.{point}", count)]
-    with pytest.raises(NotImplementedError, match=r"backward hook at blocks\.1\..* each time"):
+    with pytest.raises(NotImplementedError, match=r"backward hook at blocks\.1\..* again"):
         tlb.run_with_backward_cache(any_model, TOKENS, TARGET, per_head=True, bwd_hooks=hooks)
     assert len(calls) == 1
     for elsewhere in ("hook_mlp_out", "hook_attn_out"):
@@ -349,8 +349,8 @@ def test_a_capture_of_no_weights_has_the_whole_stream(any_model):
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        ("accumulated_vjps", {"layer": 7}, r"layer=7: it must be in \[0, [23]\]"),
-        ("decompose_vjps", {"layer": -2}, "layer=-2"),
+        ("accumulated_vjps", {"layer": 7}, r"layer must be in \[0, [23]\].* got 7"),
+        ("decompose_vjps", {"layer": -2}, "layer must be .* got -2"),
         ("decompose_vjps", {"mode": "heads"}, "mode must be"),
         ("stack_head_vjps", {}, "run with per_head=True"),
     ],

@@ -440,7 +440,7 @@ def test_a_padded_tensor_is_what_the_texts_are(bridge, side):
     _, want = tlb.run_with_backward_cache(bridge, TEXTS, TARGET, padding_side=side)
     tokens = bridge.to_tokens(TEXTS, padding_side=side)
     assert tokens.eq(bridge.tokenizer.pad_token_id).sum() > len(TEXTS)
-    with pytest.warns(UserWarning, match="'<bos>' at the .* of row 0 is taken for padding"):
+    with pytest.warns(UserWarning, match="'<bos>' at the .* of row 0 is treated as padding"):
         _, cache = tlb.run_with_backward_cache(bridge, tokens, TARGET, padding_side=side)
     assert [t.tolist() for t in cache.tokens] == [t.tolist() for t in want.tokens]
     assert torch.equal(cache["W_in", 1].vjps, want["W_in", 1].vjps)
@@ -535,7 +535,7 @@ def test_a_word_of_one_token_without_its_leading_space_gives_a_warning(
     spaced_and_not, prompt, target
 ):
     model = spaced_and_not
-    hint = f"'{target}' has no space before it.* ' {target}' is one token, too"
+    hint = f"'{target}' has no leading space.* ' {target}' is also one token"
     with pytest.warns(UserWarning, match=hint):
         tlb.run_with_backward_cache(model, prompt, target)
     with pytest.warns(UserWarning, match=hint + r".* \(example 0, 2\)"):
@@ -633,7 +633,7 @@ def raises(logits, tokens):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"target": [5, 7]}, ValueError, "target holds 2 targets, but there is 3 prompts"),
+        ({"target": [5, 7]}, ValueError, "target holds 2 targets for 3 prompts"),
         ({"target": [5, 7, -1]}, ValueError, r"outside the vocabulary \(example 2\)"),
         ({"target": [5, [], 1]}, ValueError, r"target is empty \(example 1\)"),
         ({"target": [5, 7, 1.5]}, TypeError, r"target must be .* \(example 2\)"),
@@ -651,7 +651,11 @@ def raises(logits, tokens):
             TypeError,
             "mapping without input_ids.* keys text",
         ),
-        ({"prompt": {"input_ids": [3]}, "target": 5}, ValueError, "no attention_mask.* pass all"),
+        (
+            {"prompt": {"input_ids": [3]}, "target": 5},
+            ValueError,
+            "no attention_mask.* whole output",
+        ),
         ({"prompt": b"abc", "target": 5}, TypeError, "prompt must be a string, token ids.* b'abc'"),
         ({"prompt": [b"abc"], "target": 5}, TypeError, r"token ids \(example 0\), got b'abc'"),
         ({"target": b"abc"}, TypeError, "target must be a string, token ids.* b'abc'"),
@@ -666,7 +670,7 @@ def raises(logits, tokens):
         ({"loss_fn": steep}, ValueError, "though the loss is; try a higher precision, and check"),
         ({"loss_fn": constant}, ValueError, "does not depend on the logits"),
         ({"loss_fn": constant, "prompt": [3]}, ValueError, "does not depend on the logits"),
-        ({"loss_fn": integers}, TypeError, "must return a tensor of floating point"),
+        ({"loss_fn": integers}, TypeError, "must return a floating-point tensor"),
         ({"loss_fn": infinite_for_short_ones}, ValueError, "the loss of example 1 is -?inf"),
         ({"loss_fn": raises}, ZeroDivisionError, ""),
         ({"loss_fn": tlb.logit_diff([5, 7], 1)}, ValueError, "answer holds 2 .* 3 prompts"),
@@ -674,7 +678,7 @@ def raises(logits, tokens):
         (
             {"loss_fn": tlb.kl_divergence(torch.zeros(2, 3, 31))},
             ValueError,
-            "other_logits is given for 2 prompts, not for 3",
+            "other_logits has entries for 2 prompts, but there are 3",
         ),
         (
             {"loss_fn": tlb.kl_divergence(torch.zeros(3, 7, 31))},
@@ -684,7 +688,7 @@ def raises(logits, tokens):
         (
             {"loss_fn": tlb.kl_divergence([torch.zeros(9)] * 3)},
             ValueError,
-            "other_logits is over 9 tokens, and this model has",
+            "other_logits covers 9 tokens, but this model has",
         ),
         ({"loss_fn": "nll"}, TypeError, "loss_fn must be a function .* got 'nll'"),
         ({"loss_fn": tlb.logit_diff}, TypeError, "got 'logit_diff'"),

@@ -77,7 +77,7 @@ def test_without_a_tokenizer_there_is_no_bos(models):
 def test_a_tokenizer_whose_files_are_gone_is_asked_about(bridge, own, monkeypatch):
     monkeypatch.setattr(bridge.tokenizer, "name_or_path", "no/such-tokenizer")
     if own[1] or bridge.tokenizer("a")["input_ids"][1:]:
-        with pytest.raises(ValueError, match=r"cannot be told.* pass prepend_bos=True or False"):
+        with pytest.raises(ValueError, match=r"cannot tell.* pass prepend_bos=True or False"):
             prepends_bos(bridge)
     assert prepends_bos(bridge, False) is False
 

@@ -342,7 +342,7 @@ def test_an_input_changed_in_place_is_noticed(model):
     ("arguments", "error", "message"),
     [
         ({"target": ""}, ValueError, "target is empty"),
-        ({"target": 10**6}, ValueError, "token ids of this model are 0 to"),
+        ({"target": 10**6}, ValueError, "this model has token ids 0 to"),
         ({"target": 1.5}, TypeError, "target must be"),
         ({"target": True}, TypeError, "target must be"),
         ({"prompt": ""}, ValueError, "prompt is empty"),

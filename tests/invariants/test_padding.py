@@ -122,14 +122,14 @@ def test_what_a_tokenizer_pads_beyond_the_longest_text(with_shared_pad, side, ho
     assert not encoding.attention_mask.any(0).all()
     rows = tokenizer(TEXTS[:n]).input_ids
     assert_each_is_alone(model, rows, side, encoding)
-    with pytest.warns(UserWarning, match="is taken for padding.* tokenizer's whole output"):
+    with pytest.warns(UserWarning, match="is treated as padding.* tokenizer's whole output"):
         assert_each_is_alone(model, rows, side, encoding.input_ids)
 
 
 def test_pads_on_the_other_side_are_named(with_shared_pad):
     tokens, _ = padded([[3, 4], [5, 6, 7]], BOS, "left", 2)
     with pytest.warns(
-        UserWarning, match="at the beginning of row 0, 1 is taken for text.* 'right'"
+        UserWarning, match="at the beginning of row 0, 1 is treated as text.* 'right'"
     ):
         _, cache = tlb.run_with_backward_cache(
             with_shared_pad, tokens, TARGET, padding_side="right"
@@ -140,7 +140,7 @@ def test_pads_on_the_other_side_are_named(with_shared_pad):
 def test_a_list_is_taken_as_it_is(with_own_pad):
     """And a token that is padding and nothing else is named."""
     rows = [[3, 4, PAD], [5, 6, 7]]
-    with pytest.warns(UserWarning, match=r"pad token .* at an end of row 0 is taken for text"):
+    with pytest.warns(UserWarning, match=r"pad token .* at an end of row 0 is treated as text"):
         assert_each_is_alone(with_own_pad, rows, "right", rows)
 
 
@@ -160,11 +160,11 @@ def test_a_mask_needs_no_tokenizer(models, name):
     ("changes", "error", "message"),
     [
         ({"attention_mask": [[1, 0, 1]]}, ValueError, "attention_mask of row 0 has a gap"),
-        ({"attention_mask": [[0, 2, 1]]}, ValueError, "of row 0 must hold one 0 or 1 for each"),
-        ({"attention_mask": [[1, 1]]}, ValueError, "of row 0 must hold one 0 or 1 for each"),
+        ({"attention_mask": [[0, 2, 1]]}, ValueError, "of row 0 must hold a 0 or 1 for each"),
+        ({"attention_mask": [[1, 1]]}, ValueError, "of row 0 must hold a 0 or 1 for each"),
         ({"attention_mask": [[1] * 3] * 2}, ValueError, "has 2 rows, and input_ids 1"),
         ({"attention_mask": [[0, 0, 0]]}, ValueError, r"prompt is empty \(example 0\)"),
-        ({"token_type_ids": [[0, 0, 1]]}, NotImplementedError, "token_type_ids that are not 0"),
+        ({"token_type_ids": [[0, 0, 1]]}, NotImplementedError, "nonzero token_type_ids"),
         ({"input_ids": [[3, 4, 99999]]}, ValueError, "outside the vocabulary"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What one forward and one backward pass leave behind."""
+"""The cache of one forward and one backward pass."""
 
 from tl_backward.cache.backward_cache import BackwardCache
 

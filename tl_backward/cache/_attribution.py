@@ -1,4 +1,4 @@
-"""Attribution patching: activations of two runs and the VJPs of one, node by node."""
+"""Attribution patching: node scores from the activations of two runs and the VJPs of one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attribution(clean: Residual, corrupt: Residual, positions: list[list[int]]) 
 
 
 def _node(name: str, n_heads: int) -> tuple[str, int | None]:
-    """Kind and number of heads of the node at a HookPoint, as TransformerLens 4.3 calls it."""
+    """Node kind, by TransformerLens 4.3's name, and number of heads at a HookPoint."""
     if name.endswith("hook_z"):
         return "attn_head_out", n_heads
     return ("mlp_out" if name.endswith("hook_mlp_out") else "embed"), None

@@ -1,4 +1,4 @@
-"""What one forward and one backward pass leave behind."""
+"""The cache of one forward and one backward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 ON_CPU = ("tokens", "positions", "target_ids", "target_positions")
-"""The fields that stay on the CPU, wherever the cache is."""
+"""Fields that stay on the CPU, whatever the cache's device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,25 +34,26 @@ class BackwardCache(Mapping[str, GradientFactors]):
     """The gradient factors of every captured weight matrix, by site name.
 
     ``cache["blocks.5.mlp.W_out"]`` and ``cache["W_out", 5]`` are the same
-    :class:`~tl_backward.GradientFactors`. It keeps no reference to the model and no autograd graph.
-    Of several prompts, the factors stand for the sum over them, and :meth:`example` gives each.
+    :class:`~tl_backward.GradientFactors`. The cache keeps no reference to the model and no autograd
+    graph. With several prompts, the factors stand for the sum over prompts, and :meth:`example`
+    selects one prompt.
 
     Attributes:
-        factors: The factors by site name, in the order of the model.
-        residual: What was seen at the residual stream.
-        tokens: The tokens of the text that was run: the prompt, and of a target of several tokens
-            all but the last. A list of them for several prompts.
+        factors: Factors by site name, in model order.
+        residual: Activations and VJPs of the residual stream.
+        tokens: Tokens of the text that was run: the prompt, followed by all but the last token of
+            the target. A list per prompt for several prompts.
         str_tokens: The same as strings.
-        positions: The positions that the rows of the factors belong to, or a list of them.
-        target_ids: The target's tokens: a scalar if there is one, a vector if there are more, with
-            a batch axis before them for several prompts (shorter targets end with -1).
-        target_positions: The positions whose logits predict the target's tokens, or a list of
-            them. Empty for a ``loss_fn``.
-        loss: The loss that was differentiated, of every prompt; a target's is in nats.
-        weights_processing: What TransformerLens has done to the weights that the gradients are
-            with respect to, as far as they show it: ``"raw"``, or the steps by the names of its
-            arguments, such as ``"fold_ln, center_writing_weights"``.
-        post_norm_vjps: By site name, the VJPs behind the post-norm of a weight that has one.
+        positions: Positions of the factors' rows, or a list per prompt.
+        target_ids: The target's tokens: a scalar for one token, a vector for more, with a leading
+            batch axis for several prompts (shorter targets are padded with -1).
+        target_positions: Positions whose logits predict the target's tokens, or a list per prompt.
+            Empty for a ``loss_fn``.
+        loss: The differentiated loss of every prompt; in nats for a target.
+        weights_processing: How TransformerLens processed the weights, as far as they show it:
+            ``"raw"``, or the names of its arguments, such as ``"fold_ln, center_writing_weights"``.
+            Gradients are with respect to these processed weights.
+        post_norm_vjps: VJPs after the post-norm, by site name, for weights that have one.
     """
 
     factors: dict[str, GradientFactors]
@@ -68,7 +69,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
 
     @property
     def is_batch(self) -> bool:
-        """Whether it is of several prompts, also of a list of one."""
+        """Whether the prompts were a batch, possibly a list of one."""
         return isinstance(self.tokens, list)
 
     def __getitem__(self, key: str | tuple[str, int | None]) -> GradientFactors:
@@ -88,14 +89,14 @@ class BackwardCache(Mapping[str, GradientFactors]):
         return f"BackwardCache({len(self)} weights, {of})"
 
     def example(self, b: int) -> BackwardCache:
-        """The cache of one prompt of several, as if it had been run alone.
+        """The cache of one prompt of a batch, as if that prompt had been run alone.
 
         Raises:
-            ValueError: When there is a single prompt.
-            IndexError: When there are fewer prompts.
+            ValueError: If the cache has a single prompt and no batch axis.
+            IndexError: If the batch has fewer prompts.
         """
         if not self.is_batch:
-            raise ValueError("this cache is of a single prompt")
+            raise ValueError("this cache has a single prompt and no batch axis")
         if not -len(self.tokens) <= b < len(self.tokens):
             raise IndexError(f"example {b}: this cache has {len(self.tokens)} prompts")
         ids = self.target_ids[b].reshape(-1)
@@ -117,23 +118,23 @@ class BackwardCache(Mapping[str, GradientFactors]):
         )
 
     def residual_vjps(self, key: str | tuple[str, int | None]) -> Float[Tensor, "*batch n d_model"]:
-        """VJPs of what a weight writes, where it enters the residual stream.
+        """VJPs where a weight's output enters the residual stream.
 
-        Behind a post-norm (Gemma 2 and 3, OLMo 2, GLM-4 ...) they are those at the norm's output,
-        which read well in the vocabulary; the factors keep the VJPs at the weight's own output,
-        which make up its gradient. Without such a norm the two are the same.
+        With a post-norm (Gemma 2 and 3, OLMo 2, GLM-4 ...) these are the VJPs at the norm's output,
+        which read well in the vocabulary; the factors hold the VJPs at the weight's own output,
+        which make up its gradient. Without a post-norm the two are equal.
 
         Raises:
-            KeyError: When the weight was not captured.
+            KeyError: If the weight was not captured.
         """
         name = self._name(key)
         return self.post_norm_vjps.get(name, self.factors[name].vjps)
 
     def bias_gradient(self, key: str | tuple[str, int | None]) -> Float[Tensor, "d_out"]:
-        """Gradient of the bias beside a weight: the sum of the VJPs over the captured positions.
+        """Gradient of a weight's bias: the sum of the VJPs over the captured positions.
 
         Raises:
-            KeyError: When the weight was not captured.
+            KeyError: If the weight was not captured.
         """
         return reduce(self[key].vjps, "... d_out -> d_out", "sum")
 
@@ -148,20 +149,20 @@ class BackwardCache(Mapping[str, GradientFactors]):
         """VJPs of the residual stream, at the points of ``ActivationCache.accumulated_resid``.
 
         Args:
-            layer: The last layer whose input is included; None or -1 for all, and the end of the
-                stream (``final_post``).
+            layer: The last layer whose input is included; None or -1 for all layers and the end of
+                the stream (``final_post``).
             incl_mid: Whether to include the middle of blocks, between attention and MLP.
-            pos_slice: Positions, as TransformerLens's ``Slice`` takes them.
+            pos_slice: Positions, as for TransformerLens's ``Slice``.
             mlp_input: Whether to include the middle of ``layer`` itself.
-            return_labels: Whether to return the labels, too: ``0_pre, 0_mid, 1_pre, ...``.
+            return_labels: Whether to return the labels ``0_pre, 0_mid, 1_pre, ...`` as well.
 
         Returns:
-            ``dL/dresid``, raw sign, ``[component, *batch, n, d_model]``. Texts of different lengths
-            have their rows in one axis.
+            ``dL/dresid``, raw sign, ``[component, *batch, n, d_model]``. For texts of different
+            lengths, one axis holds the rows of all texts.
 
         Raises:
-            ValueError: When a point was not captured (the capture stops at the first layer that was
-                asked for), is not there (parallel blocks have no middle), or ``layer`` is out of
+            ValueError: If a point was not captured (the capture stops at the first requested
+                layer), does not exist (parallel blocks have no middle), or ``layer`` is out of
                 range.
         """
         points = self.residual.accumulated(layer, incl_mid, mlp_input)
@@ -176,30 +177,30 @@ class BackwardCache(Mapping[str, GradientFactors]):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Stack | tuple[Stack, list[str]]:
-        """What each part of the model adds to the VJP before ``layer``, as it comes down to it.
+        """Decompose the VJP before ``layer`` into the contributions of later components.
 
-        The mirror of ``ActivationCache.decompose_resid``: there the embedding and every attention
-        and MLP *below* a layer add up to the residual stream that enters it, here the unembedding
-        and every attention and MLP *from that layer on* add up to the VJP there. What comes through
-        a norm on the stream itself (BERT, openai-gpt), or through a mixer beside attention
-        (falcon_h1), is in ``attn_out``.
+        This mirrors ``ActivationCache.decompose_resid``: forward, the embedding and every attention
+        and MLP *below* a layer add up to the residual stream that enters it; backward, the
+        unembedding and every attention and MLP *from that layer on* add up to the VJP there. The
+        part through a norm on the stream itself (BERT, openai-gpt), or through a mixer beside
+        attention (falcon_h1), is in ``attn_out``.
 
         Args:
-            layer: The layer; None or -1 for 0, where all parts are included.
-            mlp_input: Whether to decompose the VJP in the middle of ``layer`` instead, which leaves
-                its attention out.
-            mode: ``"all"``, or only the parts of ``"mlp"`` or ``"attn"``.
-            pos_slice: Positions, as TransformerLens's ``Slice`` takes them.
+            layer: The layer; None or -1 for 0, which includes all components.
+            mlp_input: Whether to decompose the VJP in the middle of ``layer`` instead, without its
+                attention.
+            mode: ``"all"``, or only ``"mlp"`` or ``"attn"``.
+            pos_slice: Positions, as for TransformerLens's ``Slice``.
             incl_embeds: Whether to include the unembedding: the VJP at the end of the stream.
-            return_labels: Whether to return the labels, too: ``unembed, 0_attn_out, 0_mlp_out``.
+            return_labels: Whether to return the labels ``unembed, 0_attn_out, 0_mlp_out`` as well.
 
         Returns:
             ``[component, *batch, n, d_model]``, raw sign.
 
         Raises:
             ValueError: As :meth:`accumulated_vjps`, and for another ``mode``.
-            NotImplementedError: When a block has neither attention with a site of W_O nor a middle,
-                or is parallel and had a backward hook inside its attention.
+            NotImplementedError: If a block has neither a W_O site nor a middle, or is parallel and
+                had a backward hook inside its attention.
         """
         if mode not in ("all", "mlp", "attn"):
             raise ValueError(f"mode must be 'all', 'mlp' or 'attn', got {mode!r}")
@@ -213,24 +214,24 @@ class BackwardCache(Mapping[str, GradientFactors]):
         incl_remainder: bool = False,
         pos_slice: SliceInput = None,
     ) -> Stack | tuple[Stack, list[str]]:
-        """What each attention head from ``layer`` on adds to the VJP before ``layer``.
+        """The contribution of each attention head from ``layer`` on to the VJP before ``layer``.
 
-        The mirror of ``ActivationCache.stack_head_results``. The heads of a layer add up to its
-        ``attn_out`` of :meth:`decompose_vjps`, also where they share keys and values. (Not where
-        later layers use this layer's keys and values, as in Gemma 3n: these come in addition. Nor
-        where ``attn_out`` has more than attention in it.)
+        This mirrors ``ActivationCache.stack_head_results``. The heads of a layer add up to its
+        ``attn_out`` in :meth:`decompose_vjps`, also when they share keys and values. They do not
+        add up if later layers reuse this layer's keys and values (Gemma 3n), or if ``attn_out``
+        contains more than attention.
 
         Args:
-            layer: The layer; None or -1 for 0, where all heads are included.
-            return_labels: Whether to return the labels, too: ``L0H0, L0H1, ...``.
-            incl_remainder: Whether to add the rest of the VJP, label ``remainder``.
-            pos_slice: Positions, as TransformerLens's ``Slice`` takes them.
+            layer: The layer; None or -1 for 0, which includes all heads.
+            return_labels: Whether to return the labels ``L0H0, L0H1, ...`` as well.
+            incl_remainder: Whether to add the rest of the VJP, labelled ``remainder``.
+            pos_slice: Positions, as for TransformerLens's ``Slice``.
 
         Returns:
             ``[component, *batch, n, d_model]``, raw sign.
 
         Raises:
-            ValueError: When the cache was captured without ``per_head=True``, and as
+            ValueError: If the cache was captured without ``per_head=True``, and as
                 :meth:`accumulated_vjps`.
         """
         parts = self.residual.by_head(layer, incl_remainder)
@@ -239,17 +240,17 @@ class BackwardCache(Mapping[str, GradientFactors]):
     def attribute(self, other: BackwardCache) -> pd.DataFrame:
         """First-order effect on ``other``'s loss of patching this run's activations into it.
 
-        ``(activation - other's activation) . other's VJP`` of every node, the node scores of
-        ``transformer_lens.tools.analysis.attribution_patch(model, clean, corrupt)`` (4.3): this
-        cache is the clean run, ``other`` the corrupt one, whose VJPs are used.
+        Computes ``(activation - other's activation) . other's VJP`` for every node, the node scores
+        of ``transformer_lens.tools.analysis.attribution_patch(model, clean, corrupt)`` (4.3). This
+        cache is the clean run; ``other`` is the corrupt run and supplies the VJPs.
 
         Returns:
             One row per node with the columns ``example, kind`` (``embed``, ``attn_head_out`` or
             ``mlp_out``), ``layer, head, position, score``.
 
         Raises:
-            ValueError: When the two are not of equally long texts and the same positions, or one
-                was not captured in all layers.
+            ValueError: If the text lengths or positions of the two differ, or one was not captured
+                in all layers.
 
         Example:
             >>> clean.attribute(corrupt).nlargest(10, "score")
@@ -257,17 +258,16 @@ class BackwardCache(Mapping[str, GradientFactors]):
         mine, others = self._positions(), other._positions()
         if mine != others:
             raise ValueError(
-                "other: activations are compared position by position, so both runs must have "
-                f"texts of the same lengths and the same positions, got {mine} and {others}"
+                "other: activations are compared by position, so both runs need texts of the same "
+                f"lengths and the same positions, got {mine} and {others}"
             )
         return attribution(self.residual, other.residual, others)
 
     def save(self, path: str | Path) -> Path:
-        """Write the cache to one safetensors file, from which :meth:`load` restores it exactly.
+        """Write the cache to one safetensors file; :meth:`load` restores it exactly.
 
         A tensor that several weights share, such as the input of ``W_in`` and ``W_gate``, is
-        written once. The file appears under its name only when it is whole: a save that fails
-        leaves an older file as it was.
+        written once. Writing is atomic: a failed save leaves an existing file unchanged.
 
         Args:
             path: The file to write. Its folder must exist.
@@ -276,7 +276,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
             The same path.
 
         Raises:
-            OSError: When the file cannot be written.
+            OSError: If the file cannot be written.
 
         Example:
             >>> cache.save("messi.safetensors")
@@ -290,20 +290,20 @@ class BackwardCache(Mapping[str, GradientFactors]):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> BackwardCache:
-        """Read a cache that :meth:`save` has written.
+        """Read a cache written by :meth:`save`.
 
         Args:
             path: The file.
-            device: Where the factors and the loss go. Tokens, positions and target stay on the
-                CPU, as in a cache that was just captured.
+            device: Device for the factors and the loss. Tokens, positions and target stay on the
+                CPU, as in a fresh capture.
 
         Returns:
-            The cache with the same values, dtypes and order of weights. What was shared is shared.
+            The cache with the same values, dtypes, weight order and shared tensors.
 
         Raises:
-            FileNotFoundError: When there is no such file.
-            ValueError: When the file is truncated or damaged, is not a saved cache, or is in the
-                format of a newer version of the package.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is truncated or damaged, is not a saved cache, or was written in
+                the format of a newer version of the package.
 
         Example:
             >>> BackwardCache.load("messi.safetensors", device="cuda")
@@ -325,7 +325,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
         return [positions.tolist() for positions in each]
 
     def _name(self, key: str | tuple[str, int | None]) -> str:
-        """The site name behind a name or ``(kind, layer)``."""
+        """The site name for a name or ``(kind, layer)``."""
         if isinstance(key, str):
             names = [key] if key in self.factors else []
         else:
@@ -337,7 +337,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
         return names[0]
 
     def _no_single_weight(self, key: str | tuple[str, int | None], names: list[str]) -> str:
-        """What is wrong with a key that names no weight, or several, and what to ask for."""
+        """Explain why a key does not select exactly one weight, and suggest one that does."""
         kind, layer = (key, None) if isinstance(key, str) else key
         if isinstance(key, str) and "." in key:
             with suppress(ValueError):
@@ -347,19 +347,19 @@ class BackwardCache(Mapping[str, GradientFactors]):
             layers.setdefault(name.kind, []).append(name.layer)
         if kind not in layers:
             kinds: dict[str, list[str]] = {}
-            for one, of_one in layers.items():
-                kinds.setdefault(_where(of_one), []).append(one)
-            every = "; ".join(f"{', '.join(some)} {where}" for where, some in kinds.items())
-            return f"was not captured; there is {every}"
+            for one, its_layers in layers.items():
+                kinds.setdefault(_where(its_layers), []).append(one)
+            captured = "; ".join(f"{', '.join(some)} {where}" for where, some in kinds.items())
+            return f"was not captured; the cache has {captured}"
         if names and layer is not None:
-            return f"is the key of several weights: {', '.join(names)}"
+            return f"matches several weights: {', '.join(names)}"
         of_kind = layers[kind]
         wrong = "was not captured" if layer is not None else "names no layer"
         if layer is None and len(of_kind) > 1:
             wrong = "is in several layers"
         return (
-            f"{wrong}; {kind} was captured {_where(of_kind)}: take cache[{kind!r}, {of_kind[-1]}], "
-            "say"
+            f"{wrong}; {kind} was captured {_where(of_kind)}: use e.g. "
+            f"cache[{kind!r}, {of_kind[-1]}]"
         )
 
 
@@ -371,5 +371,5 @@ def _where(layers: list[int | None]) -> str:
 
 
 def _fields_of(instance: Any) -> dict[str, Any]:
-    """The fields of a dataclass instance, as they are (``asdict`` would copy its tensors)."""
+    """The fields of a dataclass instance, without copying tensors as ``asdict`` would."""
     return {field.name: getattr(instance, field.name) for field in fields(instance)}

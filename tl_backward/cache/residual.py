@@ -1,8 +1,8 @@
-"""The residual stream of the backward pass: its VJPs, and what each part of the model adds to them.
+"""The residual stream of the backward pass: its VJPs and the contributions of components.
 
-Forward, every block reads the residual stream and adds to it. Backward, the VJP comes down the
-same stream from the unembedding, and every attention and MLP adds what came through it. The
-functions mirror ``ActivationCache``, with its labels.
+Forward, every block reads the residual stream and adds to it. Backward, the VJP flows down the
+same stream from the unembedding, and every attention and MLP adds the VJP that flowed through it.
+The functions mirror ``ActivationCache`` and use its labels.
 """
 
 from __future__ import annotations
@@ -20,23 +20,22 @@ from tl_backward.cache.rows import of_example, plain_index
 SliceInput: TypeAlias = int | slice | tuple[int, ...] | list[int] | Tensor | None
 Stack: TypeAlias = Float[Tensor, "component *batch_and_pos d_model"]
 NODES = ("hook_embed", "hook_mlp_out", "hook_z")
-"""The HookPoints of what is added to the stream; at ``hook_z`` attention is kept by head."""
+"""HookPoints of the components that write to the stream; ``hook_z`` keeps attention by head."""
 
 
 @dataclass(frozen=True, eq=False)
 class Residual:
-    """What was seen at the residual stream, by the names of TransformerLens's HookPoints.
+    """Activations and VJPs of the residual stream, by the names of TransformerLens's HookPoints.
 
     Attributes:
         n_layers: Number of layers of the model.
-        n_heads: Number of attention heads of a layer.
-        lengths: Rows of each example of a batch whose examples differ in it; else None.
+        n_heads: Number of attention heads per layer.
+        lengths: Rows per example if the examples of a batch differ in length; otherwise None.
         vjps: VJPs at ``hook_embed``, at the residual stream before, in the middle of and after
-            blocks, at ``hook_mlp_out`` and at ``attn.hook_z`` (heads side by side).
-        activations: Activations at the same places, but for the middle of blocks.
-        attention: By layer, what attention adds to the VJP in a block where the MLP is parallel
-            to it.
-        heads: By layer, what each attention head adds to the VJP.
+            blocks, at ``hook_mlp_out`` and at ``attn.hook_z`` (heads concatenated).
+        activations: Activations at the same places, except the middle of blocks.
+        attention: Contribution of attention to the VJP, by layer, in blocks with a parallel MLP.
+        heads: Contribution of each attention head to the VJP, by layer.
     """
 
     n_layers: int
@@ -48,13 +47,13 @@ class Residual:
     heads: dict[int, Float[Tensor, "head *batch n d_model"]] = field(default_factory=dict)
 
     def example(self, b: int) -> Residual:
-        """What was seen of one example of a batch."""
+        """The residual stream of one example of a batch."""
 
-        def of(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        def select(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
             return {name: of_example(tensor, b, self.lengths) for name, tensor in tensors.items()}
 
-        seen = (of(self.vjps), of(self.activations), of(self.attention), of(self.heads))
-        return Residual(self.n_layers, self.n_heads, None, *seen)
+        parts = (self.vjps, self.activations, self.attention, self.heads)
+        return Residual(self.n_layers, self.n_heads, None, *(select(part) for part in parts))
 
     def accumulated(
         self,
@@ -63,7 +62,7 @@ class Residual:
         mlp_input: bool,
         layers: Collection[int] | None = None,
     ) -> dict[str, Tensor]:
-        """The VJPs at the points of ``accumulated_resid``, by label; if wanted, in some layers."""
+        """The VJPs at the points of ``accumulated_resid``, by label, optionally in some layers."""
         layer = self._layer(layer, default=self.n_layers)
         points = {}
         for block in self._wanted(range(layer + 1), layers):
@@ -73,18 +72,18 @@ class Residual:
         return points
 
     def require_all_layers(self) -> None:
-        """Refuse what has only the end of the stream.
+        """Raise unless every layer's VJP was captured.
 
         Raises:
-            ValueError: When the VJP before a layer is not there.
+            ValueError: If the VJP before a layer is missing.
         """
         for block in range(self.n_layers + 1):
             self._before(block)
 
     def forward_stream(self, layers: Collection[int] | None = None) -> dict[str, Tensor]:
-        """The activations at the points of ``accumulated_resid`` in some layers, by label.
+        """The activations at the points of ``accumulated_resid``, by label.
 
-        Default: those that were captured.
+        By default, all captured layers.
         """
         points = {}
         for block in self._wanted(range(self.n_layers + 1), layers):
@@ -103,7 +102,7 @@ class Residual:
         incl_embeds: bool,
         layers: Collection[int] | None = None,
     ) -> dict[str, Tensor]:
-        """What the unembedding, attention and MLPs add to the VJP before ``layer``, by label."""
+        """Contributions of unembedding, attention and MLPs to the VJP before ``layer``."""
         layer = self._layer(layer, default=0)
         parts = {"unembed": self._before(self.n_layers)} if incl_embeds else {}
         for block in self._wanted(range(layer, self.n_layers), layers):
@@ -117,14 +116,14 @@ class Residual:
     def by_head(
         self, layer: int | None, incl_remainder: bool, layers: Collection[int] | None = None
     ) -> dict[str, Tensor]:
-        """What each attention head from ``layer`` on adds to the VJP before it, by label."""
+        """Contributions of the heads from ``layer`` on to the VJP before it."""
         layer = self._layer(layer, default=0)
         blocks = self._wanted(range(layer, self.n_layers), layers)
         missing = [block for block in blocks if block not in self.heads]
         if missing:
             raise ValueError(
-                f"the heads of layer {missing[0]} were not captured; run with per_head=True, and "
-                "with all layers (a layer without attention, or without a site of W_O, has none)"
+                f"the heads of layer {missing[0]} were not captured; run with per_head=True and "
+                "all layers (a layer without attention or without a W_O site has no heads)"
             )
         parts = {
             f"L{block}H{h}": head for block in blocks for h, head in enumerate(self.heads[block])
@@ -141,16 +140,16 @@ class Residual:
             return before - middle, middle - after
         if block not in self.attention:
             raise NotImplementedError(
-                f"block {block} has neither attention with a site of W_O nor a hook_resid_mid (or "
-                "is parallel, with a backward hook inside its attention), so its parts are not "
-                "told apart; accumulated_vjps has their sum"
+                f"block {block} has neither a W_O site nor a hook_resid_mid (or is parallel, with "
+                "a backward hook inside its attention), so its VJP cannot be decomposed; "
+                "accumulated_vjps has the sum"
             )
         if f"blocks.{block}.hook_mlp_out" not in self.vjps:
             return before - after, None
         return self.attention[block], before - after - self.attention[block]
 
     def _before(self, block: int) -> Tensor:
-        """The VJP where layer ``block`` begins; behind the last one, where the stream ends."""
+        """The VJP before layer ``block``; for ``n_layers``, at the end of the stream."""
         return self._at(self._name_before(block))
 
     def _name_before(self, block: int) -> str:
@@ -165,12 +164,12 @@ class Residual:
         if name not in self.vjps:
             raise ValueError(
                 f"the VJP at {name} was not captured; run with all layers (the capture stops at "
-                "the first that is asked for; parallel blocks have no middle, and of blocks that "
-                "run several times nothing is kept)"
+                "the first requested layer, parallel blocks have no middle, and blocks that run "
+                "several times are not kept)"
             )
 
     def _wanted(self, blocks: range, layers: Collection[int] | None) -> list[int]:
-        """The blocks in the layers that are asked for, and the end of the stream."""
+        """The requested blocks, and the end of the stream."""
         return [b for b in blocks if layers is None or b in layers or b == self.n_layers]
 
     def _layer(self, layer: int | None, default: int) -> int:
@@ -178,7 +177,7 @@ class Residual:
             return default
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= self.n_layers:
             raise ValueError(
-                f"layer={layer!r}: it must be in [0, {self.n_layers}], or -1 or None for all layers"
+                f"layer must be in [0, {self.n_layers}], or -1 or None for all, got {layer!r}"
             )
         return layer
 
@@ -186,12 +185,12 @@ class Residual:
 def stacked(
     parts: dict[str, Tensor], pos_slice: SliceInput, return_labels: bool, lengths: Any
 ) -> Stack | tuple[Stack, list[str]]:
-    """Parts as one tensor, sliced along the positions as TransformerLens's ``Slice`` does it."""
+    """Stack parts into one tensor, sliced by position as TransformerLens's ``Slice`` does."""
     if not parts:
-        raise ValueError("nothing is left to stack; choose other arguments")
+        raise ValueError("nothing to stack: the arguments leave out every component")
     if pos_slice is not None and lengths is not None:
         raise ValueError(
-            "pos_slice: the prompts of this batch differ in length; take cache.example(b) first"
+            "pos_slice: the prompts of this batch differ in length; use cache.example(b) first"
         )
     index = plain_index(pos_slice)
     tensors = [part if index is None else part[..., index, :] for part in parts.values()]

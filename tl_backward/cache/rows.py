@@ -1,4 +1,4 @@
-"""Which rows of a padded batch belong to its texts."""
+"""The rows of a padded batch that belong to its texts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Positions: TypeAlias = int | slice | tuple[int, ...] | Sequence[int] | Tensor | 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows to keep of tensors that hold ``width`` positions for each text.
+    """Selects rows from tensors that hold ``width`` positions per text.
 
     Attributes:
-        single: Whether there is one text, which then gets no batch axis.
-        width: Positions of the padded batch.
-        starts: Where each text begins in it.
-        kept: The positions of each text to keep, counted from its beginning.
+        single: Whether there is one text and no batch axis.
+        width: Number of positions of the padded batch.
+        starts: Start of each text in the padded batch.
+        kept: Positions of each text to keep, relative to its start.
     """
 
     single: bool
@@ -40,12 +40,12 @@ class Rows:
         return all(torch.equal(kept, every) for kept in self.kept)
 
     def lengths(self, uses: int = 1) -> tuple[int, ...] | None:
-        """Rows of each text, if they differ; ``uses`` tensors give that many times as many."""
+        """Number of rows per text if the texts differ, for ``uses`` tensors; otherwise None."""
         lengths = tuple(uses * len(kept) for kept in self.kept)
         return lengths if len(set(lengths)) > 1 else None
 
     def of(self, tensors: Sequence[Tensor]) -> Float[Tensor, "*batch n d"]:
-        """The rows of one or more tensors, text by text; in one axis if their numbers differ."""
+        """The rows of one or more tensors, by text; in one axis if texts differ in length."""
         n_texts, uses = len(self.starts), len(tensors)
         rows = [by_text(tensor, n_texts) for tensor in tensors]
         whole = rows[0] if uses == 1 else torch.cat(rows, dim=1)
@@ -64,7 +64,7 @@ class Rows:
 
 
 def by_text(tensor: Float[Tensor, "..."], n_texts: int) -> Float[Tensor, "batch pos d"]:
-    """One vector for each position of each text, also where heads or texts share an axis."""
+    """One vector per text and position, merging head axes and splitting a merged batch axis."""
     if tensor.ndim == 2:
         return rearrange(tensor, "(batch pos) d -> batch pos d", batch=n_texts)
     return rearrange(tensor, "batch pos ... -> batch pos (...)")
@@ -73,23 +73,23 @@ def by_text(tensor: Float[Tensor, "..."], n_texts: int) -> Float[Tensor, "batch 
 def of_example(
     tensor: Float[Tensor, "*lead d"], b: int, lengths: tuple[int, ...] | None
 ) -> Float[Tensor, "*one d"]:
-    """One text's rows of what :meth:`Rows.of` gave, or of a stack of it."""
+    """One text's rows of a result of :meth:`Rows.of`, or of a stack of results."""
     if lengths is None:
         return tensor.select(-3, b)
     return tensor.split(lengths, dim=-2)[b]
 
 
 def kept_positions(positions: Positions, n: int, example: int | None) -> Int[Tensor, "n"]:
-    """The indices that an index, slice or list of positions selects from ``n`` tokens."""
+    """The indices selected from ``n`` tokens by an index, slice or list of positions."""
     text = "this prompt" if example is None else f"prompt {example}"
     return selected(positions, n, "positions", f"{text} has positions")
 
 
 def selected(index: Positions, n: int, argument: str, has: str) -> Int[Tensor, "n"]:
-    """The indices that an argument of TransformerLens's ``Slice`` selects from ``n`` of something.
+    """The indices selected from ``n`` items by an argument of TransformerLens's ``Slice``.
 
     Raises:
-        ValueError: When it selects something that is not there, or nothing; ``has`` says what is.
+        ValueError: If the index is out of range or selects nothing; ``has`` names the valid items.
     """
     if index is None:
         return torch.arange(n)
@@ -104,7 +104,7 @@ def selected(index: Positions, n: int, argument: str, has: str) -> Int[Tensor, "
 
 
 def plain_index(index: Any) -> Any:
-    """What a tensor can be indexed with: a tuple is a slice, and a ``Slice`` what it stands for."""
+    """Convert to an index for tensors: unwrap ``Slice``, turn tuples into slices."""
     index = getattr(index, "slice", index)
     if isinstance(index, tuple):
         return slice(*index)

@@ -1,4 +1,4 @@
-"""What the capture does around the backward hooks that are on a model."""
+"""Guards around a model's backward hooks during a capture."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ ATTENTION_SCORES = ("hook_attn_scores", "hook_pattern")
 
 
 class CalledAgain(NotImplementedError):
-    """A backward hook would get a part of the VJP that it has had."""
+    """A backward hook would be called a second time, with a part of the VJP."""
 
 
 class GuardedHooks:
-    """Gives each backward hook a VJP of its own to edit in place, and checks what it returns.
+    """Gives each backward hook its own copy of the VJP, and checks the returned value.
 
-    Autograd hands the very same tensor to all branches of a sum, as of the residual stream. At
-    padding the VJP stays 0 whatever a hook returns, so that a text gets what it gets alone.
+    A hook may edit its VJP in place, but autograd passes one tensor to all branches of a sum, such
+    as the residual stream. At padding the VJP stays 0 whatever a hook returns, so that each text
+    gets the same result as alone.
 
     Args:
-        run: The run, before its forward pass, in which PyTorch collects the hooks.
+        run: The run, before its forward pass (where PyTorch collects the hooks).
         model: A model with all of its backward hooks.
-        mask: 1 at the tokens of the batch, 0 at padding.
+        mask: True at the tokens of the batch, False at padding.
 
     Attributes:
-        are_done: Whether the backward pass is over. Then nothing may pass a hook any more.
+        are_done: Whether the backward pass is over; later calls of a hook raise.
     """
 
     def __init__(self, run: Run, model: Model, mask: Bool[Tensor, "batch pos"]) -> None:
@@ -37,24 +38,24 @@ class GuardedHooks:
         self._run = run
         self._padding = None if mask.all() else ~mask
         for point in {point for point in model.hook_dict.values() if point.bwd_hooks}:
-            run.hook_backward(point, self._before, self._behind)
+            run.hook_backward(point, self._before, self._after)
 
     def _before(
         self, point: Any, vjps: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...] | None:
-        if not self._concern_the_run(vjps):
+        if not self._belong_to_run(vjps):
             return None
         if self.are_done:
             raise CalledAgain(
-                "per_head=True passes through attention once for every head, and would call the "
-                f"backward hook at {point.name} each time; run without the one or the other"
+                "per_head=True runs a backward pass through attention for every head, which would "
+                f"call the backward hook at {point.name} again; drop per_head or the hook"
             )
         return tuple(None if vjp is None else vjp.clone() for vjp in vjps)
 
-    def _behind(
+    def _after(
         self, point: Any, patched: tuple[Any, ...], given: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...] | None:
-        if not self._concern_the_run(given):
+        if not self._belong_to_run(given):
             return None
         for returned, vjp in zip(patched, given, strict=False):
             if returned is not None and vjp is not None:
@@ -66,7 +67,7 @@ class GuardedHooks:
             for vjp in patched
         )
 
-    def _concern_the_run(self, vjps: tuple[Tensor | None, ...]) -> bool:
+    def _belong_to_run(self, vjps: tuple[Tensor | None, ...]) -> bool:
         return any(vjp is not None and self._run.may_own(vjp) for vjp in vjps)
 
 
@@ -80,17 +81,17 @@ def _require_alike(point: Any, returned: Any, vjp: Tensor) -> None:
     else:
         return
     raise ValueError(
-        f"a backward hook at {point.name} returned {got}; it must return a tensor like the VJP "
-        f"that it is given, {vjp.dtype} of the shape {list(vjp.shape)}, or None"
+        f"a backward hook at {point.name} returned {got}; it must return None or a tensor like its "
+        f"VJP, {vjp.dtype} of the shape {list(vjp.shape)}"
     )
 
 
 def _without_padding(point: Any, vjp: Tensor, padding: Tensor) -> Tensor:
-    """The VJP with zeros at padding. A tensor that has no axis of positions stays as it is."""
+    """The VJP with zeros at padding; a tensor without a position axis is unchanged."""
     n_texts, width = padding.shape
     if len(vjp) == n_texts * width:  # [batch * pos, ...], as in the MLPs of OPT
         return vjp.masked_fill(padding.reshape(-1, *[1] * (vjp.ndim - 1)), 0)
-    for axis in _axes_of_positions(point, vjp, width):
+    for axis in _position_axes(point, vjp, width):
         if len(vjp) == n_texts and vjp.ndim > axis and vjp.shape[axis] == width:
             shape = [n_texts, *[1] * (vjp.ndim - 1)]
             shape[axis] = width
@@ -98,10 +99,10 @@ def _without_padding(point: Any, vjp: Tensor, padding: Tensor) -> Tensor:
     return vjp
 
 
-def _axes_of_positions(point: Any, vjp: Tensor, width: int) -> tuple[int, ...]:
-    """Of ``[batch, pos, ...]``, ``[batch, head, pos, d_head]`` or ``[batch, head, query, key]``.
+def _position_axes(point: Any, vjp: Tensor, width: int) -> tuple[int, ...]:
+    """In ``[batch, pos, ...]``, ``[batch, head, pos, d_head]`` or ``[batch, head, query, key]``.
 
-    TransformerLens shows rotated queries and keys by position first, but keeps them by head.
+    TransformerLens shows rotated queries and keys with positions first, but stores heads first.
     """
     if point.name.endswith(ATTENTION_SCORES):
         return 2, 3

@@ -1,4 +1,4 @@
-"""The capture of the residual stream: where it is recorded, and what is made of the records."""
+"""The capture of the residual stream: what to record, and the result built from the records."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tl_backward.sites.names import layer_of
 
 @dataclass(frozen=True)
 class Watched:
-    """The attention outputs of the layers that :func:`watch_residual` has put a watch on."""
+    """The attention outputs that :func:`watch_residual` records."""
 
     z_of_layer: dict[int, str]
     n_layers: int
@@ -31,13 +31,13 @@ class Watched:
 def watch_residual(
     recorder: Recorder, model: Model, found: FoundSites, after: int | None, per_head: bool
 ) -> Watched:
-    """Record the residual stream: all of it, or only what is behind the layer ``after``."""
+    """Record the residual stream: all of it, or only the layers after the layer ``after``."""
     first = -1 if after is None else after + 1
     n_layers = found.n_layers
     for name, point in residual_points(model).items():
         layer = layer_of(name)
-        behind = n_layers if name.endswith("hook_resid_post") else -1 if layer is None else layer
-        if behind < first:
+        block = n_layers if name.endswith("hook_resid_post") else -1 if layer is None else layer
+        if block < first:
             continue
         middle = name.endswith("hook_resid_mid")
         shared = name == "blocks.0.hook_resid_pre"  # later blocks of Gemma 4 and Zamba 2 read it
@@ -54,17 +54,18 @@ def watch_residual(
 
 
 def needs_graph(recorder: Recorder, watched: Watched) -> bool:
-    """Whether :func:`residual_from` has more to ask of the graph than the VJPs."""
+    """Whether :func:`residual_from` needs further backward passes through the graph."""
     return watched.per_head or bool(_parallel(recorder, watched))
 
 
 def residual_from(
     recorder: Recorder, watched: Watched, vjps: dict[Any, list[Tensor]], rows: Rows
 ) -> Residual:
-    """What was seen at the residual stream. Blocks that run several times are left out.
+    """Build the recorded residual stream. Blocks that run several times are left out.
 
     Raises:
-        CalledAgain: When a backward hook is between an attention output and its block's beginning.
+        CalledAgain: If a backward hook sits between the beginning of a block and its attention
+            output.
     """
     once = {
         name: vjps[name]
@@ -99,7 +100,7 @@ def residual_from(
 
 
 def _parallel(recorder: Recorder, watched: Watched) -> dict[int, str]:
-    """The attention outputs of the blocks, run once, that have no middle."""
+    """The attention outputs of parallel blocks (those without a middle) that run once."""
 
     def runs_once(name: str) -> bool:
         return len(recorder.places[name]) == 1
@@ -114,15 +115,15 @@ def _parallel(recorder: Recorder, watched: Watched) -> dict[int, str]:
 
 
 def _through(recorder: Recorder, block: int, z: str, vjp: Tensor) -> Tensor:
-    """The part of the VJP before block ``block`` that comes through its attention."""
+    """The part of the VJP before block ``block`` that flows through its attention."""
     (later,), (earlier,) = recorder.places[z], recorder.places[f"blocks.{block}.hook_resid_pre"]
     return vjp_between(later, vjp, earlier)
 
 
 def _each_head(vjp: Tensor, n_heads: int, rows: Rows) -> list[Tensor]:
-    """The VJP at ``hook_z`` with all heads but one set to zero, for each head."""
+    """For each head, the VJP at ``hook_z`` with all other heads zeroed."""
     heads = rearrange(
         by_text(vjp, len(rows.starts)), "batch pos (head d) -> batch pos head d", head=n_heads
     )
-    of_each = rearrange(torch.eye(n_heads).to(vjp), "one head -> one head 1")
-    return [(heads * one).reshape(vjp.shape) for one in of_each]
+    one_hot = rearrange(torch.eye(n_heads).to(vjp), "one head -> one head 1")
+    return [(heads * one).reshape(vjp.shape) for one in one_hot]

@@ -1,4 +1,4 @@
-"""The text in padded token ids."""
+"""Removing padding from token ids."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ def unpadded(
 ) -> Rows:
     """The rows of a tensor without their padding.
 
-    A pad token that is nothing else is padding at both ends of a row, on whichever side. One that
-    has another role, as in GPT-2, where it also begins and ends texts, is padding on the given side
-    only. There all of them are cut, except:
+    A dedicated pad token is padding at both ends of a row. A pad token with another role, as in
+    GPT-2, where it is also BOS and EOS, is padding on the given side only. There, all pad tokens
+    are removed, except:
 
-    - one in every row, where rows begin with BOS and BOS is the pad token;
+    - one in every row, if rows begin with BOS and BOS is the pad token;
     - the innermost one of a row that holds nothing else: a text has at least one token.
 
     Args:
-        tokenizer: Its pad token is the padding; without one there is none.
+        tokenizer: Provides the pad token; without one there is no padding.
         tokens: The rows.
-        side: Where they are padded, ``"left"`` or ``"right"``.
+        side: The padded side, ``"left"`` or ``"right"``.
         begins_with_bos: Whether each row begins with BOS.
 
     Warns:
-        UserWarning: When pad tokens at an end of a row may as well be text, with what they are
-            taken for.
+        UserWarning: If pad tokens at an end of a row might be text, saying how they were read.
     """
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or not tokens.numel():
@@ -54,43 +53,43 @@ def unpadded(
 
 
 def is_only_padding(tokenizer: Any) -> bool:
-    """Whether there is a pad token, and it has no other role."""
+    """Whether the tokenizer has a dedicated pad token."""
     pad = getattr(tokenizer, "pad_token_id", None)
     others = [getattr(tokenizer, f"{role}_token_id", None) for role in SPECIAL_TOKENS]
     return pad is not None and pad not in others
 
 
 def encoded_rows(encoding: Mapping[str, Any]) -> list[Any]:
-    """The token ids in a tokenizer's output where its ``attention_mask`` is 1.
+    """The token ids of a tokenizer's output where its ``attention_mask`` is 1.
 
     Returns:
-        One row, or a list of several: those in a list, or in a tensor with more than one row.
+        A list of rows for a nested list or a tensor of several rows, otherwise one row.
 
     Raises:
-        TypeError: When there are no ``input_ids``.
-        ValueError: When there is no mask of their shape, or one that is not a single run of ones.
-        NotImplementedError: For token types, which the model is not given.
+        TypeError: If there are no ``input_ids``.
+        ValueError: If the mask is missing, has another shape, or is not a single run of ones.
+        NotImplementedError: For nonzero token types, which the model does not receive.
     """
     if "input_ids" not in encoding:
         raise TypeError(
-            "prompt is a mapping without input_ids; pass what the tokenizer returned, text or "
-            f"token ids, got the keys {', '.join(map(str, encoding))}"
+            "prompt is a mapping without input_ids; pass the tokenizer's output, text or token "
+            f"ids, got the keys {', '.join(map(str, encoding))}"
         )
     if "attention_mask" not in encoding:
         raise ValueError(
-            "prompt has input_ids but no attention_mask, which tells text from padding; pass all "
-            "that the tokenizer returned, or the input_ids alone"
+            "prompt has input_ids but no attention_mask to mark padding; pass the tokenizer's "
+            "whole output, or the input_ids alone"
         )
     if any(map(_any_nonzero, _nested(encoding.get("token_type_ids", [])))):
         raise NotImplementedError(
-            "prompt has token_type_ids that are not 0, and the model is run without token types; "
-            "pass the input_ids alone"
+            "prompt has nonzero token_type_ids, but the model runs without token types; pass the "
+            "input_ids alone"
         )
     ids, mask = _nested(encoding["input_ids"]), _nested(encoding["attention_mask"])
     if not ids or not isinstance(ids[0], list):
         return _text(ids, mask, "")
     if len(ids) != len(mask):
-        raise ValueError(f"attention_mask has {len(mask)} rows, and input_ids {len(ids)}")
+        raise ValueError(f"attention_mask has {len(mask)} rows, but input_ids has {len(ids)}")
     rows = [
         _text(of_row, mask_of_row, f" of row {b}")
         for b, (of_row, mask_of_row) in enumerate(zip(ids, mask, strict=True))
@@ -99,7 +98,7 @@ def encoded_rows(encoding: Mapping[str, Any]) -> list[Any]:
 
 
 def _run(is_text: Tensor) -> Int[Tensor, "batch"]:
-    """How many places each row has before its first text."""
+    """Number of pad tokens before the first text token of each row."""
     return is_text.long().cummax(1).values.eq(0).sum(1)
 
 
@@ -118,26 +117,26 @@ def _warn_of_ambiguity(
     begins = at_padding.gt(cut) & at_padding.lt(n)
     taken = [
         (cut.gt(0) & ~begins, side, "padding"),
-        (cut.gt(0) & begins, side, "padding, but for one as BOS"),
+        (cut.gt(0) & begins, side, "padding, except one as BOS"),
         (cut.eq(0) & begins, side, "text"),
         (cut.eq(0) & elsewhere.gt(expected), other, "text"),
     ]
     parts = [
         f"{tokenizer.pad_token!r} at the {'beginning' if where == 'left' else 'end'} of row "
-        f"{', '.join(str(b) for b in rows.nonzero().flatten().tolist())} is taken for {as_what}"
-        for rows, where, as_what in taken
+        f"{', '.join(str(b) for b in rows.nonzero().flatten().tolist())} is treated as {role}"
+        for rows, where, role in taken
         if rows.any()
     ]
     if parts:
         warn_user(
-            f"prompt: {'; '.join(parts)}. This token is padding and text alike, and padding_side "
-            f"is {side!r}: pass the tokenizer's whole output, whose attention_mask tells them "
-            "apart, or, where all of it is text, pass a list of rows"
+            f"prompt: {'; '.join(parts)}. This token can be padding or text, and padding_side is "
+            f"{side!r}: pass the tokenizer's whole output with its attention_mask, or, if all of "
+            "it is text, a list of rows"
         )
 
 
 def _nested(value: Any) -> list[Any]:
-    """A list, or a list of lists, of what a tokenizer returns in some container."""
+    """Convert a tokenizer's container to a list or a list of lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return [_nested(one) if isinstance(one, Iterable) else one for one in value]
@@ -149,7 +148,7 @@ def _any_nonzero(value: Any) -> bool:
 
 def _text(ids: list[Any], mask: list[Any], which: str) -> list[Any]:
     if len(ids) != len(mask) or any(one not in (0, 1) for one in mask):
-        raise ValueError(f"attention_mask{which} must hold one 0 or 1 for each of input_ids")
+        raise ValueError(f"attention_mask{which} must hold a 0 or 1 for each of input_ids")
     text = [one for one, is_text in zip(ids, mask, strict=True) if is_text]
     start = mask.index(1) if text else 0
     if any(is_text == 0 for is_text in mask[start : start + len(text)]):

@@ -1,4 +1,4 @@
-"""Prompts and their targets as one padded batch, and the model's call on it."""
+"""Prompts and targets as one padded batch, and the model's call on it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tl_backward.capture.tokens import (
 from tl_backward.sites import Model, left_padding_obstacle
 
 NO_TARGET = -1
-"""What fills up the target ids of a prompt with fewer of them than others."""
+"""Pads the target ids of prompts with shorter targets."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Texts, padded, with the targets that they are to predict.
+    """A padded batch of texts and their targets.
 
-    A text is a prompt and all but the last token of its target (teacher forcing), so that its last
-    ``k`` positions predict the target's ``k`` tokens.
+    A text is a prompt followed by all but the last token of its target (teacher forcing), so its
+    last ``k`` positions predict the target's ``k`` tokens.
 
     Attributes:
-        texts: The tokens of each text, without padding, on the CPU.
-        targets: The tokens of each target; none where there is no target.
-        single: Whether there is one prompt that was not given in a list.
-        padding_side: Where shorter texts are padded.
-        pad_id: The token at padding; nothing depends on which one it is.
+        texts: Tokens of each text, without padding, on the CPU.
+        targets: Tokens of each target; empty without a target.
+        single: Whether the prompt was passed alone, not in a list.
+        padding_side: Side on which shorter texts are padded.
+        pad_id: Token id at padding; results do not depend on it.
     """
 
     texts: list[Int[Tensor, "_"]]
@@ -51,29 +51,29 @@ class Batch:
 
     @property
     def width(self) -> int:
-        """Positions of the longest text."""
+        """Number of positions of the longest text."""
         return max(map(len, self.texts))
 
     @property
     def starts(self) -> list[int]:
-        """Where each text begins in its row."""
+        """Start of each text in its row."""
         at_left = self.padding_side == "left"
         return [self.width - len(text) if at_left else 0 for text in self.texts]
 
     @property
     def spans(self) -> list[slice]:
-        """Where each text is in its row."""
+        """The slice of each text in its row."""
         each = zip(self.starts, self.texts, strict=True)
         return [slice(start, start + len(text)) for start, text in each]
 
     @property
     def is_padded(self) -> bool:
-        """Whether some texts are shorter than others."""
+        """Whether the texts differ in length."""
         return any(len(text) < self.width for text in self.texts)
 
     @cached_property
     def tokens(self) -> Int[Tensor, "batch pos"]:
-        """The texts in one tensor, filled up with ``pad_id``."""
+        """The texts in one tensor, padded with ``pad_id``."""
         tokens = torch.full((len(self), self.width), self.pad_id)
         for row, span, text in zip(tokens, self.spans, self.texts, strict=True):
             row[span] = text
@@ -81,7 +81,7 @@ class Batch:
 
     @cached_property
     def mask(self) -> Bool[Tensor, "batch pos"]:
-        """True at the tokens of the texts, False at padding."""
+        """True at text tokens, False at padding."""
         mask = torch.zeros(len(self), self.width, dtype=torch.bool)
         for row, span in zip(mask, self.spans, strict=True):
             row[span] = True
@@ -89,27 +89,26 @@ class Batch:
 
     @property
     def predicting(self) -> list[Int[Tensor, "_"]]:
-        """For each text, the positions that predict its target's tokens."""
+        """The positions of each text that predict its target's tokens."""
         each = zip(self.texts, self.targets, strict=True)
         return [torch.arange(len(text) - len(ids), len(text)) for text, ids in each]
 
     @property
     def target_ids(self) -> Int[Tensor, "..."]:
-        """The targets in one tensor: without an axis of tokens if each has one, -1 for none."""
+        """The targets in one tensor, padded with -1; no token axis if each is one token."""
         longest = max(map(len, self.targets))
         filled = [[*ids, *[NO_TARGET] * (longest - len(ids))] for ids in self.targets]
         ids = torch.tensor(filled, dtype=torch.long)
         return self.whole(ids.squeeze(1) if longest == 1 else ids)
 
     def whole(self, each: Any) -> Any:
-        """What there is for each prompt, or that of the only one."""
+        """The values of all prompts, or the value itself for a single prompt."""
         return each[0] if self.single else each
 
     def logits(self, model: Model) -> Float[Tensor, "batch pos d_vocab"]:
-        """The model's logits. At padding they mean nothing.
+        """The model's logits; meaningless at padding.
 
-        A causal model does not see what is on the right of a text; on the left it is told by the
-        attention mask.
+        Causal attention ignores padding on the right; the attention mask hides padding on the left.
         """
         arguments: dict[str, Any] = {}
         if self.is_padded and model.tokenizer is not None:
@@ -119,7 +118,7 @@ class Batch:
         return model(self.tokens.to(model.cfg.device), return_type="logits", **arguments)
 
     def repeated(self, copies: int) -> Batch:
-        """The batch, several times over."""
+        """The batch repeated ``copies`` times."""
         return Batch(
             self.texts * copies, self.targets * copies, False, self.padding_side, self.pad_id
         )
@@ -133,7 +132,7 @@ def batch_of(
     prepend_bos: bool | None = None,
     padding_side: Literal["left", "right"] | None = None,
 ) -> Batch:
-    """The batch of one or several prompts, each with its target.
+    """Build the batch of one or several prompts and their targets.
 
     Args:
         model: A TransformerLens model.
@@ -143,10 +142,10 @@ def batch_of(
         padding_side: The same.
 
     Raises:
-        TypeError: When a prompt or a target is malformed.
-        ValueError: When one is empty, outside the vocabulary or longer than the context, and when
-            there are not as many targets as prompts.
-        NotImplementedError: When texts would be padded on a side that the model does not ignore.
+        TypeError: If a prompt or a target is malformed.
+        ValueError: If a prompt or target is empty, outside the vocabulary or longer than the
+            context, or their numbers differ.
+        NotImplementedError: If texts need padding on a side that the model does not ignore.
     """
     single = is_single(prompt)
     side = padding_side_of(model, padding_side)
@@ -166,15 +165,15 @@ def batch_of_tokens(
     single: bool = False,
     padding_side: Literal["left", "right"] = "right",
 ) -> Batch:
-    """The batch of prompts and targets that are tokens already.
+    """Build the batch of tokenized prompts and targets.
 
     Raises:
         ValueError, NotImplementedError: As :func:`batch_of`.
     """
-    ids = [[] for _ in prompts] if targets is None else [list(of) for of in targets]
+    ids = [[] for _ in prompts] if targets is None else [list(target) for target in targets]
     texts = [
-        torch.cat([prompt, prompt.new_tensor(of[:-1])])
-        for prompt, of in zip(prompts, ids, strict=True)
+        torch.cat([prompt, prompt.new_tensor(target[:-1])])
+        for prompt, target in zip(prompts, ids, strict=True)
     ]
     _require_room(model, prompts, texts, single)
     pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
@@ -203,6 +202,6 @@ def _require_left_padding(model: Model) -> None:
     reason = left_padding_obstacle(model)
     if reason is not None:
         raise NotImplementedError(
-            f"prompts of different lengths, padding_side='left': {reason}; pass "
-            "padding_side='right', which gives every text what it gets alone"
+            f"prompts of different lengths with padding_side='left': {reason}; pass "
+            "padding_side='right', which gives every text the same result as alone"
         )

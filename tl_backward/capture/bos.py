@@ -7,19 +7,19 @@ from typing import Any
 
 
 def prepends_bos(model: Any, prepend_bos: bool | None = None) -> bool:
-    """Whether a BOS token is put before texts: as asked for, or as the model's tokenizer does.
+    """Whether to prepend BOS to texts: the given value, or the tokenizer's own default.
 
-    The tokenizer's own default is what its model was trained with: a BOS for Llama, Gemma and
-    Mistral, none for GPT-2 or Qwen. TransformerLens's default, ``cfg.default_prepend_bos``, is True
-    for nearly all models, and it rebuilds tokenizers with ``add_bos_token=True``. So of a tokenizer
-    that may have been rebuilt, its files say what it does.
+    The tokenizer's own default matches the model's training: BOS for Llama, Gemma and Mistral, none
+    for GPT-2 or Qwen. TransformerLens's default, ``cfg.default_prepend_bos``, is True for nearly
+    all models, and TransformerLens rebuilds tokenizers with ``add_bos_token=True``. If a tokenizer
+    may have been rebuilt, its files decide.
 
     Args:
-        model: A TransformerLens model; without a tokenizer it takes no texts, and prepends none.
-        prepend_bos: What was asked for; None for the tokenizer's own default.
+        model: A TransformerLens model; without a tokenizer there are no texts, and no BOS.
+        prepend_bos: The requested value; None for the tokenizer's own default.
 
     Raises:
-        ValueError: When the files of the tokenizer cannot be read.
+        ValueError: If the tokenizer's files cannot be read.
     """
     if prepend_bos is not None:
         return bool(prepend_bos)
@@ -39,13 +39,13 @@ def _does_by_itself(name: str) -> bool:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
-            f"whether the tokenizer {name} puts a BOS before texts cannot be told, as its files "
-            "cannot be read; pass prepend_bos=True or False (--bos or --no-bos)"
+            f"cannot tell whether the tokenizer {name} prepends BOS: its files cannot be read; "
+            "pass prepend_bos=True or False (--bos or --no-bos)"
         ) from error
     return _begins_with_bos(tokenizer)
 
 
 def _begins_with_bos(tokenizer: Any) -> bool:
-    """Whether a text's first token is one that is put before all texts."""
+    """Whether the tokenizer prepends a BOS or CLS token to texts."""
     first, *rest = tokenizer("a")["input_ids"]
     return bool(rest) and first in (tokenizer.bos_token_id, tokenizer.cls_token_id)

@@ -1,8 +1,8 @@
-"""What is differentiated: one number for each example, from its logits.
+"""Losses to differentiate: one number per example, computed from its logits.
 
 A loss takes the logits and the tokens of texts without padding and returns one value per text:
-``loss_fn(logits: [batch, pos, d_vocab], tokens: [batch, pos]) -> [batch]``. All values are raw: a
-descent step lowers them.
+``loss_fn(logits: [batch, pos, d_vocab], tokens: [batch, pos]) -> [batch]``. Signs are raw: a
+descent step lowers the loss.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """A loss that has something of its own for each example, such as a target.
+    """A loss with per-example arguments, such as a target.
 
     Attributes:
         compute: ``compute(logits, tokens, **of_each)``, one value per text.
-        of_each: By argument, one entry per example.
-        tokens: The arguments that name tokens as users do, and become ids in :meth:`resolved`.
-        n_last: How many of a text's last positions have logits that it reads; None for all.
+        of_each: The arguments by name, each with one entry per example.
+        tokens: Names of the arguments that users pass as tokens; :meth:`resolved` turns them into
+            ids.
+        n_last: Number of last positions per text whose logits it reads; None for all.
     """
 
     compute: Callable[..., Float[Tensor, "batch"]]
@@ -40,10 +41,10 @@ class Objective:
     def __call__(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch"]:
-        """The loss of every text. Tokens that are not resolved must be ids.
+        """The loss of every text. Unresolved tokens must be ids.
 
         Raises:
-            TypeError: When they are something else.
+            TypeError: If they are not ids.
         """
         if not self.tokens:
             return self.compute(logits, tokens, **self.of_each)
@@ -53,44 +54,46 @@ class Objective:
     def resolved(
         self, token_ids: Callable[[str, Any], Int[Tensor, "batch"]], lengths: Sequence[int]
     ) -> Objective:
-        """The same with ids for the tokens that it names.
+        """The objective with token arguments replaced by ids.
 
         Args:
-            token_ids: Called with an argument and its value.
+            token_ids: Called with the name and the value of an argument.
             lengths: Number of tokens of every example.
 
         Raises:
-            ValueError: When it has not one entry per example, or one padded tensor for examples of
-                different lengths.
+            ValueError: If an argument does not have one entry per example, or is one tensor for
+                examples of different lengths.
         """
         of_each = self.of_each | {name: token_ids(name, self.of_each[name]) for name in self.tokens}
-        for name, of in of_each.items():
-            if len(of) != len(lengths):
-                raise ValueError(f"{name} is given for {len(of)} prompts, not for {len(lengths)}")
-            if isinstance(of, Tensor) and of.ndim == 3 and len(set(lengths)) > 1:
+        for name, entries in of_each.items():
+            if len(entries) != len(lengths):
                 raise ValueError(
-                    f"{name} is one tensor for prompts of different lengths, in which shorter ones "
-                    "may end with padding; pass a list with the logits of every prompt, such as "
+                    f"{name} has entries for {len(entries)} prompts, but there are {len(lengths)}"
+                )
+            if isinstance(entries, Tensor) and entries.ndim == 3 and len(set(lengths)) > 1:
+                raise ValueError(
+                    f"{name} is one tensor for prompts of different lengths, so shorter ones may "
+                    "end with padding; pass a list with the logits of every prompt, such as "
                     "[model(prompt) for prompt in prompts]"
                 )
         return replace(self, of_each=of_each, tokens=())
 
     def example(self, b: int) -> Objective:
-        """The same for one text of the batch."""
-        return replace(self, of_each={name: of[b : b + 1] for name, of in self.of_each.items()})
+        """The objective for one text of the batch."""
+        return replace(self, of_each={name: each[b : b + 1] for name, each in self.of_each.items()})
 
 
 def require_loss(loss_fn: object) -> None:
-    """Refuse what cannot be a loss.
+    """Raise unless ``loss_fn`` can be a loss.
 
     Raises:
-        TypeError: When it is no function, or one that makes an objective and was not called.
+        TypeError: If it is not callable, or is a function that makes objectives, not an objective.
     """
     makers = (logit_diff, kl_divergence)
     if not callable(loss_fn) or any(loss_fn is maker for maker in makers):
         raise TypeError(
-            "loss_fn must be a function of logits and tokens, or what logit_diff(answer, other) "
-            f"or kl_divergence(logits) returns, got {getattr(loss_fn, '__name__', loss_fn)!r}"
+            "loss_fn must be a function of logits and tokens, or the result of logit_diff(answer, "
+            f"other) or kl_divergence(logits), got {getattr(loss_fn, '__name__', loss_fn)!r}"
         )
 
 
@@ -100,18 +103,18 @@ def losses_of_examples(
     texts: Sequence[slice],
     tokens: Tensor,
 ) -> Float[Tensor, "batch"]:
-    """The loss of every example, as if it was alone.
+    """The loss of every example, equal to its loss alone.
 
     Args:
-        loss_fn: Called with all texts at once if they are of one length, and else text by text. A
+        loss_fn: Called once per batch if all texts have equal length, otherwise once per text. A
             user's function may edit its logits in place.
-        logits: Those of padded texts.
-        texts: Where each text is in its row.
+        logits: The logits of the padded texts.
+        texts: The slice of each text in its row.
         tokens: The padded texts.
 
     Raises:
-        TypeError: When the loss is no tensor of real numbers.
-        ValueError: When it has the wrong shape, is detached from the logits, or is not finite.
+        TypeError: If the loss is not a floating-point tensor.
+        ValueError: If it has the wrong shape, is detached from the logits, or is not finite.
     """
     if all(text == slice(0, logits.shape[1]) for text in texts):
         losses = _checked(loss_fn(logits, tokens), logits, len(texts), "")
@@ -130,15 +133,15 @@ def losses_of_examples(
     for b, loss in enumerate(losses.tolist()):
         if not math.isfinite(loss):
             raise ValueError(
-                f"the loss of example {b} is {loss}: its logits, or what loss_fn makes of them, "
-                "are not finite; try a higher precision (or, for padding on the left, "
-                "padding_side='right'), or check the model's weights and the hooks on it"
+                f"the loss of example {b} is {loss}: its logits, or loss_fn's result, are not "
+                "finite; try a higher precision (or padding_side='right' if padded on the left), "
+                "or check the model's weights and hooks"
             )
     return losses
 
 
 def _loss_of(loss_fn: Loss, b: int, logits: Tensor, tokens: Tensor) -> Any:
-    """The loss of one example. Autograd forbids to edit what ``unbind`` gives in place."""
+    """The loss of one example. Autograd forbids in-place edits of the views from ``unbind``."""
     if isinstance(loss_fn, Objective):
         return loss_fn.example(b)(logits, tokens)
     return loss_fn(logits.clone(), tokens)
@@ -147,7 +150,7 @@ def _loss_of(loss_fn: Loss, b: int, logits: Tensor, tokens: Tensor) -> Any:
 def _checked(losses: Any, logits: Tensor, n: int, called: str) -> Tensor:
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(f"loss_fn{called} must return a tensor of floating point, got {got}")
+        raise TypeError(f"loss_fn{called} must return a floating-point tensor, got {got}")
     if losses.shape != (n,):
         got = "a scalar" if not losses.ndim else f"the shape {list(losses.shape)}"
         raise ValueError(
@@ -155,18 +158,18 @@ def _checked(losses: Any, logits: Tensor, n: int, called: str) -> Tensor:
         )
     if logits.requires_grad and not losses.requires_grad:
         raise ValueError(
-            f"loss_fn{called} returned a tensor that is detached from the logits; compute it from "
-            "them without detach(), item() or no_grad()"
+            f"loss_fn{called} returned a tensor that is detached from the logits; compute it "
+            "without detach(), item() or no_grad()"
         )
     return losses
 
 
 def target_nll(targets: Sequence[Sequence[int]]) -> Objective:
-    """Negative log-likelihood of a target's tokens, in nats, mean over them.
+    """Negative log-likelihood of a target, in nats, averaged over its tokens.
 
-    Every text ends where its target's last token is to be predicted, so that the last ``k``
-    positions predict the ``k`` tokens (teacher forcing). For one token, the VJP at the last
-    position's logits is ``p_hat[k] - 1[k = t]`` (Eq 4). Computed in float32 at least.
+    The last position of a text predicts its target's last token, so the last ``k`` positions
+    predict the ``k`` tokens (teacher forcing). For one token, the VJP at the last position's logits
+    is ``p_hat[k] - 1[k = t]`` (Eq 4). Computed in float32 or higher.
     """
 
     def compute(logits: Tensor, tokens: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
@@ -188,12 +191,12 @@ def logit_diff(
 ) -> Objective:
     """Logit of ``answer`` minus logit of ``other`` after the last token.
 
-    A metric as in activation patching, so a descent step moves *away* from ``answer``; swap the
-    two to descend towards it. In a function of your own, ``logit_diff(5, 7)(logits, tokens)``
-    takes ids.
+    This is the metric of activation patching, so a descent step moves *away* from ``answer``; swap
+    the two to descend towards it. Inside your own function, call ``logit_diff(5, 7)(logits,
+    tokens)`` with ids.
 
     Args:
-        answer: One token, or one for each prompt: strings (mind the leading space) or ids.
+        answer: One token, or one per prompt: strings (mind the leading space) or ids.
         other: The same.
 
     Example:
@@ -213,12 +216,12 @@ def logit_diff(
 
 
 def kl_divergence(other_logits: Float[Tensor, "..."] | Sequence[Float[Tensor, "..."]]) -> Objective:
-    """``KL(other || this run)`` of the distributions of the token after the last one, in nats.
+    """``KL(other || this run)`` of the next-token distributions after the last position, in nats.
 
     Args:
-        other_logits: What another run gave: ``[pos, d_vocab]`` or ``[batch, pos, d_vocab]``, of
-            which the last position counts, a ``[d_vocab]`` vector, or a list of these, one for each
-            prompt. Prompts of different lengths need a list.
+        other_logits: Logits of another run: ``[pos, d_vocab]`` or ``[batch, pos, d_vocab]``, read
+            at the last position; a ``[d_vocab]`` vector; or a list of these, one per prompt.
+            Prompts of different lengths need a list.
 
     Example:
         >>> clean = model(prompt)
@@ -233,10 +236,10 @@ def kl_divergence(other_logits: Float[Tensor, "..."] | Sequence[Float[Tensor, ".
         ]
 
     def compute(logits: Tensor, tokens: Tensor, other_logits: Tensor | Sequence[Tensor]) -> Tensor:
-        last = torch.stack([of[-1] if of.ndim == 2 else of for of in other_logits])
+        last = torch.stack([each[-1] if each.ndim == 2 else each for each in other_logits])
         if last.shape[-1] != logits.shape[-1]:
             raise ValueError(
-                f"other_logits is over {last.shape[-1]} tokens, and this model has "
+                f"other_logits covers {last.shape[-1]} tokens, but this model has "
                 f"{logits.shape[-1]}; pass logits of a model with the same vocabulary"
             )
         this = upcast(logits[:, -1]).log_softmax(-1)
@@ -250,12 +253,12 @@ def kl_divergence(other_logits: Float[Tensor, "..."] | Sequence[Float[Tensor, ".
 def lm_cross_entropy_loss(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch"]:
-    """The model's own loss: mean over the text of each next token's negative log-likelihood.
+    """The model's own loss: negative log-likelihood of the next token, averaged over the text.
 
-    In nats, as ``model(tokens, return_type="loss")`` gives it for one text.
+    In nats, as returned by ``model(tokens, return_type="loss")`` for one text.
 
     Raises:
-        ValueError: For a text of one token, which has no next one.
+        ValueError: For a text of one token, which has no next token.
 
     Example:
         >>> run_with_backward_cache(model, text, loss_fn=lm_cross_entropy_loss)
@@ -267,14 +270,14 @@ def lm_cross_entropy_loss(
 
 
 def _given_ids(argument: str, value: Any, n: int) -> Int[Tensor, "batch"]:
-    """Token ids as they are given, for ``n`` examples."""
+    """The given token ids, expanded to ``n`` examples."""
     try:
         ids = torch.as_tensor(value).reshape(-1)
     except (TypeError, ValueError):
         ids = torch.empty(0)
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(
-            f"{argument}={value!r}: within another function there is no tokenizer; pass token ids, "
-            "or, to turn the sign around, swap answer and other in the loss_fn itself"
+            f"{argument}={value!r}: inside another function there is no tokenizer; pass token ids, "
+            "or, to flip the sign, swap answer and other in loss_fn itself"
         )
     return ids.expand(n) if len(ids) == 1 else ids

@@ -1,4 +1,4 @@
-"""Hooks that note, in one forward pass, where the backward pass has to be read."""
+"""Forward hooks that record tensors and the places in the graph whose VJPs to read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tl_backward.sites import Tap
 
 
 class Place(NamedTuple):
-    """A place in the autograd graph, and what arrives there when the loss does not depend on it."""
+    """A place in the autograd graph, and its VJP if the loss does not depend on it (zeros)."""
 
     edge: GradientEdge | None
     device: torch.device
@@ -31,16 +31,16 @@ class _Value(NamedTuple):
 
 
 class Recorder:
-    """Keeps tensors each time they pass in a run, and their places in the autograd graph.
+    """Records the tensors that pass taps during a run, and their places in the autograd graph.
 
-    What a hook of someone else runs is left out. Below the first place nothing requires a gradient:
-    the graph begins there.
+    Forward calls made inside other hooks are ignored. The graph begins at the first place: nothing
+    upstream requires a gradient.
 
     Args:
-        run: The run. Its backward pass changes nothing that is kept.
-        batch_size: Number of texts. What passes once for all of them, such as the embeddings of
-            positions, is repeated for each, so that each gets its own VJP.
-        device: Where tensors are moved as soon as they are there. Default: they stay.
+        run: The run. Its backward pass does not change recorded tensors.
+        batch_size: Number of texts. A tensor that passes once for all texts, such as position
+            embeddings, is expanded so that each text gets its own VJP.
+        device: Device to move tensors to as soon as they are recorded. Default: they stay.
     """
 
     def __init__(self, run: Run, batch_size: int, device: torch.device | None = None) -> None:
@@ -53,7 +53,7 @@ class Recorder:
         self._kept_values = WeakTensorKeyDictionary()
 
     def keep_value(self, tap: Tap, key: Hashable, copy: bool = False) -> None:
-        """Keep the tensor that passes the tap, or a copy where the model may change it later."""
+        """Record the tensor that passes the tap; ``copy`` guards against in-place changes."""
         self.watch(tap, partial(self._keep_value, key, copy))
 
     def keep_place(
@@ -64,18 +64,18 @@ class Recorder:
         own_branch: bool = False,
         alone: bool = False,
     ) -> None:
-        """Keep the place where ``dL/dy`` arrives for the tensor ``y`` that passes the tap.
+        """Record the place where ``dL/dy`` arrives for the tensor ``y`` that passes the tap.
 
         Args:
-            tap: Where to look.
+            tap: The tap.
             key: The name of the place.
-            on_a_branch: Whether ``y`` is used elsewhere, too. Then the model goes on with ``y``
-                itself. Else it may be given a copy: where the graph begins and where ``y`` is a
-                view, because a later change in place is forbidden for a leaf, and would take a
-                view's place out of the graph.
-            own_branch: Whether only what comes through the tap counts, not the other uses of ``y``.
-                Then the model goes on with a copy.
-            alone: Whether the loss must not depend on what passes the tap in someone's hook.
+            on_a_branch: Whether ``y`` has other uses. If so, the model continues with ``y`` itself.
+                Otherwise it may continue with a copy: if the graph begins at ``y``, or ``y`` is a
+                view. A later in-place change is forbidden for a leaf, and would remove a view's
+                place from the graph.
+            own_branch: Whether to exclude the VJP from other uses of ``y``. If so, the model
+                continues with a copy.
+            alone: Whether to refuse a loss that depends on a call of the tap inside another hook.
         """
         if on_a_branch:
             self.watch(tap, partial(self._keep_place, key))
@@ -83,7 +83,7 @@ class Recorder:
             self._listen(tap, partial(self._replace_and_keep_place, key, own_branch, alone))
 
     def watch(self, tap: Tap, see: Callable[[Any], None]) -> None:
-        """Show ``see`` what passes the tap in the forward pass."""
+        """Call ``see`` with the tensor that passes the tap in the forward pass."""
         self._listen(tap, partial(self._show, see))
 
     def _show(self, see: Callable[[Any], None], x: Any) -> None:
@@ -110,7 +110,7 @@ class Recorder:
             if run.is_forward() and not in_hook:
                 raise NotImplementedError(
                     f"the model runs {_name(key)} under torch.no_grad(), so no VJP arrives there; "
-                    "of gradient checkpointing, only use_reentrant=False works"
+                    "gradient checkpointing works only with use_reentrant=False"
                 )
             return None
         replaced = None
@@ -127,10 +127,10 @@ class Recorder:
         return replaced
 
     def values(self, key: Hashable) -> list[Tensor]:
-        """The tensors that passed, as they were then.
+        """The recorded tensors.
 
         Raises:
-            RuntimeError: When one was changed in place since.
+            RuntimeError: If one was changed in place after it was recorded.
         """
         for tensor, version in self._values[key]:
             if tensor._version != version:
@@ -146,7 +146,7 @@ class Recorder:
         """The VJPs at all places, from one backward pass that forms no weight gradient.
 
         Raises:
-            NotImplementedError: When the loss depends on what passed a tap in someone's hook.
+            NotImplementedError: If the loss depends on a call of a tap inside another hook.
         """
         edges = [place.edge for places in self.places.values() for place in places if place.edge]
         edges += [edge for _, edge in self._uses_in_hooks]
@@ -155,14 +155,14 @@ class Recorder:
             if self._device is not None:
                 found = self._moved_vjps_at(loss, edges, retain_graph)
             elif self._run.others_have_hooks:
-                found = _vjps_behind_hooks(loss, edges, retain_graph)
+                found = _vjps_after_hooks(loss, edges, retain_graph)
             else:
                 found = _vjps_at(loss, edges, retain_graph)
         for key, edge in self._uses_in_hooks:
             if found.get(edge) is not None:
                 raise NotImplementedError(
                     f"a hook on the model runs {_name(key)} again, and the loss depends on the "
-                    "result, which is no row of the factors; run it under torch.no_grad()"
+                    "result, which the factors do not contain; run it under torch.no_grad()"
                 )
         return {
             key: [
@@ -175,14 +175,14 @@ class Recorder:
     def _moved_vjps_at(
         self, loss: Tensor, edges: list[GradientEdge], retain_graph: bool
     ) -> dict[GradientEdge | None, Tensor | None]:
-        """The VJPs, each moved when the backward pass gets there: none is kept behind it."""
+        """The VJPs, each moved as soon as the backward pass reaches it, to free memory."""
         found: dict[GradientEdge | None, Tensor | None] = {}
 
         def move(edge: GradientEdge, vjps: tuple[Tensor | None, ...]) -> None:
             vjp = vjps[edge.output_nr]
             found[edge] = None if vjp is None else vjp.to(self._device)
 
-        leaves = _leaves_behind(edges)
+        leaves = _upstream_leaves(edges)
         with _shown(edges, move):
             of_leaves = _vjps_at(loss, leaves, retain_graph)
         for edge in set(leaves).intersection(edges):
@@ -191,7 +191,7 @@ class Recorder:
         return found
 
     def _kept(self, x: Tensor) -> Tensor:
-        """A tensor where it is to be kept, once for all who look at it."""
+        """The tensor on the cache's device, moved once for all taps."""
         if self._device is None:
             return x.detach()
         known = self._kept_values.get(x)
@@ -200,7 +200,7 @@ class Recorder:
         return known.tensor
 
     def _listen(self, tap: Tap, see: Callable[[Any], Tensor | None]) -> None:
-        """Show ``see`` the tensor that passes the tap; what it returns takes the tensor's place."""
+        """Call ``see`` with the tensor that passes the tap; a returned tensor replaces it."""
         run, module, outside = self._run, tap.module, tap.is_outside_of_hooks
         if tap.side == "input":
             run.hook_forward_pre(module, partial(_see_input, see), first=outside)
@@ -228,12 +228,12 @@ def _vjps_at(
     return dict(zip(edges, vjps, strict=True))
 
 
-def _vjps_behind_hooks(
+def _vjps_after_hooks(
     loss: Tensor, edges: list[GradientEdge], retain_graph: bool
 ) -> dict[GradientEdge | None, Tensor | None]:
-    """The VJPs behind all hooks of their tensors.
+    """The VJPs after all hooks of their tensors.
 
-    ``autograd.grad`` gives those before the hooks, except where the backward pass ends.
+    ``autograd.grad`` returns VJPs before the hooks, except where the backward pass ends.
     """
     found: dict[GradientEdge | None, Tensor | None] = {}
 
@@ -249,7 +249,7 @@ def _vjps_behind_hooks(
 def _shown(
     edges: Iterable[GradientEdge], see: Callable[[GradientEdge, tuple[Tensor | None, ...]], None]
 ) -> Iterator[None]:
-    """Show ``see`` the VJPs at the nodes of some edges when the backward pass gets there."""
+    """Call ``see`` with the VJPs at the nodes of edges when the backward pass reaches them."""
     with ExitStack() as hooks:
         for edge in dict.fromkeys(edges):
             hooks.callback(edge.node.register_prehook(partial(see, edge)).remove)
@@ -257,12 +257,12 @@ def _shown(
 
 
 def depends_on(loss: Tensor, y: Tensor) -> bool:
-    """Whether the graph of a loss goes back to ``y``."""
+    """Whether the graph of a loss contains ``y``."""
     return y.grad_fn in set(_graph_of([loss.grad_fn]))
 
 
-def _leaves_behind(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
-    """Where the graph upstream of some places begins: the backward pass to there meets them all."""
+def _upstream_leaves(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
+    """The graph's leaves upstream of the edges; a backward pass to them visits every edge."""
     nodes = _graph_of([edge.node for edge in edges])
     return [
         GradientEdge(node, 0)
@@ -272,7 +272,7 @@ def _leaves_behind(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
 
 
 def _graph_of(nodes: Iterable[Node | None]) -> Iterator[Node]:
-    """The nodes, and all that are upstream of them, once."""
+    """The nodes and everything upstream of them, each once."""
     seen: set[Node] = set()
     waiting = [*nodes]
     while waiting:
@@ -284,7 +284,7 @@ def _graph_of(nodes: Iterable[Node | None]) -> Iterator[Node]:
 
 
 def vjp_between(later: Place, vjp: Tensor, earlier: Place) -> Tensor:
-    """The part of the VJP at an earlier place that comes through a later one."""
+    """The part of the VJP at an earlier place that flows through a later one."""
     if later.edge is None or earlier.edge is None:
         return earlier.no_gradient()
     (part,) = torch.autograd.grad(
@@ -298,5 +298,5 @@ def vjp_between(later: Place, vjp: Tensor, earlier: Place) -> Tensor:
 
 
 def _name(key: Hashable) -> Hashable:
-    """The name in a key that is a name or begins with one."""
+    """The name in a key, which is a name or a tuple that begins with one."""
     return key[0] if isinstance(key, tuple) else key

@@ -1,4 +1,4 @@
-"""One forward and one backward pass, and from them the two factors of every weight gradient."""
+"""One forward and one backward pass give the two factors of every weight gradient."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tl_backward.sites import (
 
 
 class CaptureOptions(TypedDict, total=False):
-    """Arguments of :func:`run_with_backward_cache` that other functions pass on to it."""
+    """Arguments that other functions pass on to :func:`run_with_backward_cache`."""
 
     loss_fn: Loss | None
     prepend_bos: bool | None
@@ -72,72 +72,72 @@ def run_with_backward_cache(
 ) -> tuple[Float[Tensor, "*batch"], BackwardCache]:
     """Run the model forward and backward once and keep the factors of its weight gradients.
 
-    The backward pass computes vector-Jacobian products only: no weight gradient is formed, none is
-    stored in ``.grad``, and it stops at the first weight that was asked for. Parameters may be
-    frozen. Hooks that are on the model take part and stay. What a backward hook returns takes the
-    VJP's place, and the factors of all weights upstream of the hook follow from it.
+    The backward pass computes vector-Jacobian products only: it forms no weight gradient, stores
+    nothing in ``.grad``, and stops at the first requested weight. Parameters may be frozen. Hooks
+    already on the model take part and stay. The return value of a backward hook replaces the VJP,
+    and the factors of all weights upstream of the hook follow from it.
 
-    Of several prompts, each has a loss of its own, and gets what it would get alone; padding has no
-    rows in the factors.
+    With several prompts, each has its own loss and gets the same result as alone; the factors have
+    no rows for padding.
 
     Args:
         model: A TransformerLens model in eval mode.
-        prompt: Text or token ids (to which nothing is prepended), of one prompt or, in a list, of
-            several; or all that a tokenizer returned, whose ``attention_mask`` tells text from
-            padding. A tensor alone may be padded with the tokenizer's pad token, the rows of a list
-            are not. A pad token with another role, as in GPT-2, is padding on ``padding_side``,
-            with a warning; one that is nothing else is padding at both ends.
-        target: What to differentiate towards: the loss is the negative log-likelihood of these
-            tokens after the prompt, mean over them. Text or token ids, one for all prompts, or one
-            for each in a list. Of a target of several tokens all but the last are appended to the
-            prompt (teacher forcing); ``cache.target_positions`` says which positions predict it.
-        loss_fn: Instead of a target: ``loss_fn(logits, tokens)`` with ``[batch, pos, d_vocab]``
-            logits and the ``[batch, pos]`` tokens, both without padding, that returns one loss for
-            each text, shape ``[batch]``. It sees all prompts at once where they are of one length,
-            and each alone otherwise. Made for it: :func:`logit_diff`, :func:`kl_divergence` and
+        prompt: Text or token ids (taken as they are) of one prompt, a list of several, or a
+            tokenizer's output, whose ``attention_mask`` marks padding. A tensor may be padded with
+            the tokenizer's pad token; rows of a list may not. A dedicated pad token is padding at
+            both ends. A pad token with another role, as in GPT-2, is padding on ``padding_side``
+            only, with a warning.
+        target: Text or token ids, one for all prompts or a list with one per prompt. The loss is
+            the negative log-likelihood of these tokens after the prompt, averaged over the tokens.
+            All but the last token of a target are appended to the prompt (teacher forcing);
+            ``cache.target_positions`` holds the positions that predict the target.
+        loss_fn: Instead of a target: ``loss_fn(logits, tokens)`` takes ``[batch, pos, d_vocab]``
+            logits and ``[batch, pos]`` tokens, both without padding, and returns one loss per text,
+            shape ``[batch]``. Called once per batch if all prompts have equal length, otherwise
+            once per prompt. See :func:`logit_diff`, :func:`kl_divergence` and
             :func:`lm_cross_entropy_loss`.
         weights: Kinds of weights to capture, such as ``"W_out"``, or ``()`` for none. Default: all.
         layers: Layers to capture; negative ones count from the last. Default: all.
-        positions: Positions of every prompt to keep in the factors: an index, a slice or a list of
-            indices, and a tuple for a slice, as in TransformerLens. The factors then stand for
-            these tokens' part of the gradient. Default: all.
-        per_head: Keep what each attention head contributes to the VJP at the residual stream, for
-            ``cache.stack_head_vjps``. Costs a backward pass through attention for every head, in
-            which no backward hook may be.
-        device: Where the cache is kept, as in ``model.run_with_cache``. Inputs are moved there as
-            the forward pass goes on and VJPs as the backward pass does, layer by layer, so that the
-            model's device never holds all of them. Default: where they arise.
-        prepend_bos: As in ``model.to_tokens``. Default: the model's own setting. Of a tensor that
-            is padded on the left with a pad token that is BOS, too, it says whether each row begins
-            with BOS.
-        padding_side: On which side a tensor of prompts is padded, and shorter prompts are for the
-            run. Default: the tokenizer's setting.
+        positions: Positions of every prompt to keep in the factors: an index, a slice, a list of
+            indices, or a tuple for a slice, as in TransformerLens. The factors then stand for the
+            part of the gradient from these tokens. Default: all.
+        per_head: Keep the contribution of each attention head to the VJP at the residual stream,
+            for ``cache.stack_head_vjps``. Costs a backward pass through attention per head, which
+            must not meet a backward hook.
+        device: Device of the cache, as in ``model.run_with_cache``. Inputs move there during the
+            forward pass and VJPs during the backward pass, layer by layer, so the model's device
+            never holds all of them. Default: tensors stay where they are computed.
+        prepend_bos: As in ``model.to_tokens``. Default: the model's own setting. For a tensor
+            padded on the left with a pad token that is also BOS, says whether each row begins with
+            BOS.
+        padding_side: Side on which a tensor of prompts is padded, and on which shorter prompts are
+            padded for the run. Default: the tokenizer's setting.
         fwd_hooks: Pairs of a HookPoint's name (or a function that selects names) and a hook, as in
-            ``model.run_with_hooks``: on the model for this run only. On a ``HookedTransformer``,
-            names that :func:`add_hook_points` adds work without it.
+            ``model.run_with_hooks``, active during this run only. On a ``HookedTransformer``, the
+            names that :func:`add_hook_points` adds work without calling it.
         bwd_hooks: The same for the backward pass. ``hook(vjp, hook=...)`` returns a tensor shaped
             like ``vjp``, or None to leave it; it may edit ``vjp`` in place. At padding the VJP
-            stays 0, whatever it returns, wherever there is an axis of positions.
+            stays 0 whatever the hook returns, wherever there is a position axis.
 
     Returns:
-        The loss, detached (a scalar, or one for each prompt of a list), and the cache of factors.
+        The detached loss (a scalar, or one per prompt for a list), and the cache of factors.
 
     Raises:
-        TypeError: When the model is no TransformerLens model, or prompt, target or loss is
+        TypeError: If ``model`` is not a TransformerLens model, or prompt, target or loss is
             malformed.
-        ValueError: For an empty or too long prompt, targets that are not as many as the prompts, a
-            weight, layer or position that does not exist, training mode where it changes something
-            (an active dropout, say), a loss that has the wrong shape or is detached or not finite,
-            VJPs that are not finite, and a backward hook that returns something else than such a
-            VJP.
+        ValueError: For an empty or too long prompt; a number of targets that differs from the
+            number of prompts; a weight, layer or position that does not exist; training mode that
+            changes the result (e.g. active dropout); a loss that has the wrong shape, is detached
+            or not finite; VJPs that are not finite; and a backward hook whose return value does not
+            match its VJP.
         NotImplementedError: As :func:`weight_sites`, and for ``per_head=True`` with a backward hook
             between the beginning of a block and the outputs of its heads.
         RuntimeError: Under ``torch.inference_mode()``.
 
     Warns:
-        UserWarning: When every VJP of an example is zero: a ``loss_fn`` may be flat there, as a
-            saturated probability is, or may have detached the loss of this example. When pad tokens
-            of a tensor may as well be text. When a target seems to lack its leading space.
+        UserWarning: If every VJP of an example is zero, because ``loss_fn`` is flat there (e.g. a
+            saturated probability) or detached the loss of this example; if pad tokens of a tensor
+            might be text; if a target seems to lack its leading space.
 
     Example:
         >>> loss, cache = run_with_backward_cache(model, "Lionel Messi plays for", " Paris")
@@ -211,16 +211,16 @@ def run_with_backward_cache(
 
 
 def require_ready(model: Model, parameters: Sequence[Tensor]) -> None:
-    """Make sure that a backward pass is possible, and that nothing in the model is random.
+    """Raise unless a backward pass is possible and the model is deterministic.
 
     Raises:
         RuntimeError: Under ``torch.inference_mode``.
-        ValueError: When training mode changes what the model computes.
+        ValueError: If training mode changes the model's output.
     """
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in parameters):
         raise RuntimeError(
-            "there is no backward pass under torch.inference_mode(), nor through weights made "
-            "under it; leave that block (torch.no_grad() is fine), or load the model outside it"
+            "torch.inference_mode() allows no backward pass, nor do weights created under it; "
+            "leave that block (torch.no_grad() is fine), or load the model outside it"
         )
     require_eval_mode(model)
 
@@ -228,7 +228,7 @@ def require_ready(model: Model, parameters: Sequence[Tensor]) -> None:
 def _captured_sites(
     found: FoundSites, weights: str | Iterable[str] | None, layers: int | Iterable[int] | None
 ) -> list[WeightSite]:
-    """The sites that are asked for; with no kinds, none."""
+    """The requested sites; none if no kinds are requested."""
     kinds = weights if weights is None or isinstance(weights, str) else list(weights)
     return found.select(kinds, layers) if kinds != [] else []
 
@@ -236,7 +236,7 @@ def _captured_sites(
 def _lowest(
     found: FoundSites, sites: Sequence[WeightSite], layers: int | Iterable[int] | None
 ) -> int | None:
-    """The lowest layer to which the backward pass has to go; None for all the way down."""
+    """The lowest layer that the backward pass must reach; None for the whole model."""
     if sites and all(site.kind == "W_U" for site in sites):
         return found.n_layers
     wanted = layer_numbers(found.n_layers, layers)
@@ -247,13 +247,13 @@ def _lowest(
 
 def _require_one_loss(target: Target | None, loss_fn: Loss | None) -> None:
     if (target is None) == (loss_fn is None):
-        raise ValueError("pass either target= or loss_fn=, what to differentiate")
+        raise ValueError("pass either target= or loss_fn= to define the loss")
     if loss_fn is not None:
         require_loss(loss_fn)
 
 
 def _objective(model: Model, batch: Batch, loss_fn: Loss | None) -> Loss:
-    """The loss of a batch: a target's, or the given one with ids for the tokens that it names."""
+    """The loss of a batch: the target's, or ``loss_fn`` with its tokens resolved to ids."""
     if loss_fn is None:
         return target_nll(batch.targets)
     if not isinstance(loss_fn, Objective):
@@ -290,7 +290,7 @@ def _factors_of(
 def _require_used(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
     for site in sites:
         if not recorder.places[site.name, "y"]:
-            raise RuntimeError(f"{site.name} took no part in the forward pass")
+            raise RuntimeError(f"the forward pass did not use {site.name}")
 
 
 def _require_finite(vjps: Mapping[Hashable, list[Tensor]], side: str) -> None:
@@ -304,12 +304,12 @@ def _require_finite(vjps: Mapping[Hashable, list[Tensor]], side: str) -> None:
     advice = "padding_side='right', or " if side == "left" else ""
     raise ValueError(
         f"the VJPs at {name} are not finite, though the loss is; try {advice}a higher precision, "
-        "and check loss_fn and the hooks on the model"
+        "and check loss_fn and the model's hooks"
     )
 
 
 def _warn_if_flat(losses: Tensor, logits: Tensor, vjps: Mapping[Any, list[Tensor]]) -> None:
-    """A zero gradient is right for a saturated loss, and wrong for one that was detached."""
+    """Warn about zero gradients: right for a saturated loss, wrong for a detached one."""
     flat = torch.ones(len(losses), dtype=torch.bool)
     for vjp in chain.from_iterable(vjps.values()):
         flat &= vjp.reshape(len(losses), -1).eq(0).all(1).cpu()
@@ -321,7 +321,7 @@ def _warn_if_flat(losses: Tensor, logits: Tensor, vjps: Mapping[Any, list[Tensor
         )
     examples = ", ".join(str(b) for b in flat.nonzero().flatten().tolist())
     warnings.warn(
-        f"all VJPs of example {examples} are zero: loss_fn is flat at its logits, or has detached "
+        f"all VJPs of example {examples} are zero: loss_fn is flat at these logits, or detached "
         "the loss from them",
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""Hooks that are on a model for one run of it, and the hooks of others around them."""
+"""Hooks of one run of a model, and their interplay with other hooks on it."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from tl_backward._undo import Undo
 Hooks: TypeAlias = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 """Pairs of a HookPoint's name, or a function that selects names, and a hook."""
 Registry: TypeAlias = dict[int, Callable[..., Any]]
-"""PyTorch's hooks of one kind, of a module or of all modules, by the ids of their handles."""
+"""PyTorch hooks of one kind, per module or global, by handle id."""
 
 FROM_HOOK_POINTS = "transformer_lens.hook_points"
 FROM_BRIDGES = "transformer_lens.model_bridge"
 
 
 class Run:
-    """One run of a model, and the hooks that are on the model for it.
+    """One run of a model, and the hooks on the model during it.
 
-    They see only the run's own tensors: none of other threads, none once the run is over, and none
-    while its loss is computed. Its backward pass belongs to it, as gradient checkpointing repeats
-    parts of the forward pass there.
+    The hooks act only on the run's own tensors: not on those of other threads, nor after the run,
+    nor while its loss is computed. The backward pass belongs to the run, because gradient
+    checkpointing repeats parts of the forward pass there.
 
     Attributes:
-        stage: What is computed.
-        depth: How many hooks of others the run is inside of. What they run is no part of it.
-        others_have_hooks: Whether others have forward hooks on the model.
+        stage: The current stage of the run.
+        depth: Number of other hooks that the run is inside of. Their calls are not part of the run.
+        others_have_hooks: Whether other forward hooks are on the model.
 
     Args:
-        undo: What ends the run.
+        undo: Ends the run.
     """
 
     def __init__(self, undo: Undo) -> None:
@@ -55,54 +55,54 @@ class Run:
             handle.remove()
 
     def is_in_its_thread(self) -> bool:
-        """Whether the calling thread is that of the run."""
+        """Whether the calling thread is the run's."""
         return get_ident() == self._thread
 
     def may_own(self, tensor: Any) -> bool:
-        """Whether a tensor that passes a hook may be the run's.
+        """Whether a tensor seen by a hook may belong to the run.
 
-        The backward pass of an accelerator's tensors has threads of its own.
+        Autograd runs the backward pass of accelerator tensors in its own threads.
         """
         if self.stage not in ("forward", "backward"):
             return False
         return self.is_in_its_thread() or (self.stage == "backward" and tensor.device.type != "cpu")
 
     def is_forward(self) -> bool:
-        """Whether it is the run's forward pass that calls the hook that asks."""
+        """Whether the calling hook was called by the run's forward pass."""
         return self.stage == "forward" and self.is_in_its_thread()
 
     def hook_forward_pre(
         self, module: nn.Module, hook: Callable[..., Any], first: bool = False
     ) -> None:
-        """Add a pre-hook of PyTorch, behind those that are there or before them all."""
-        of_all_modules = torch_module._global_forward_pre_hooks
-        self._hook(module, module._forward_pre_hooks, of_all_modules, hook, first)
+        """Add a PyTorch forward pre-hook, after the existing ones or before them all."""
+        global_hooks = torch_module._global_forward_pre_hooks
+        self._hook(module, module._forward_pre_hooks, global_hooks, hook, first)
 
     def hook_forward(
         self, module: nn.Module, hook: Callable[..., Any], first: bool = False
     ) -> None:
-        """Add a hook of PyTorch, behind those that are there or before them all."""
-        of_all_modules = torch_module._global_forward_hooks
-        self._hook(module, module._forward_hooks, of_all_modules, hook, first)
+        """Add a PyTorch forward hook, after the existing ones or before them all."""
+        global_hooks = torch_module._global_forward_hooks
+        self._hook(module, module._forward_hooks, global_hooks, hook, first)
 
     def hook_backward(
-        self, module: nn.Module, before: Callable[..., Any], behind: Callable[..., Any]
+        self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]
     ) -> None:
-        """Add PyTorch's hooks around the full backward hooks that a module has."""
+        """Add PyTorch hooks before and after a module's full backward hooks."""
         self._add(module._backward_pre_hooks, before)
-        self._add(module._backward_hooks, behind)
+        self._add(module._backward_hooks, after)
 
     def _hook(
         self,
         module: nn.Module,
         registry: Registry,
-        of_all_modules: Registry,
+        global_hooks: Registry,
         hook: Callable[..., Any],
         first: bool,
     ) -> None:
-        """Hooks of all modules run before those of one, so only one of them can run first."""
-        if first and of_all_modules:
-            self._add(of_all_modules, partial(_call_at, module, hook), first)
+        """Global hooks run before a module's own, so only a global hook can run first."""
+        if first and global_hooks:
+            self._add(global_hooks, partial(_call_at, module, hook), first)
         else:
             self._add(registry, hook, first)
 
@@ -116,10 +116,10 @@ class Run:
     def put_hooks(
         self, model: Any, undo: Undo, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()
     ) -> None:
-        """Put TransformerLens's hooks on a model, as ``model.hooks`` does, until they are undone.
+        """Put TransformerLens hooks on a model, as ``model.hooks`` does, until undone.
 
         Raises:
-            Exception: What TransformerLens raises, such as for a name that no HookPoint has.
+            Exception: As TransformerLens, for instance if no HookPoint has the name.
         """
         if not fwd_hooks and not bwd_hooks:
             return
@@ -137,9 +137,9 @@ class Run:
         return function(tensor, hook=hook) if self.may_own(tensor) else None
 
     def step_aside_for_others(self, modules: Iterable[nn.Module], undo: Undo) -> None:
-        """Count, in ``depth``, when the forward hooks run that are on some modules, or on all.
+        """Count in ``depth`` while forward hooks of the modules, or global ones, run.
 
-        Those by which a bridge itself passes its HookPoints are a part of the forward pass.
+        The hooks by which a bridge calls its own HookPoints belong to the forward pass.
         """
         registries = [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
         for module in modules:
@@ -160,7 +160,7 @@ def _call_at(
 
 
 class _Counted:
-    """Someone's hook, and that the run is inside of it while it runs."""
+    """Wraps another hook so that the run counts it in ``depth`` while it runs."""
 
     def __init__(self, run: Run, hook: Callable[..., Any]) -> None:
         self.run, self.hook = run, hook
@@ -176,7 +176,7 @@ class _Counted:
 
 
 def _uncount(registry: Registry, number: int, counted: _Counted) -> None:
-    """Put the hook itself back, unless it was removed, also if it is counted by several runs."""
+    """Restore the wrapped hook unless it was removed, also if several runs wrap it."""
     outer: Any = registry.get(number)
     if outer is counted:
         registry[number] = counted.hook
@@ -189,18 +189,18 @@ def _uncount(registry: Registry, number: int, counted: _Counted) -> None:
 def _take_hooks_off(
     model: Any, level: int, context: Generator[Any, None, None], cut_short: list[bool]
 ) -> None:
-    """Leave ``model.hooks``, and remove what it leaves when an interrupt cuts it short.
+    """Exit ``model.hooks``, and clean up after an interrupt during entry or exit.
 
     Args:
         model: The model.
-        level: The level of contexts that the model was at.
-        context: What ``model.hooks`` is made of. Closing it again does nothing.
-        cut_short: Not empty when it was interrupted on its way in, or here before.
+        level: The model's context level before the run.
+        context: The generator of ``model.hooks``. Closing it again does nothing.
+        cut_short: Not empty if entering, or an earlier call of this function, was interrupted.
     """
-    must_mend = bool(cut_short)
+    must_clean_up = bool(cut_short)
     cut_short.append(True)
     context.close()
-    if not must_mend:
+    if not must_clean_up:
         return
     for point in model.hook_dict.values():
         for handles, registry in (
@@ -216,9 +216,9 @@ def _take_hooks_off(
 
 
 def run_uncompiled(modules: Iterable[nn.Module], undo: Undo) -> None:
-    """Have modules that were compiled in place run as they were before, until it is undone.
+    """Run modules that were compiled in place without compilation, until undone.
 
-    A compiled forward pass would be traced again with the hooks in it.
+    A compiled forward pass would be traced again together with the hooks.
     """
     for module in modules:
         if module._compiled_call_impl is not None:
@@ -227,7 +227,7 @@ def run_uncompiled(modules: Iterable[nn.Module], undo: Undo) -> None:
 
 
 def freeze(parameters: Iterable[Tensor], undo: Undo) -> None:
-    """Freeze parameters until it is undone, so that the graph has no path to a weight gradient."""
+    """Freeze parameters until undone, so that the graph has no path to a weight gradient."""
     frozen: list[Tensor] = []
     undo.add(_thaw, frozen)
     for parameter in parameters:
@@ -238,7 +238,7 @@ def freeze(parameters: Iterable[Tensor], undo: Undo) -> None:
 
 @contextmanager
 def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Frozen parameters, and gradients on, for a block of code."""
+    """Context with frozen parameters and gradients enabled."""
     with Undo() as undo, undo, undo:
         freeze(parameters, undo)
         set_grad_enabled(True, undo)
@@ -251,11 +251,11 @@ def _thaw(parameters: Iterable[Tensor]) -> None:
 
 
 def set_grad_enabled(enabled: bool, undo: Undo) -> None:
-    """Switch gradients on or off until it is undone."""
+    """Enable or disable gradients until undone."""
     undo.add(torch.set_grad_enabled, torch.is_grad_enabled())
     torch.set_grad_enabled(enabled)
 
 
 def _module_of(hook: Callable[..., Any]) -> str:
-    """Where a hook was defined."""
+    """The module that defines a hook."""
     return str(getattr(hook, "__module__", ""))

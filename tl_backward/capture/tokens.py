@@ -1,4 +1,4 @@
-"""Prompts and targets, between text and token ids."""
+"""Converting prompts and targets to token ids."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Target: TypeAlias = str | int | Tensor | Sequence[Any]
 Bytes = bytes | bytearray | memoryview
 
 CLOSING = tuple(".,;:!?)]}%»\u2019\u201d")
-"""What a space follows before the next word."""
+"""Characters after which the next word begins with a space."""
 
 
 def is_single(prompt: Prompt) -> bool:
-    """Whether this is one prompt: text, a list of ids, or a tensor of ids with one row at most."""
+    """Whether this is one prompt: text, a list of ids, or a tensor of ids with at most one row."""
     if isinstance(prompt, Mapping):
         return _is_ids(encoded_rows(prompt))
     if isinstance(prompt, Tensor) or _is_array_of_ids(prompt):
@@ -41,20 +41,21 @@ def prompt_tokens(
 
     Args:
         model: Any TransformerLens model; its tokenizer and vocabulary are used.
-        prompt: Text or token ids of one prompt or, in a list, of several. A tensor or an array may
-            be padded with the tokenizer's pad token, as ``_unpadding.unpadded`` says; lists are
-            taken as they are. What a tokenizer returned is read by its ``attention_mask``.
-        prepend_bos: As in ``model.to_tokens``; token ids are taken as they are. Of a tensor that is
-            padded with BOS on the left, it says whether each row also begins with BOS.
-        padding_side: Where the rows of a tensor are padded. Default: the tokenizer's setting.
+        prompt: Text or token ids of one prompt, or a list of several. A tensor or an array may be
+            padded with the tokenizer's pad token, see ``_unpadding.unpadded``; lists are taken as
+            they are. A tokenizer's output is read by its ``attention_mask``.
+        prepend_bos: As in ``model.to_tokens``; token ids are taken as they are. For a tensor padded
+            with BOS on the left, says whether each row also begins with BOS.
+        padding_side: Side on which the rows of a tensor are padded. Default: the tokenizer's
+            setting.
 
     Raises:
-        TypeError: When a prompt is neither a string nor integer token ids.
-        ValueError: When one is empty or outside the vocabulary, or an ``attention_mask`` is
+        TypeError: If a prompt is neither a string nor integer token ids.
+        ValueError: If a prompt is empty or outside the vocabulary, or an ``attention_mask`` is
             malformed.
 
     Warns:
-        UserWarning: When pad tokens may as well be text.
+        UserWarning: If pad tokens might be text.
     """
     single = is_single(prompt)
     where = [""] if single else (f" (example {b})" for b in count())
@@ -87,21 +88,21 @@ def target_tokens(
     Args:
         model: Any TransformerLens model; its tokenizer and vocabulary size are used.
         target: For one prompt: a string, an id, or a list or vector of ids. For several: one of
-            these for all of them, or a list (or a tensor with one row) of them for each.
+            these for all prompts, or a list (or a tensor) with one per prompt.
         n_prompts: Number of prompts, or None for a single one.
-        argument: What errors call the target.
-        after: The tokens of every prompt that the targets follow, to tell whether a string lacks a
-            leading space. Default: unknown.
+        argument: Name of the argument in errors.
+        after: Tokens of the prompts that precede the targets, to detect a missing leading space.
+            Default: unknown.
 
     Raises:
-        TypeError: When a target is neither a string nor integer token ids.
-        ValueError: When one is empty or outside the vocabulary, or their number is wrong.
+        TypeError: If a target is neither a string nor integer token ids.
+        ValueError: If a target is empty or outside the vocabulary, or their number is wrong.
 
     Warns:
-        UserWarning: When a string of several tokens would be one token with a leading space; or,
-            where the prompts are known, when its one token looks like a word whose usual token has
-            the space. Not after a prompt that ends in something to which a word is joined, such as
-            a space, a dash or an opening bracket.
+        UserWarning: If a string of several tokens would be one token with a leading space; or, with
+            known prompts, if its one token looks like a word whose usual token has the space. No
+            warning after a prompt whose end joins the next word, such as a space, a dash or an
+            opening bracket.
     """
     one_for_all = isinstance(target, str) or is_integer(target)
     one_for_all = one_for_all or (isinstance(target, Tensor) and not target.ndim)
@@ -111,7 +112,7 @@ def target_tokens(
         each = _as_list(target, argument)
     if len(each) != (n_prompts or 1):
         prompts = "one prompt" if n_prompts in (None, 1) else f"{n_prompts} prompts"
-        raise ValueError(f"{argument} holds {len(each)} targets, but there is {prompts}")
+        raise ValueError(f"{argument} holds {len(each)} targets for {prompts}")
     targets, hints = [], defaultdict[str, list[str]](list)
     for b, one in enumerate(each):
         which = "" if n_prompts is None else f" (example {b})"
@@ -136,7 +137,7 @@ def single_token_ids(
     """One token id for every prompt, as :func:`target_tokens` takes them.
 
     Raises:
-        TypeError, ValueError: As there, and when a target is not exactly one token.
+        TypeError, ValueError: As :func:`target_tokens`, and if a target is not exactly one token.
     """
     every = target_tokens(model, target, n_prompts, argument, after)
     for ids in every:
@@ -146,7 +147,7 @@ def single_token_ids(
 
 
 def each_token_id(model: Any, argument: str, tokens: Any) -> Int[Tensor, "..."]:
-    """The ids of tokens: a scalar for a string or an id, a vector for several, a tensor as it is.
+    """Token ids: a scalar for a string or an id, a vector for several, a tensor unchanged.
 
     Raises:
         TypeError, ValueError: As :func:`single_token_ids`.
@@ -168,10 +169,10 @@ def each_token_id(model: Any, argument: str, tokens: Any) -> Int[Tensor, "..."]:
 
 
 def padding_side_of(model: Any, padding_side: str | None) -> Literal["left", "right"]:
-    """The side that is asked for, or else the one of the model's tokenizer.
+    """The given padding side, by default the tokenizer's.
 
     Raises:
-        ValueError: When it is neither left nor right.
+        ValueError: If it is neither left nor right.
     """
     side = padding_side or getattr(model.tokenizer, "padding_side", "right")
     if side == "left":
@@ -182,7 +183,7 @@ def padding_side_of(model: Any, padding_side: str | None) -> Literal["left", "ri
 
 
 def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
-    """Every token by itself as a string; a model without tokenizer gives its number."""
+    """Decode every token by itself; without a tokenizer, return its id as a string."""
     ids = list(ids)
     if model.tokenizer is None or not ids:
         return [str(i) for i in ids]
@@ -192,7 +193,7 @@ def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
 def _rows_of_tensor(
     model: Any, tokens: Tensor, prepend_bos: bool | None, side: str
 ) -> Sequence[Tensor]:
-    """The rows without padding. What is no tensor of ids is left for the check of each row."""
+    """The rows without padding. A malformed tensor is left to the per-row checks."""
     if _is_not_ids(tokens) or tokens.ndim > 2:
         return list(tokens) if tokens.ndim > 1 else [tokens]
     if prepend_bos is None:
@@ -201,7 +202,7 @@ def _rows_of_tensor(
 
 
 def _warn_of_pads(model: Any, rows: Sequence[Any]) -> None:
-    """A token that is padding and nothing else is hardly meant as text."""
+    """Warn about dedicated pad tokens in lists, which are unlikely to be text."""
     if not is_only_padding(model.tokenizer):
         return
     pad = model.tokenizer.pad_token_id
@@ -213,8 +214,8 @@ def _warn_of_pads(model: Any, rows: Sequence[Any]) -> None:
     if padded_rows:
         warn_user(
             f"prompt: the pad token {model.tokenizer.pad_token!r} at an end of row "
-            f"{', '.join(padded_rows)} is taken for text, as rows of a list are not padded; pass a "
-            "tensor, or the tokenizer's whole output"
+            f"{', '.join(padded_rows)} is treated as text, because rows of a list are not padded; "
+            "pass a tensor, or the tokenizer's whole output"
         )
 
 
@@ -233,7 +234,7 @@ def _one_prompt(
 
 
 def _ids(model: Any, value: Any, argument: str, which: str) -> list[int]:
-    """The token ids that a string, an id, or ids in a list or vector stand for."""
+    """The token ids of a string, an id, or a list or vector of ids."""
     ids: list[int] | None
     if isinstance(value, str):
         _require_tokenizer(model, argument)
@@ -256,7 +257,7 @@ def _require_in_vocabulary(model: Any, ids: Sequence[Any], argument: str, which:
     if min(ids) < 0 or max(ids) >= model.cfg.d_vocab:
         raise ValueError(
             f"{argument} holds token ids outside the vocabulary{which}: "
-            f"token ids of this model are 0 to {model.cfg.d_vocab - 1}"
+            f"this model has token ids 0 to {model.cfg.d_vocab - 1}"
         )
 
 
@@ -298,19 +299,19 @@ def _not_one_token(model: Any, argument: str, target: Any, ids: list[int]) -> st
     tokens = decode_each(model, ids)
     return (
         f"{argument}={target!r} must be exactly one token, but it is {len(ids)}: {tokens}. "
-        "Pass a word that the model knows as one token, mostly with a leading space."
+        "Pass a word that the tokenizer encodes as one token, usually with a leading space."
     )
 
 
 def _hint_at_space(
     model: Any, argument: str, target: Any, ids: list[int], prompt: Int[Tensor, "_"] | None
 ) -> str | None:
-    """What to say of a target that seems to lack its leading space.
+    """A hint for a target that seems to lack its leading space, or None.
 
-    A target of one token that continues the prompt's last word is told from a word of its own by
-    its capital letter, or by the token ids: a merged token has a smaller id the more frequent it is
-    in the tokenizer's own texts. Of ``" the"`` and ``"the"`` that is the first, of ``" ing"`` and
-    ``"ing"`` the second.
+    A one-token target without a space may be a suffix of the prompt's last word or a word of its
+    own. A capital letter marks a word; otherwise the token ids decide, because more frequent merges
+    have smaller ids: ``" the"`` has a smaller id than ``"the"``, but ``"ing"`` a smaller one than
+    ``" ing"``.
     """
     if not isinstance(target, str) or target != target.lstrip():
         return None
@@ -321,17 +322,17 @@ def _hint_at_space(
     if len(ids) > 1:
         return (
             f"{argument}={target!r} is {len(ids)} tokens, {decode_each(model, ids)}; with the "
-            f"leading space, {' ' + target!r} is one"
+            f"leading space, {' ' + target!r} is one token"
         )
     begins = last is not None and target[0].isupper() and not last.isupper()
     if not begins and (last is None or not target[0].isalpha() or spaced > ids):
         return None
     return (
-        f"{argument}={target!r} has no space before it and continues the prompt's last word; with "
-        f"the leading space, {' ' + target!r} is one token, too, and the word's usual one"
+        f"{argument}={target!r} has no leading space and continues the prompt's last word; "
+        f"{' ' + target!r} is also one token, and the word's usual one"
     )
 
 
 def _joins(last: str) -> bool:
-    """Whether a word that follows this character has no space before it."""
+    """Whether the next word follows this character without a space."""
     return not last or (last not in CLOSING and unicodedata.category(last)[0] not in "LN")
