@@ -255,7 +255,7 @@ def test_a_damaged_cache_is_converted_again(
     assert len(conversions) == 2
     assert visible_or_not(cache) == {MODEL}
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-    assert "is damaged, or of another GGUF file" in caplog.text
+    assert "is damaged, or from another GGUF file" in caplog.text
 
     demo_model.demo_model_path()
     assert len(conversions) == 2

@@ -229,7 +229,7 @@ def test_rows_that_fit_into_no_table_are_refused(tmp_path, values, batch_size):
         return [{"value": values[i]} for i in batch]
 
     rows = sweep(None, range(2), fn, path=tmp_path, batch_size=batch_size, progress=False)
-    with pytest.raises(ValueError, match=r"fn's rows for the records \[.*do not go into one table"):
+    with pytest.raises(ValueError, match=r"fn's rows for records \[.*do not fit into one table"):
         list(rows)
     assert all(file.name == "00000000.parquet" for file in files(tmp_path))
 
@@ -304,9 +304,7 @@ def test_what_a_killed_process_left_is_no_part_of_the_table(tmp_path):
 def test_a_failure_names_its_records():
     with pytest.raises(RuntimeError) as raised:
         list(sweep(10, RECORDS, Calls(1, RuntimeError()), batch_size=3, progress=False))
-    assert raised.value.__notes__ == [
-        "in fn, called by tl_backward.sweep with the records [5, 8, 3]"
-    ]
+    assert raised.value.__notes__ == ["in fn, called by tl_backward.sweep with records [5, 8, 3]"]
 
 
 # ----- what is refused -----
@@ -315,7 +313,7 @@ def test_a_failure_names_its_records():
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, "3", None])
 @pytest.mark.usefixtures("unchecked")
 def test_a_bad_batch_size_is_refused_at_once(batch_size):
-    with pytest.raises(ValueError, match=r"batch_size is .* positive integer"):
+    with pytest.raises(ValueError, match=r"batch_size must be a positive integer"):
         sweep(10, RECORDS, count_characters, batch_size=batch_size)
 
 
@@ -407,7 +405,7 @@ def test_another_format_is_refused(tmp_path, monkeypatch, version, todo):
     with monkeypatch.context() as patch:
         patch.setattr(table_files, "VERSION", version)
         list(sweep(10, RECORDS, count_characters, path=tmp_path, progress=False))
-    with pytest.raises(ValueError, match=f"in version {version} of its format.*{todo}"):
+    with pytest.raises(ValueError, match=f"has format version {version}.*{todo}"):
         sweep(10, RECORDS, count_characters, path=tmp_path)
 
 
@@ -419,7 +417,7 @@ def test_the_first_format_is_refused(tmp_path):
         table.replace_schema_metadata({"tl_backward.sweep": json.dumps(metadata)}),
         tmp_path / "00000000.parquet",
     )
-    with pytest.raises(ValueError, match="in version 1 of its format"):
+    with pytest.raises(ValueError, match="has format version 1"):
         sweep(10, RECORDS, count_characters, path=tmp_path)
 
 

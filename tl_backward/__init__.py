@@ -1,4 +1,4 @@
-"""Read a language model's backward pass in vocabulary space, and edit it, for TransformerLens."""
+"""Read and edit a language model's backward pass in vocabulary space, with TransformerLens."""
 
 from tl_backward._requirements import require_matching_packages
 from tl_backward.cache import BackwardCache

@@ -17,15 +17,15 @@ from tl_backward.commands.sites import sites
 
 
 class Commands(TyperGroup):
-    """The commands, for arguments in UTF-8."""
+    """The command group; arguments must be UTF-8."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse what the shell passed on as bytes that are no text."""
+        """Refuse arguments that are not valid UTF-8."""
         for argument in args:
             try:
                 argument.encode()
             except UnicodeEncodeError:
-                raise typer.BadParameter(f"{argument!a} is not in UTF-8") from None
+                raise typer.BadParameter(f"{argument!a} is not valid UTF-8") from None
         return super().parse_args(ctx, args)
 
 
@@ -42,8 +42,8 @@ app = typer.Typer(
 def main() -> None:
     """Read a language model's backward pass in its own vocabulary, and edit what you see."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # None where the shell has closed it
-            stream.reconfigure(errors="backslashreplace")  # for tokens outside its encoding
+        if isinstance(stream, TextIOWrapper):  # None if the shell closed it
+            stream.reconfigure(errors="backslashreplace")  # tokens may not fit the encoding
 
 
 FACT = '"Lionel Messi plays for" --target " Paris"'

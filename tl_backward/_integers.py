@@ -1,4 +1,4 @@
-"""What counts as an integer, and how several are written."""
+"""Checking and formatting integers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def is_integer(value: Any) -> bool:
-    """Whether this is an integer, of Python or numpy; True and False are none."""
+    """Whether this is a Python or numpy integer, not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def as_ranges(integers: Iterable[int]) -> str:
-    """Integers in ascending order, three or more in a row as a range.
+    """Integers in ascending order, with three or more consecutive ones as a range.
 
     Example:
         >>> as_ranges([4, 0, 1, 2, 7, 8])

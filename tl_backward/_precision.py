@@ -1,4 +1,4 @@
-"""Numbers as their dtype holds them: without autocast, and norms without squares that overflow."""
+"""Computing in full precision: no autocast, upcast half precision, norms that do not overflow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast switched off for a device, so that float32 is multiplied in float32."""
+    """Context without autocast on a device, so that float32 products stay in float32."""
     kind = device.type
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
@@ -23,7 +23,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def in_full_precision(method: Method) -> Method:
-    """A method that computes with autocast switched off on the device of its object."""
+    """Decorate a method to run without autocast on the device of its object."""
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -34,20 +34,20 @@ def in_full_precision(method: Method) -> Method:
 
 
 def upcast(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """Half precision in float32; float32 and float64 as they are."""
+    """Convert half precision to float32; leave float32 and float64 unchanged."""
     return x.to(upcast_dtype(x.dtype))
 
 
 def upcast_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that holds numbers of all of some dtypes, float32 at least."""
+    """The common dtype of the given dtypes, at least float32."""
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def stable_norm(x: Float[Tensor, "*axes"], dim: int | None = None) -> Float[Tensor, "..."]:
-    """The 2-norm of all numbers, or along one axis.
+    """The 2-norm of all elements, or along one axis.
 
-    Finite and accurate wherever the norm is a number of the dtype, also where the squares are not:
-    in float32 those of 1e20 overflow, and those of 1e-23 vanish. Of half precision, in float32.
+    Finite and accurate whenever the norm is representable, even if the squares are not: in float32
+    the square of 1e20 overflows and that of 1e-23 underflows. Half precision is upcast to float32.
     """
     x = upcast(x)
     if not x.numel():

@@ -1,4 +1,4 @@
-"""One thread at a time has its hooks on a model; others wait for their turn."""
+"""Threads take turns at a model: one at a time has its hooks on it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ class _Turn(NamedTuple):
     steps: list[Callable[[], object]]
 
     def was_left(self) -> bool:
-        """Whether nobody is there any more who would end it."""
+        """Whether nothing is left that would end the turn."""
         return self.undo() is None or not self.thread.is_alive()
 
 
 _turns: weakref.WeakKeyDictionary[nn.Module, _Turn] = weakref.WeakKeyDictionary()
-"""Whose turn it is, by model.
+"""The current turn at each model.
 
-A dictionary and not locks: an interrupt next to a lock's ``acquire`` or ``release`` can leave it
-locked for good, while here the owner is known, and a turn's end can be repeated.
+This is a dictionary, not a lock: an interrupt near ``acquire`` or ``release`` can leave a lock
+locked forever, whereas here the owner is known and ending a turn can be repeated.
 """
 
 
 def take_turn(model: Any, undo: Undo) -> None:
-    """Wait until no other thread has a turn at the model, and keep others off until it is undone.
+    """Wait for the turn at a model, and keep other threads out until it is undone.
 
-    A thread that has a turn already goes on with it. A turn that interrupts have kept from being
-    undone is undone first.
+    A thread that already has the turn keeps it. An abandoned turn, which interrupts kept from being
+    undone, is undone first.
     """
     turn = _Turn(threading.current_thread(), weakref.ref(undo), undo.steps)
     undo.add(_end, model, turn)

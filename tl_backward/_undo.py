@@ -1,4 +1,4 @@
-"""Changes that are taken back whatever happens, also when an interrupt cuts in more than once."""
+"""Changes that are undone whatever happens, even after repeated interrupts."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from functools import partial
 from typing import Any
 
 ATTEMPTS = 3
-"""How often a step is tried that an interrupt, or an error, has cut short."""
+"""Number of attempts at a step that an interrupt or an error cuts short."""
 
 
 class Undo:
-    """Steps that take changes to a model back, run last first when its context exits.
+    """Steps that undo changes to a model, run in reverse order when the context exits.
 
-    A step is added *before* the change that it takes back, and does no harm when it runs twice or
-    when the change was never made. An interrupt during a step is raised when all steps are done.
+    Add a step *before* the change that it undoes; it must be harmless if it runs twice or if the
+    change was never made. An interrupt during a step is raised after all steps are done.
 
-    An interrupt may also come when a context is left and before the first instruction of its
-    ``__exit__``. So enter it several times, ``with Undo() as undo, undo, undo:``; the first exit
-    that gets to run does everything, and the others find nothing left to do.
+    An interrupt may also arrive before the first instruction of ``__exit__``. So enter the context
+    several times, ``with Undo() as undo, undo, undo:``. The first exit that runs undoes everything,
+    and the others have nothing left to do.
     """
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], object]] = []
 
     def add(self, step: Callable[..., object], *arguments: Any) -> None:
-        """Add the step that takes back the change that comes next."""
+        """Add the step that undoes the next change."""
         self.steps.append(partial(step, *arguments))
 
     def __enter__(self) -> Undo:
@@ -37,12 +37,12 @@ class Undo:
 
 
 def take_back(steps: list[Callable[[], object]]) -> None:
-    """Run steps, last first, and remove them.
+    """Run and remove steps in reverse order.
 
     Raises:
-        BaseException: What came in between, if anything did.
+        BaseException: The last interrupt or error during a step, if any.
     """
-    cut_in = None
+    interrupt = None
     while steps:
         step = steps[-1]
         for _ in range(ATTEMPTS):
@@ -50,11 +50,11 @@ def take_back(steps: list[Callable[[], object]]) -> None:
                 step()
                 break
             except BaseException as error:
-                cut_in = error
-        with suppress(ValueError):  # another thread has removed it
+                interrupt = error
+        with suppress(ValueError):  # another thread may have removed it
             steps.remove(step)
     try:
-        if cut_in is not None:
-            raise cut_in
+        if interrupt is not None:
+            raise interrupt
     finally:
-        del cut_in
+        del interrupt

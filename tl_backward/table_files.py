@@ -1,4 +1,4 @@
-"""Parquet files that say what they hold, and notice when they were damaged."""
+"""Parquet files with metadata about their contents and checksums against damage."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ METADATA_OF_VERSION_1 = b"tl_backward.sweep"
 
 
 def write(file: Path, table: pa.Table, contents: dict[str, Any]) -> None:
-    """Write a table; the file appears under its name only when it is whole.
+    """Write a table atomically: a failed write leaves no partial file.
 
     Args:
         file: The file. Its folder must exist.
         table: The table.
-        contents: What else the file says; anything that JSON takes.
+        contents: JSON-serialisable metadata about the table.
 
     Raises:
-        OSError: When the file cannot be written.
+        OSError: If the file cannot be written.
     """
     import pyarrow.parquet as pq
 
@@ -42,10 +42,11 @@ def write(file: Path, table: pa.Table, contents: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and the contents that :func:`write` has written, checked against checksums.
+    """Read the table and the contents written by :func:`write`, and verify their checksums.
 
     Raises:
-        ValueError: When the file is damaged, of another version, or not from :func:`write`.
+        ValueError: If the file is damaged, has another version, or was not written by
+            :func:`write`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -58,12 +59,12 @@ def read(file: Path) -> tuple[pa.Table, dict[str, Any]]:
     except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
         raise damaged(file, error) from error
     if json.loads(schema.metadata[METADATA])["rows"] != rows:
-        raise damaged(file, "its rows do not have their checksum")
+        raise damaged(file, "the checksum of its rows does not match")
     return table, contents
 
 
 def read_schema(file: Path) -> tuple[pa.Schema, dict[str, Any]]:
-    """The columns and the contents, without a look at the rows.
+    """Read the columns and the contents, without the rows.
 
     Raises:
         ValueError: As :func:`read`.
@@ -72,7 +73,7 @@ def read_schema(file: Path) -> tuple[pa.Schema, dict[str, Any]]:
     import pyarrow.parquet as pq
 
     if not file.is_file():
-        raise damaged(file, "it is no file")
+        raise damaged(file, "it is not a file")
     try:
         schema = pq.read_schema(file)
         metadata = schema.metadata or {}
@@ -87,16 +88,16 @@ def read_schema(file: Path) -> tuple[pa.Schema, dict[str, Any]]:
     if version != VERSION:
         todo = "upgrade it" if isinstance(version, int) and version > VERSION else "delete the file"
         raise ValueError(
-            f"{file} is in version {version!r} of its format, and this tl_backward reads version "
+            f"{file} has format version {version!r}, but this tl_backward reads version "
             f"{VERSION}; {todo}, or pass a new folder"
         )
     if described.get("head") != head or not isinstance(contents, dict):
-        raise damaged(file, "what it says of itself does not have its checksum")
+        raise damaged(file, "the checksum of its metadata does not match")
     return schema, contents
 
 
 def damaged(file: Path, why: object) -> ValueError:
-    """The error of a file that cannot be what it should be."""
+    """The error for a file that is damaged or not ours."""
     return ValueError(
         f"{file} is damaged, or not from tl_backward ({why}); delete it, or pass another folder"
     )
@@ -107,11 +108,11 @@ def _checksum(*seen: Any) -> str:
 
 
 def _head(schema: pa.Schema) -> tuple[list[str], dict[str, str]]:
-    """The columns, and what others say of the table."""
+    """The columns, and the metadata of other writers."""
     metadata = {str(key): str(value) for key, value in _foreign_metadata(schema).items()}
     return schema.names, metadata
 
 
 def _foreign_metadata(schema: pa.Schema) -> dict[bytes, bytes]:
-    """What others have noted in the file, such as pandas."""
+    """Metadata of other writers, such as pandas."""
     return {key: value for key, value in (schema.metadata or {}).items() if key != METADATA}

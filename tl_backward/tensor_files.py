@@ -1,8 +1,7 @@
 """Safetensors files that hold any nested tree of tensors and plain values.
 
-The tensors of the tree are those of the file, under their path in the tree; a tensor that stands in
-several places is stored once and shared again when it is read. The rest of the tree is JSON in the
-file's metadata.
+Each tensor is stored under its path in the tree; a tensor that occurs several times is stored once
+and shared again when read. The rest of the tree is JSON in the file's metadata.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ VERSION = "2"
 
 
 def write(path: Path, kind: str, tree: Any) -> Path:
-    """Write a tree; the file appears under its name only when it is whole.
+    """Write a tree atomically: a failed write leaves no partial file.
 
     Args:
         path: The file. Its folder must exist.
-        kind: The class that is saved, which :func:`read` asks for.
+        kind: Name of the saved class; :func:`read` checks it.
         tree: Dicts, lists and tuples of tensors, strings, numbers, booleans and None. Keys are
             strings or integers.
 
     Raises:
-        FileNotFoundError: When there is no such folder.
-        OSError: When the file cannot be written, or is a device, which it would replace.
+        FileNotFoundError: If the folder does not exist.
+        OSError: If the file cannot be written, or is not an ordinary file (e.g. a device).
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no ordinary file; pass another name")
+        raise OSError(f"{path} is not an ordinary file; pass another name")
     tensors: dict[str, Tensor] = {}
     metadata = {
         "format": f"tl_backward.{kind}",
@@ -55,11 +54,12 @@ def write(path: Path, kind: str, tree: Any) -> Path:
 
 
 def read(path: Path, kind: str) -> Any:
-    """The tree that :func:`write` has written, with tensors on the CPU in memory of their own.
+    """Read a tree written by :func:`write`, with tensors in CPU memory.
 
     Raises:
-        FileNotFoundError: When there is no such file.
-        ValueError: When it is truncated or damaged, holds something else or is of another version.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated or damaged, holds another class, or has another
+            version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -68,20 +68,20 @@ def read(path: Path, kind: str) -> Any:
             metadata, names = file.metadata() or {}, file.keys()
             if metadata.get("format") != f"tl_backward.{kind}":
                 raise ValueError(
-                    f"{path} is a safetensors file, but holds no {kind}; pass a file that "
-                    f"{kind}.save has written"
+                    f"{path} is a safetensors file, but holds no {kind}; pass a file written by "
+                    f"{kind}.save"
                 )
             if metadata.get("version") != VERSION:
                 raise ValueError(
-                    f"{path} is in version {metadata.get('version')} of its format, and this "
-                    f"tl_backward reads version {VERSION}; upgrade tl_backward, or save the {kind} "
-                    "again with this one"
+                    f"{path} has format version {metadata.get('version')}, but this tl_backward "
+                    f"reads version {VERSION}; upgrade tl_backward, or save the {kind} again with "
+                    "this version"
                 )
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is truncated, damaged, or no safetensors file ({error}); save the {kind} "
-            f"again, or pass a file that {kind}.save has written"
+            f"{path} is truncated, damaged, or not a safetensors file ({error}); save the {kind} "
+            f"again, or pass a file written by {kind}.save"
         ) from error
     try:
         packed = json.loads(metadata.get("contents", ""))
@@ -92,7 +92,7 @@ def read(path: Path, kind: str) -> Any:
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The tree with the function of every tensor; what is shared stays shared."""
+    """Apply a function to every tensor of a tree; shared tensors stay shared."""
     made: dict[int, Tensor] = {}
 
     def mapped(tree: Any) -> Any:
@@ -110,12 +110,12 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def damaged(path: Path, kind: str, error: Exception) -> ValueError:
-    """The error of a file whose contents do not fit together."""
+    """The error for a file with inconsistent contents."""
     return ValueError(f"{path} is a damaged {kind} ({error!r}); save the {kind} again")
 
 
 def _packed(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree for JSON; its tensors go into ``tensors``."""
+    """Convert the tree to JSON, moving its tensors into ``tensors``."""
     names: dict[tuple[object, ...], str] = {}
 
     def packed(tree: Any, name: str) -> Any:
@@ -155,7 +155,7 @@ def _unpacked(packed: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _require_same_names(packed: Any, tensors: dict[str, Tensor]) -> None:
-    """Raise unless the tree names exactly the tensors of the file."""
+    """Raise unless the tree refers to exactly the tensors of the file."""
     named = set(_names(packed))
     for state, names in (("missing", named - tensors.keys()), ("unknown", tensors.keys() - named)):
         if names:
@@ -173,5 +173,5 @@ def _names(packed: Any) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Text with Python's escapes: JSON alone would join two surrogates into one character."""
+    """Text with Python escapes: JSON alone would merge two surrogates into one character."""
     return text.encode("unicode_escape").decode("ascii")

@@ -1,8 +1,8 @@
-"""Translators ``f(vectors, layer)`` for the lens: how VJPs of early layers are made readable.
+"""Translators ``f(vectors, layer)`` for the lens, which make VJPs of early layers readable.
 
-Each of them is what ``BackwardLogitLens(model)(..., lens=...)`` takes, as the forward lens of
-TransformerLens takes its own. A VJP of an early layer is that of the last one, pulled back through
-the blocks in between, ``delta_l = J_l^T delta_final``; the last two of these undo a pull-back.
+Pass one as ``BackwardLogitLens(model)(..., lens=...)``, as for TransformerLens's forward lens. The
+VJP of an early layer is the VJP of the last one, pulled back through the blocks in between,
+``delta_l = J_l^T delta_final``; the last two translators here undo a pull-back.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ Translator: TypeAlias = Callable[[Tensor, int | None], Tensor]
 def identity(
     vectors: Float[Tensor, "*rows d_model"], layer: int | None
 ) -> Float[Tensor, "*rows d_model"]:
-    """The vectors themselves: the plain lens."""
+    """Return the vectors unchanged: the plain lens."""
     return vectors
 
 
 def unit_normalised(
     vectors: Float[Tensor, "*rows d_model"], layer: int | None
 ) -> Float[Tensor, "*rows d_model"]:
-    """Vectors of length 1, as ``normalize=True`` reads them (App H); zero stays zero."""
+    """Scale vectors to length 1, as ``normalize=True`` does (App H); zero stays zero."""
     return torch.nn.functional.normalize(vectors, dim=-1)
 
 
 def through_final_norm(
     model: Model, residual: Float[Tensor, "*rows d_model"], ridge: float = 1e-6
 ) -> Translator:
-    """Carry VJPs of the end of the residual stream on to the output of the final norm.
+    """Map VJPs at the end of the residual stream to VJPs at the output of the final norm.
 
-    There Lemma 5.1 is exact: the VJP is ``sum_k delta[k] D^T[k]``. The translator solves
+    There, Lemma 5.1 is exact: the VJP is ``sum_k delta[k] D^T[k]``. The translator solves
     ``J^T z = delta`` in the ridge least-squares sense, where ``J`` is the Jacobian of the final
     norm at each position's own ``residual``. Read its result with ``apply_ln=False``.
 
     Args:
         model: A TransformerLens model.
-        residual: The end of the residual stream, one row for each row that is read. For one
-            prompt: ``activations[f"blocks.{n_layers - 1}.hook_resid_post"][0]`` of
+        residual: The end of the residual stream, one row per row to read. For one prompt:
+            ``activations[f"blocks.{n_layers - 1}.hook_resid_post"][0]`` of
             ``model.run_with_cache``.
         ridge: Weight of ``|z|^2``, relative to the mean square of the singular values of ``J``.
-            What the norm does not pass on (the mean, and the direction of ``residual``) is not in
-            ``delta``, and stays zero.
+            Components that the norm removes (the mean, and the direction of ``residual``) are
+            absent from ``delta`` and stay zero.
 
     Returns:
-        The translator. It raises ValueError when the vectors have other rows than ``residual``.
+        The translator. It raises ValueError if the vectors' shape differs from ``residual``'s.
 
     Example:
         >>> _, activations = model.run_with_cache(prompt)
@@ -71,8 +71,8 @@ def through_final_norm(
     def translator(vectors: Tensor, layer: int | None) -> Tensor:
         if vectors.shape != residual.shape:
             raise ValueError(
-                f"residual has the shape {list(residual.shape)}, but the vectors that are read "
-                f"have {list(vectors.shape)}; select the same positions in both"
+                f"residual has the shape {list(residual.shape)}, but the vectors to read have "
+                f"{list(vectors.shape)}; select the same positions in both"
             )
         rows = (rearrange(x, "... d_model -> (...) 1 d_model") for x in (residual, vectors))
         solved = [_solve(jacobian(at)[0], vector, ridge) for at, vector in zip(*rows, strict=True)]
@@ -84,19 +84,19 @@ def through_final_norm(
 def through_jacobian_lens(
     jacobian_lens: JacobianLens, ridge: float = 1e-3, accumulated: bool = False
 ) -> Translator:
-    """Carry VJPs from the output of each layer to the end of the residual stream.
+    """Map VJPs at the output of each layer to the end of the residual stream.
 
     TransformerLens's ``JacobianLens`` holds the mean Jacobian ``J_l`` from the output of layer
     ``l`` to the end of the stream, so a VJP of the layer is about ``J_l^T delta_final``. The
-    translator solves ``J_l^T z = delta_l`` in the ridge least-squares sense. Layers that the lens
-    does not have, such as the last one, are left as they are.
+    translator solves ``J_l^T z = delta_l`` in the ridge least-squares sense. Vectors of layers that
+    the lens does not have, such as the last one, are unchanged.
 
     Args:
         jacobian_lens: A fitted lens of the same model.
         ridge: Weight of ``|z|^2``, relative to the mean square of the singular values of ``J_l``.
-        accumulated: Whether it is the points of ``residual="accumulated"`` that are read, of which
-            ``3_pre`` is the output of layer 2. Otherwise ``layer`` is that of a weight, at whose
-            end the VJP is taken to be: exact for W_out, and for W_O without the layer's own MLP.
+        accumulated: Whether the lens reads ``residual="accumulated"``, where ``3_pre`` is the
+            output of layer 2. Otherwise ``layer`` is a weight's layer, and the VJP is taken to be
+            at its end: exact for W_out, and for W_O up to the layer's own MLP.
 
     Example:
         >>> jacobian_lens = JacobianLens.fit(model, texts, corpus="my texts")
@@ -117,7 +117,7 @@ def through_jacobian_lens(
 def _solve(
     J: Float[Tensor, "d_out d_in"], vjps: Float[Tensor, "*rows d_in"], ridge: float
 ) -> Float[Tensor, "*rows d_out"]:
-    """The ``z`` of least ``|z J - vjp|^2 + weight |z|^2``, in float32 at least."""
+    """The ``z`` that minimises ``|z J - vjp|^2 + weight |z|^2``, at least in float32."""
     dtype = upcast_dtype(vjps.dtype)
     J, vjps = J.to(dtype), vjps.to(dtype)
     gram = J @ J.mT

@@ -1,4 +1,4 @@
-"""Figures and pages of what the lens saw."""
+"""Figures and pages of lens results."""
 
 from tl_backward.plotting.figures import lens_figure
 from tl_backward.plotting.page import lens_page

@@ -1,4 +1,4 @@
-"""Plotly figures of what the lens saw."""
+"""Plotly figures of lens results."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 LIGHT_TO_BLUE = [[0, "#f3f6f9"], [1, "#74aee6"]]
-"""Every colour between the two leaves dark text readable."""
+"""Dark text is readable on every colour in between."""
 TEXT = "#16202b"
 SCALE = {"title": "norm, cube root,<br>largest = 1"}
 ROW_HEIGHT, COLUMN_WIDTH, MARGIN = 34, 104, 120
 TITLES, BOTTOM = 90, 40
-"""Room for the titles of a figure and its panels, and below them."""
+"""Heights in pixels: the titles of a figure and its panels, and the bottom margin."""
 LEVEL, UPRIGHT = 0, -90
 NAME_HEIGHT = {LEVEL: 24, UPRIGHT: 100}
-"""Room for the names of columns, by their angle."""
+"""Height of the column names in pixels, by angle."""
 SHOWN_CHARACTERS = 10
 
 
 def lens_figure(shown: LensTables, kind: str, weight: str) -> Figure:
-    """The figure of a kind, as :meth:`BackwardLensResult.plot` describes them."""
+    """The figure of one kind; see :meth:`BackwardLensResult.plot`."""
     try:
         import plotly.graph_objects  # noqa: F401
     except ImportError as error:
@@ -39,7 +39,7 @@ def lens_figure(shown: LensTables, kind: str, weight: str) -> Figure:
     if kind == "norms":
         return _norms(shown, list(shown.tables.values()))
     if weight not in shown.tables:
-        raise KeyError(f"{weight!r} was not read; there is {', '.join(shown.tables)}")
+        raise KeyError(f"{weight!r} was not read; available: {', '.join(shown.tables)}")
     table = shown.tables[weight]
     if kind == "ranks":
         return _ranks(shown, table)
@@ -86,7 +86,7 @@ def _tables(shown: LensTables, tables: list[Table]) -> Figure:
 
 
 def _norms(shown: LensTables, tables: list[Table]) -> Figure:
-    """The norm of every vector that was read, on a scale of each table's own."""
+    """The norm of every vector, scaled per table."""
     figure = _panels(tables)
     for column, table in enumerate(tables, start=1):
         norms = torch.tensor(table.norms[::-1], dtype=torch.float64)
@@ -107,15 +107,15 @@ def _norms(shown: LensTables, tables: list[Table]) -> Figure:
 
 
 def _ranks(shown: LensTables, table: Table) -> Figure:
-    """The rank of each target through the layers, a line for each position."""
+    """The rank of each target by layer, one line per position."""
     import plotly.graph_objects as go
 
     if not shown.has_targets:
-        raise ValueError("kind='ranks' needs targets=, in the lens")
+        raise ValueError("kind='ranks' needs a lens run with a target or targets=")
     figure = go.Figure()
     for j, column in enumerate(_columns(table)):
         for t, target in enumerate(table.targets[j]):
-            ranks = [of_entry[j][t] for of_entry in table.ranks]
+            ranks = [entry[j][t] for entry in table.ranks]
             figure.add_scatter(
                 x=table.headers,
                 y=[rank if rank >= 0 else None for rank in ranks],
@@ -143,7 +143,7 @@ def _panels(tables: list[Table]) -> Figure:
 def _laid_out(
     shown: LensTables, figure: Figure, tables: list[Table], column_width: int, angle: int
 ) -> Figure:
-    """Columns are named on top, and panels at their left, where a wide figure begins."""
+    """Put column names on top and panel names at the left, where a wide figure begins."""
     n_columns = sum(len(table.positions) for table in tables)
     figure.update_xaxes(side="top", tickangle=angle, type="category", ticks="", showgrid=False)
     figure.update_yaxes(autorange="reversed", type="category", ticks="", showgrid=False)
@@ -180,7 +180,7 @@ def _laid_out(
 
 
 def _columns(table: Table) -> list[str]:
-    """Unique names of the positions: two equal tokens are two columns."""
+    """Unique names of the positions, so that equal tokens get separate columns."""
     return [
         f"{_clipped(token)} {position}"
         for token, position in zip(table.tokens, table.positions, strict=True)
@@ -188,7 +188,7 @@ def _columns(table: Table) -> list[str]:
 
 
 def _short(table: Table, cell: Cell) -> str:
-    """The outermost tokens; what counts is bold where it is the target."""
+    """The outermost tokens; the one that a step moves towards is bold if it is the target."""
     ends = [_clipped(cell.top[0][0]), _clipped(cell.bottom[0][0])]
     if cell.is_hit:
         counts = 0 if table.top_counts else 1
@@ -225,8 +225,8 @@ def _escaped(token: str) -> str:
 
 
 def _text(shown: str) -> str:
-    """A visible token in a label of plotly's, which would take ``<b>`` for markup.
+    """A visible token, escaped for a plotly label, where ``<b>`` is markup.
 
-    It is isolated, so that one that is read from right to left leaves the rest in its order.
+    Isolating it keeps a right-to-left token from reordering the rest of the label.
     """
     return f"\u2068{html.escape(shown, quote=False)}\u2069"

@@ -1,4 +1,4 @@
-"""The backward lens on one page."""
+"""The HTML page of a lens result."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 VALUE_NAMES = {"logit": "logit", "log_prob": "log prob", "probability": "prob"}
-"""No longer than the numbers below them, so that a card fits on a narrow screen."""
+"""Short names, no wider than the numbers below them, so that a card fits a narrow screen."""
 
 
 def lens_page(shown: LensTables) -> str:
     """One self-contained HTML page with a layer x token table for each weight.
 
-    The last layer is on top. A cell shows the token at the top and at the bottom and is coloured by
-    the norm of the VJP, on a cube-root scale from 0 to the largest norm in its table; pointing at
-    it, or focusing it, shows its ``top_k`` tokens. Where the update is exactly zero it is empty.
+    The last layer is on top. A cell shows the top and the bottom token. Its colour is the norm of
+    the VJP, on a cube-root scale from 0 to the largest norm in the table. Hovering over it or
+    focusing it shows its ``top_k`` tokens. Cells with an update of exactly zero are empty.
 
     Raises:
         ImportError: Without the extra ``plot``.
-        ValueError: When the lens kept no tokens.
+        ValueError: If the lens kept no tokens.
     """
     template = environment().get_template("lens.html.j2")
     return template.render(shown=shown, value=VALUE_NAMES[shown.value])
 
 
 def environment() -> Environment:
-    """The templates, with what they use.
+    """The Jinja environment of the templates, with their filters and globals.
 
     Raises:
         ImportError: Without the extra ``plot``.

@@ -1,4 +1,4 @@
-"""Several experiments on one page."""
+"""The HTML page of several experiments."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Chapter:
     """One experiment of a report.
 
     Attributes:
-        name: Its name.
-        about: What it is about, in the paper.
+        name: Name of the experiment.
+        about: Its subject, with reference to the paper.
         figure: Its figure.
-        seconds: How long it took.
-        n_rows: Rows of its table.
+        seconds: Run time in seconds.
+        n_rows: Number of rows of its table.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Chapter:
 
 
 def report_page(title: str, chapters: Sequence[Chapter]) -> str:
-    """One self-contained page with the figures of several experiments; plotly is in it once.
+    """One self-contained page with the figures of several experiments; embeds plotly once.
 
     Raises:
         ImportError: Without the extra ``plot``.

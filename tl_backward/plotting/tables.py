@@ -1,4 +1,4 @@
-"""What figures and pages show of the lens, as plain data."""
+"""The contents of figures and pages as plain data."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cell:
-    """One vector, read.
+    """The readout of one vector.
 
     Attributes:
-        level: The norm on the cube-root scale: 1 is the largest of the table.
-        is_hit: Whether a target is where the method would have it: the most probable token of an
-            input, the least probable one of a VJP.
-        ranks: The targets and their ranks.
+        level: Norm on the cube-root scale, where 1 is the table's largest.
+        is_hit: Whether a target is where the method expects it: the most probable token of an
+            input, the least probable token of a VJP.
+        ranks: Targets and their ranks.
         norm: Norm of the vector.
         vjp_norm: Norm of the VJP at the weight's own output.
-        top: The tokens at the top and their values, the outermost first.
-        bottom: Those at the bottom.
+        top: Top tokens and their values, outermost first.
+        bottom: Bottom tokens and their values, outermost first.
     """
 
     level: float
@@ -33,26 +33,26 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """One kind of weight, or of what else was read, of one prompt.
+    """The readout of one kind for one prompt.
 
     Attributes:
-        kind: ``"W_out"``, say.
-        is_weight: Whether it is a weight.
-        by_input: Whether it is a weight that is read by its input.
-        top_counts: Whether a step moves towards the tokens at the top: those of what comes in, and
-            of everything in the descent direction.
-        ends: How probable the tokens at the top and at the bottom are: most and least, and the
-            other way round for VJPs in the descent direction.
-        positions: The positions that were read.
+        kind: The kind that was read, e.g. ``"W_out"``.
+        is_weight: Whether the kind is a weight.
+        by_input: Whether the kind is a weight that is read by its input.
+        top_counts: Whether a step moves towards the top tokens: for inputs, and for every kind in
+            the descent direction.
+        ends: Probability of the top and the bottom tokens: most and least, or least and most for
+            VJPs in the descent direction.
+        positions: Positions that were read.
         tokens: Their tokens.
-        headers: What stands beside each row: the layer of a weight, else the label.
-        targets: The targets at each position.
+        headers: Row headers: the layer of a weight, otherwise the label.
+        targets: Targets at each position.
         ranks: Their ranks, ``[entry][position][target]``; -1 where nothing was read.
-        norms: The norm of each vector, ``[entry][position]``.
-        scale: The largest norm of a VJP, which has the level 1.
+        norms: Norm of each vector, ``[entry][position]``.
+        scale: Largest norm of a VJP, which has level 1.
         has_tokens: Whether tokens of both ends were kept.
         cells: ``[entry][position]``; None where the update is zero.
-        left_out: The layers that were asked for and have no site of this weight.
+        left_out: Requested layers without a site of this weight.
     """
 
     kind: str
@@ -75,28 +75,28 @@ class Table:
         """Each header and its cells, the last layer first.
 
         Raises:
-            ValueError: When no tokens were kept.
+            ValueError: If no tokens were kept.
         """
         if not self.has_tokens:
-            raise ValueError("a table needs top_k and bottom_k of at least 1, in the lens")
+            raise ValueError("a table needs a lens run with top_k and bottom_k of at least 1")
         return reversed(list(zip(self.headers, self.cells, strict=True)))
 
 
 @dataclass(frozen=True)
 class LensTables:
-    """The tables of one prompt, and what stands above them.
+    """The tables of one prompt and their heading.
 
     Attributes:
-        tables: By kind.
-        prompt_tokens: The tokens of the prompt.
-        loss: The loss that was differentiated.
-        loss_target: The target whose negative log-likelihood it is; None for another loss.
+        tables: Tables by kind.
+        prompt_tokens: Tokens of the prompt.
+        loss: The differentiated loss.
+        loss_target: The target whose negative log-likelihood is the loss; None for another loss.
         d_vocab: Size of the vocabulary.
-        value: What the tokens' values are: ``"logit"``, ``"log_prob"`` or ``"probability"``.
+        value: Type of the tokens' values: ``"logit"``, ``"log_prob"`` or ``"probability"``.
         has_targets: Whether ranks of targets were kept.
-        ranks_by_token: Whether the target has several tokens, and each position its own of them.
+        ranks_by_token: Whether the target has several tokens, so that each position ranks its own.
         is_normalized: Whether vectors were scaled to unit length before they were read.
-        is_descent: Whether the ends of VJPs' readouts were exchanged.
+        is_descent: Whether the ends of the VJPs' readouts were swapped.
     """
 
     tables: dict[str, Table]
@@ -112,5 +112,5 @@ class LensTables:
 
     @property
     def target_probability(self) -> float:
-        """``exp(-loss)``, which is the target's probability where the loss is a target's."""
+        """``exp(-loss)``: the target's probability, if the loss is a target's."""
         return math.exp(-self.loss)

@@ -1,4 +1,4 @@
-"""Tokens as a reader can tell them apart."""
+"""Making tokens visible and distinguishable."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ SIGNS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": r"\x0d"}
 
 
 def visible(token: str) -> str:
-    r"""A token with its white space and control characters made visible.
+    r"""Make a token's white space and control characters visible.
 
-    Everything that does not print - controls, formats such as zero-width and right-to-left marks,
-    white space other than the plain space, surrogates - becomes ``\xNN``, ``\uNNNN`` or
-    ``\UNNNNNNNN``. All else, the replacement character included, stays as it is.
+    Non-printing characters - control and format characters such as zero-width and right-to-left
+    marks, unusual white space, surrogates - become ``\xNN``, ``\uNNNN`` or ``\UNNNNNNNN``. All
+    others, including the replacement character, are unchanged.
 
     Example:
         >>> visible(" Rome\n"), visible("\u200b"), visible("")
