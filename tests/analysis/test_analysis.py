@@ -327,7 +327,7 @@ def test_the_prompt_has_a_bos_token_if_it_is_asked_for(gpt2):
 
 
 def test_no_records_and_malformed_ones_are_named(gpt2):
-    with pytest.raises(ValueError, match="records holds no record"):
+    with pytest.raises(ValueError, match="records is empty"):
         analysis.gradient_rank(gpt2, [])
     with pytest.raises(ValueError, match=r"requested_rewrite\.subject"):
         analysis.gradient_rank(gpt2, [*RECORDS, record("{} is in", "")])

@@ -120,7 +120,9 @@ def test_where_no_step_succeeds_there_is_none(model):
 
 
 def test_other_methods_are_refused(model):
-    with pytest.raises(ValueError, match=r"methods=\['rmsprop'\]: there are shift, sgd, adam"):
+    with pytest.raises(
+        ValueError, match=r"methods must be from shift, sgd, adam, got \['rmsprop'\]"
+    ):
         analysis.smallest_edit(model, RECORDS, methods=["rmsprop"])
 
 

@@ -182,16 +182,19 @@ def test_groups_are_edited_apart_and_the_model_is_left_as_it_is(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"schedules": ["at random"]}, r"schedules=\['at random'\]: there are together, in turn"),
-        ({"sizes": [-1]}, r"sizes=\[-1\]: they must be at least 0"),
-        ({"iterations": [0]}, r"iterations=\[0\]: they must be at least 1"),
+        (
+            {"schedules": ["at random"]},
+            r"schedules must be from together, in turn, got \['at random'\]",
+        ),
+        ({"sizes": [-1]}, r"sizes must hold numbers of at least 0, got \[-1\]"),
+        ({"iterations": [0]}, r"iterations must hold numbers of at least 1, got \[0\]"),
         ({"layer": 7}, r"layers=7: this model has layers 0 to 2"),
     ],
 )
 def test_bad_arguments_are_named(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         analysis.many_edits(model, RECORDS, **{"layer": LAYER, "lr": LR} | arguments)
-    with pytest.raises(ValueError, match="records holds no record"):
+    with pytest.raises(ValueError, match="records is empty"):
         analysis.many_edits(model, [], layer=LAYER, lr=LR)
 
 

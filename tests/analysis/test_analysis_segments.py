@@ -139,5 +139,5 @@ def test_a_malformed_record_is_named(field, value):
 
 def test_tokens_of_another_text_are_refused(model):
     ids = model.tokenizer.encode("The city of Rome is")
-    with pytest.raises(ValueError, match="prompt 'The city of Berlin is' into tokens of another"):
+    with pytest.raises(ValueError, match="prompt 'The city of Berlin is' decode to another text"):
         prompt_segments(model, ids, fact_of(record("The city of {} is", "Berlin")))

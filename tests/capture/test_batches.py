@@ -449,7 +449,7 @@ def test_a_padded_tensor_is_what_the_texts_are(bridge, side):
 def test_a_text_that_ends_with_the_pad_token_is_passed_in_a_list(bridge):
     pad = bridge.tokenizer.pad_token_id
     texts = torch.tensor([[5, 6, pad], [7, 8, 9]])
-    with pytest.warns(UserWarning, match=r"end of row 0 .* pass a list of rows"):
+    with pytest.warns(UserWarning, match=r"end of row 0 .* a list of rows"):
         _, cache = tlb.run_with_backward_cache(bridge, texts, 5)
     assert [t.tolist() for t in cache.tokens] == [[5, 6], [7, 8, 9]]
     with warnings.catch_warnings():
@@ -698,7 +698,7 @@ def raises(logits, tokens):
             TypeError,
             "answer=' a': .* pass token ids",
         ),
-        ({"loss_fn": negated(tlb.logit_diff(5, [1, 2]))}, ValueError, "2 prompts, not for 1"),
+        ({"loss_fn": negated(tlb.logit_diff(5, [1, 2]))}, ValueError, "2 prompts, but there are 1"),
         (
             {"prompt": [[3, 1], [6]], "loss_fn": tlb.lm_cross_entropy_loss},
             ValueError,

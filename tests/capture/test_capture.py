@@ -192,12 +192,12 @@ def test_a_key_that_names_no_weight_says_what_to_take(model):
     _, cache = tlb.run_with_backward_cache(model, PROMPT, TARGET)
     for key in ("W_out", ("W_out", 3), ("W_out", None), "blocks.3.mlp.W_out"):
         with pytest.raises(
-            KeyError, match=r"in layers 0 to 2: take cache\['W_out', 2\], say"
+            KeyError, match=r"in layers 0 to 2: use e.g. cache\['W_out', 2\]"
         ) as error:
             cache[key]
         assert len(str(error.value)) < 120
         assert key not in cache
-    with pytest.raises(KeyError, match=r"outside the blocks: take cache\['W_E', None\]"):
+    with pytest.raises(KeyError, match=r"outside the blocks: use e.g. cache\['W_E', None\]"):
         cache["W_E"]
     for key in ("nonsense", ("W_gat", 1), "blocks.1"):
         with pytest.raises(KeyError, match=r"W_U outside the blocks; .*W_O.* in layers 0 to 2"):
@@ -214,7 +214,7 @@ def test_cache_is_a_mapping_by_name_and_by_kind_and_layer(model):
         cache["W_out", None]
     assert "blocks.1.mlp.W_out" not in cache
     with pytest.raises(
-        KeyError, match=r"W_out was captured in layers 0, 2: take cache\['W_out', 2\]"
+        KeyError, match=r"W_out was captured in layers 0, 2: use e.g. cache\['W_out', 2\]"
     ):
         cache["W_out", 1]
     assert cache.loss == loss and not loss.requires_grad

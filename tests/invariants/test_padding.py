@@ -162,7 +162,7 @@ def test_a_mask_needs_no_tokenizer(models, name):
         ({"attention_mask": [[1, 0, 1]]}, ValueError, "attention_mask of row 0 has a gap"),
         ({"attention_mask": [[0, 2, 1]]}, ValueError, "of row 0 must hold a 0 or 1 for each"),
         ({"attention_mask": [[1, 1]]}, ValueError, "of row 0 must hold a 0 or 1 for each"),
-        ({"attention_mask": [[1] * 3] * 2}, ValueError, "has 2 rows, and input_ids 1"),
+        ({"attention_mask": [[1] * 3] * 2}, ValueError, "has 2 rows, but input_ids has 1"),
         ({"attention_mask": [[0, 0, 0]]}, ValueError, r"prompt is empty \(example 0\)"),
         ({"token_type_ids": [[0, 0, 1]]}, NotImplementedError, "nonzero token_type_ids"),
         ({"input_ids": [[3, 4, 99999]]}, ValueError, "outside the vocabulary"),
@@ -187,7 +187,7 @@ def test_an_edit_reads_padded_prompts_as_a_capture_does(with_shared_pad):
     encoding = {"input_ids": tokens, "attention_mask": mask}
     model.tokenizer.padding_side = "left"
     try:
-        with pytest.warns(UserWarning, match="taken for padding"):
+        with pytest.warns(UserWarning, match="treated as padding"):
             of_tensor = tlb.fine_tune(model, tokens, TARGET, lr=0.1, max_steps=1, prepend_bos=False)
     finally:
         model.tokenizer.padding_side = "right"

@@ -1,4 +1,4 @@
-"""The paper's experiments, and the questions that it leaves open, each as a table and a figure.
+"""The paper's experiments and its open questions, each as a table and a figure.
 
 Importing a module registers its experiment in ``EXPERIMENTS``, in the order of a report.
 """

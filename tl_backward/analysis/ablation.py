@@ -1,4 +1,4 @@
-"""Whether the pattern needs the MLPs, by taking them out of a pass (an open question)."""
+"""Ablating MLPs or attention: does the pattern need them (an open question)?"""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def ablation(
     path: str | Path | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Ranks of the target when MLPs or attention take no part in the forward or backward pass.
+    """Ranks of the target with MLPs or attention ablated in the forward or backward pass.
 
-    The paper's evidence is correlational. If MLPs made the pattern, it would go with them, or
-    attention would have to take it over.
+    The paper's evidence is correlational. If MLPs cause the pattern, ablating them removes it,
+    unless attention takes over.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: Facts in the schema of CounterFact.
-        conditions: ``"none"``: the model as it is. ``"mlp"``, ``"attention"``: what they write is
-            zero. ``"mlp vjp"``, ``"attention vjp"``: the forward pass is as it is, and no VJP goes
-            back through them.
-        ablated: In which layers; negative ones count from the last. Default: all.
-        weights: What is read, as in :func:`target_rank`.
-        path: A folder, which gets one of :func:`sweep` for each condition.
+        conditions: ``"none"``: no ablation. ``"mlp"``, ``"attention"``: their outputs are zero.
+            ``"mlp vjp"``, ``"attention vjp"``: the forward pass is unchanged, and no VJP flows
+            through them.
+        ablated: Layers to ablate; negative ones count from the last. Default: all.
+        weights: Kinds of weights to read, as in :func:`target_rank`.
+        path: A folder with one folder of :func:`sweep` per condition.
         options: As in :func:`target_rank`.
 
     Returns:
@@ -65,18 +65,18 @@ def ablation(
 
     conditions = list(conditions)
     if not conditions or not set(conditions) <= set(CONDITIONS):
-        raise ValueError(f"conditions={conditions!r}: there are {', '.join(CONDITIONS)}")
+        raise ValueError(f"conditions must be from {', '.join(CONDITIONS)}, got {conditions!r}")
     frames = []
     for condition in conditions:
         part, _, vjp = condition.partition(" ")
         hooks = [] if part == "none" else _hooks(model, part, bool(vjp), ablated)
-        taken_out: dict[str, Any] = {"bwd_hooks" if vjp else "fwd_hooks": hooks}
+        ablating: dict[str, Any] = {"bwd_hooks" if vjp else "fwd_hooks": hooks}
         frame = target_rank(
             model,
             records,
             weights=weights,
             path=None if path is None else Path(path, condition.replace(" ", "_")),
-            **taken_out,
+            **ablating,
             **options,
         )
         frame.insert(0, "condition", condition)
@@ -86,12 +86,12 @@ def ablation(
 
 @figure_of(ablation, "Open: are MLPs the cause", "Does the pattern survive without the MLPs?")
 def plot_ablation(frame: pd.DataFrame, rank: str = "target_rank", segment: str = "last") -> Figure:
-    """Mean rank over the layers at one segment, a panel for each weight and condition.
+    """Mean rank by layer at one segment, a panel for each weight and condition.
 
     Args:
         frame: From :func:`ablation`.
         rank: ``"target_rank"``, ``"original_rank"`` or ``"answer_rank"``.
-        segment: Whose tokens.
+        segment: The segment to show.
     """
     here = frame[frame["segment"] == segment]
     panels = here.assign(weight=here["weight"] + ": " + here["condition"])
@@ -103,7 +103,7 @@ def plot_ablation(frame: pd.DataFrame, rank: str = "target_rank", segment: str =
 def _hooks(
     model: Model, part: str, backward: bool, ablated: int | Iterable[int] | None
 ) -> list[tuple[str, Any]]:
-    """Hooks that set to zero what a part of the blocks writes, or the VJP of what it reads."""
+    """Hooks that zero the output of MLPs or attention, or the VJP of their input."""
     kinds = {site.kind for site in weight_sites(model)}
     readers = [kind for kind in READERS[part] if kind in kinds]
     sites = weight_sites(model, readers, ablated)

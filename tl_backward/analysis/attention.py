@@ -32,12 +32,11 @@ def attention_heads(
 ) -> pd.DataFrame:
     """Rank, energy and readout of the gradient of every attention head.
 
-    The paper leaves open whether attention matrices share the low rank and the reading of MLPs. A
+    The paper leaves open whether attention matrices share the low rank and the readout of MLPs. A
     head's gradient is ``sum_i x_i^T delta_i`` with the head's part of the VJPs (W_Q, W_K, W_V,
-    which are read by their inputs) or of the inputs (W_O, which is read by its VJPs, the same for
-    all heads). Its direction in the vocabulary is that of its leading singular vector at the
-    residual stream, with the sign that it has in the ``x_i`` or ``delta_i`` of the token whose term
-    is the largest.
+    which are read by their inputs) or of the inputs (W_O, which is read by its VJPs, shared by all
+    heads). Its direction in the vocabulary is its leading singular vector in the residual stream,
+    with the sign of its component in the ``x_i`` or ``delta_i`` of the token with the largest term.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
@@ -48,13 +47,13 @@ def attention_heads(
             :func:`over_records`.
 
     Returns:
-        One row per record, weight, layer and head (of keys and values, where heads share them):
+        One row per record, weight, layer and head (key-value head if heads share keys and values):
         ``n_tokens``; ``rank`` (with the threshold of ``torch.linalg.matrix_rank``); ``energy``: the
-        head's share of the weight's squared norm; ``leading_energy``: the share of the squared norm
-        in the head's largest singular value; ``position, segment``: the token whose term is the
-        largest; ``d_vocab``; ``target_rank``, ``original_rank``, ``answer_rank``: in the readout of
-        the leading singular vector, 0 is the most probable token. A zero gradient has none of these
-        but a ``rank`` of 0.
+        head's share of the weight's squared norm; ``leading_energy``: the share of the largest
+        singular value in the head's squared norm; ``position, segment``: the token with the largest
+        term; ``d_vocab``; ``target_rank``, ``original_rank``, ``answer_rank``: ranks in the readout
+        of the leading singular vector, 0 is the most probable token. A zero gradient has ``rank`` 0
+        and no other values.
 
     Raises:
         ValueError: For other weights.
@@ -65,7 +64,7 @@ def attention_heads(
     """
     weights = [weights] if isinstance(weights, str) else list(weights)
     if not weights or not set(weights) <= set(ATTENTION):
-        raise ValueError(f"weights={weights!r}: attention has {', '.join(ATTENTION)}")
+        raise ValueError(f"weights must be from {', '.join(ATTENTION)}, got {weights!r}")
     lens = BackwardLogitLens(model)
     d_head = int(model.cfg.d_head)
 
@@ -75,15 +74,15 @@ def attention_heads(
             place = place_of(name)
             by_input = place["weight"] in READ_BY_INPUT
             whole = g.norm().square()
-            for head, of_head in enumerate(_heads(g if by_input else g.T, d_head)):
-                U, S, _ = of_head.svd()
+            for head, g_head in enumerate(_heads(g if by_input else g.T, d_head)):
+                U, S, _ = g_head.svd()
                 row: Row = {**place, "head": head, "n_tokens": len(run.segments), "rank": 0}
                 vectors.append(torch.zeros_like(U[:, 0]))
                 if S[0] > 0:
-                    largest = int(_term_norms(of_head).argmax())
-                    vectors[-1] = U[:, 0] * (U[:, 0] @ of_head.inputs[largest].to(U)).sign()
+                    largest = int(_term_norms(g_head).argmax())
+                    vectors[-1] = U[:, 0] * (U[:, 0] @ g_head.inputs[largest].to(U)).sign()
                     row |= {
-                        "rank": of_head.rank(),
+                        "rank": g_head.rank(),
                         "energy": S.square().sum() / whole,
                         "leading_energy": S[0].square() / S.square().sum(),
                         **run.positions()[largest],
@@ -106,12 +105,12 @@ def attention_heads(
     attention_heads, "Open: attention", "Do attention matrices share the low rank and the reading?"
 )
 def plot_attention_heads(frame: pd.DataFrame, value: str = "energy", weight: str = "W_O") -> Figure:
-    """The mean over records for each layer and head.
+    """Mean over records by layer and head.
 
     Args:
         frame: From :func:`attention_heads`.
-        value: Which of its columns.
-        weight: Which weight.
+        value: The column to show.
+        weight: The weight to show.
     """
     import plotly.express as px
 
@@ -127,7 +126,7 @@ def plot_attention_heads(frame: pd.DataFrame, value: str = "energy", weight: str
 
 
 def _heads(g: GradientFactors, d_head: int) -> list[GradientFactors]:
-    """The gradient of each head, with the residual stream on the left."""
+    """The gradient of each head, with the residual stream on the input side."""
     return [GradientFactors(g.inputs, part) for part in g.vjps.split(d_head, dim=-1)]
 
 

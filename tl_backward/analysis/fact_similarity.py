@@ -1,4 +1,4 @@
-"""How alike the gradients of different facts are (an open question of the paper)."""
+"""Similarity of the gradients of different facts (an open question of the paper)."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ def fact_similarity(
     prepend_bos: bool | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Cosine between the gradients of every two facts, from inner products of their factors.
+    """Cosine between the gradients of every pair of facts, from inner products of their factors.
 
-    ``<G, H> = sum_ij <x_i, y_j> <delta_i, epsilon_j>``: no gradient is formed. The factors of all
-    records are kept, about ``tokens x (d_in + d_out)`` numbers per record, weight and layer.
+    ``<G, H> = sum_ij <x_i, y_j> <delta_i, epsilon_j>``, so no gradient is formed. The factors of
+    all records stay in memory: about ``tokens x (d_in + d_out)`` numbers per record, weight and
+    layer.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
-        records: Facts in the schema of CounterFact. ``relation_id`` says which have the same
-            relation; without it none have.
+        records: Facts in the schema of CounterFact. Records with the same ``relation_id`` share a
+            relation; records without one share none.
         weights: Kinds of weights.
         layers: Layers; negative ones count from the last. Default: all.
-        batch_size: Prompts that are run at once.
+        batch_size: Number of prompts to run at once.
         prepend_bos: Whether prompts begin with a BOS token. Default: as the tokenizer does.
         progress: Whether to show a progress bar.
 
@@ -54,7 +55,7 @@ def fact_similarity(
         ``prepend_bos``: whether prompts began with a BOS token.
 
     Raises:
-        ValueError: When there are less than two records, or one is malformed.
+        ValueError: If there are fewer than two records, or one is malformed.
 
     Example:
         >>> table = fact_similarity(model, records)
@@ -64,7 +65,7 @@ def fact_similarity(
 
     records = list(records)
     if len(records) < 2:
-        raise ValueError("records must hold at least two, to be compared")
+        raise ValueError("records must hold at least two records to compare")
     bos = prepends_bos(model, prepend_bos)
     gradients: dict[str, list[GradientFactors]] = {}
     targets: list[int] = []
@@ -94,13 +95,13 @@ def fact_similarity(
             {
                 **place_of(name),
                 **pairs,
-                "cosine": _gradient_cosines(of_facts)[one, other],
-                "input_cosine": _cosines([g.inputs[-1] for g in of_facts])[one, other],
-                "vjp_cosine": _cosines([g.vjps[-1] for g in of_facts])[one, other],
+                "cosine": _gradient_cosines(each)[one, other],
+                "input_cosine": _cosines([g.inputs[-1] for g in each])[one, other],
+                "vjp_cosine": _cosines([g.vjps[-1] for g in each])[one, other],
                 "prepend_bos": bos,
             }
         )
-        for name, of_facts in gradients.items()
+        for name, each in gradients.items()
     ]
     return pd.concat(frames, ignore_index=True)
 
@@ -112,11 +113,11 @@ def fact_similarity(
     resumes=False,
 )
 def plot_fact_similarity(frame: pd.DataFrame, value: str = "cosine") -> Figure:
-    """Mean over the pairs of the same relation, and of different ones, by layer.
+    """Mean over pairs with the same relation, and over the other pairs, by layer.
 
     Args:
         frame: From :func:`fact_similarity`.
-        value: Which of its columns.
+        value: The column to show.
     """
     import plotly.express as px
 
@@ -133,7 +134,7 @@ def plot_fact_similarity(frame: pd.DataFrame, value: str = "cosine") -> Figure:
 
 
 def _gradient_cosines(gradients: list[GradientFactors]) -> Float[Tensor, "fact fact"]:
-    """From the inner products of all tokens of all facts, summed fact by fact."""
+    """Cosines from the inner products of all tokens of all facts, summed per fact."""
     x, vjps = (
         torch.cat(rows).double()
         for rows in ([g.inputs for g in gradients], [g.vjps for g in gradients])

@@ -1,4 +1,4 @@
-"""What the figures of several experiments have in common."""
+"""Figures shared by several experiments."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def over_layers(frame: pd.DataFrame, value: str, title: str, **options: Any) -> Figure:
-    """A line over the layers for each segment, and a panel for each weight.
+    """A value by layer, with a line for each segment and a panel for each weight.
 
     Args:
-        frame: With the columns ``record, weight, layer, segment`` and the value.
-        value: The column to show: its mean over a segment's tokens, then over records.
+        frame: A table with the columns ``record, weight, layer, segment`` and ``value``.
+        value: The column to show, averaged over a segment's tokens, then over records.
         title: The figure's title.
         options: As in ``plotly.express.line``.
     """
@@ -39,13 +39,13 @@ def over_layers(frame: pd.DataFrame, value: str, title: str, **options: Any) -> 
 
 
 def segment_means(frame: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Mean and spread over records of a value, by weight, layer and segment.
+    """Mean and spread of a value over records, by weight, layer and segment.
 
     Tokens of one segment are averaged first, so that every record counts once.
 
     Returns:
-        The columns ``weight, layer, segment, mean, median, std`` (over records) and ``records``,
-        their number.
+        A table with the columns ``weight, layer, segment, mean, median, std`` (over records) and
+        ``records`` (their number).
     """
     place = ["weight", "layer", "segment"]
     each = frame.groupby(["record", *place], sort=False)[value].mean()

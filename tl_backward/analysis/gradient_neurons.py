@@ -1,4 +1,4 @@
-"""Neurons of gradients against the vectors that span them (Fig 7-9)."""
+"""Similarity of a gradient's neurons to the vectors that span them (Fig 7-9)."""
 
 from __future__ import annotations
 
@@ -32,33 +32,34 @@ def gradient_neurons(
     top_k: int = 100,
     **options: Any,
 ) -> pd.DataFrame:
-    """How alike a gradient's neurons and their spanning vectors are, also in the vocabulary.
+    """Compare a gradient's neurons with their spanning vectors, also in the vocabulary.
 
-    Neuron ``j`` of ``dL/dW_in`` is ``sum_i delta_i[j] x_i``, and of ``dL/dW_out``
+    Neuron ``j`` of ``dL/dW_in`` is ``sum_i delta_i[j] x_i``, and neuron ``j`` of ``dL/dW_out`` is
     ``sum_i x_i[j] delta_i`` (Eq 9, 10): a combination of one vector per token. The paper's Fig 7 to
     9 and Tables 2 to 5 compare neurons with these vectors, by cosine and by the overlap of their
-    100 most probable tokens. Here they are the neurons with the largest norm.
+    100 most probable tokens. This experiment takes the neurons with the largest norm.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: Facts in the schema of CounterFact.
         weights: Kinds of weights.
         layers: Layers; negative ones count from the last. Default: all.
-        n_neurons: How many neurons of each gradient.
-        top_k: How many tokens of each end are compared.
+        n_neurons: Number of neurons per gradient.
+        top_k: Number of tokens to compare at each end.
         options: ``batch_size``, ``path``, ``prepend_bos`` and ``progress``, as in
             :func:`over_records`.
 
     Returns:
         One row per record, weight, layer, neuron and position: ``neuron`` (its index),
         ``neuron_norm, position, segment``, ``coefficient`` (of the position's vector in the
-        neuron), ``vector_norm``, ``cosine`` (of neuron and vector), and the overlaps, in shares of
-        ``top_k``: ``top_overlap`` and ``bottom_overlap`` of their most and least probable tokens,
-        ``opposite_overlap`` of the neuron's most probable with the vector's least probable ones,
-        which is large where the coefficient is negative. A zero vector has no cosine and overlaps.
+        neuron), ``vector_norm``, ``cosine`` (of neuron and vector), and the overlaps as fractions
+        of ``top_k``: ``top_overlap`` and ``bottom_overlap`` of their most and least probable
+        tokens, and ``opposite_overlap`` of the neuron's most probable tokens with the vector's
+        least probable ones, which is large if the coefficient is negative. A zero vector has no
+        cosine and no overlaps.
 
     Raises:
-        ValueError: When there are fewer neurons or tokens than asked for.
+        ValueError: If ``n_neurons`` or ``top_k`` is out of range.
 
     Example:
         >>> table = gradient_neurons(model, records)
@@ -74,8 +75,8 @@ def gradient_neurons(
         return [
             {**place_of(name), **position, **row}
             for name in run.cache
-            for j, of_neuron in enumerate(_neurons(lens, run, name, n_neurons, top_k))
-            for position, row in zip(run.positions(), of_neuron, strict=True)
+            for neuron in _neurons(lens, run, name, n_neurons, top_k)
+            for position, row in zip(run.positions(), neuron, strict=True)
         ]
 
     return over_records(model, records, rows, weights=weights, layers=layers, **options)
@@ -85,9 +86,9 @@ def gradient_neurons(
     gradient_neurons, "Fig 7-9", "Do a gradient's neurons read like the vectors that span it?"
 )
 def plot_gradient_neurons(frame: pd.DataFrame) -> Figure:
-    """Fig 7 to 9: overlap of neurons and spanning vectors at the same end, over the layers.
+    """Fig 7 to 9: overlap of neurons and spanning vectors by layer.
 
-    A vector with a negative coefficient is compared by its other end.
+    A vector with a negative coefficient is compared by its opposite end.
 
     Args:
         frame: From :func:`gradient_neurons`.
@@ -100,7 +101,7 @@ def plot_gradient_neurons(frame: pd.DataFrame) -> Figure:
 def _neurons(
     lens: BackwardLogitLens, run: FactRun, name: str, n_neurons: int, top_k: int
 ) -> list[list[Row]]:
-    """For each of the largest neurons, a row for each position."""
+    """One row per position for each of the largest neurons."""
     g = run.cache[name]
     vectors, coefficients = g.inputs, g.vjps
     if not reads_stream(place_of(name)["weight"]):
@@ -138,14 +139,14 @@ def _neurons(
 def _neuron_norms(
     vectors: Float[Tensor, "n d"], coefficients: Float[Tensor, "n neurons"]
 ) -> Float[Tensor, "neurons"]:
-    """The norm of every neuron, from the vectors' inner products."""
+    """The norm of every neuron, from inner products of the vectors."""
     gram = einsum(vectors, vectors, "row d, other d -> row other")
     pattern = "row neuron, row other, other neuron -> neuron"
     return einsum(coefficients, gram, coefficients, pattern).clamp(min=0).sqrt()
 
 
 def overlaps(one: Int[Tensor, "a k"], other: Int[Tensor, "b k"]) -> Float[Tensor, "a b"]:
-    """The share of tokens that two lists have in common, for every pair."""
+    """The fraction of shared tokens for every pair of lists."""
     shares = [[len(set(x) & set(y)) / len(x) for y in other.tolist()] for x in one.tolist()]
     return torch.tensor(shares, dtype=torch.float64)
 

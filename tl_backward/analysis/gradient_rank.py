@@ -1,4 +1,4 @@
-"""The rank of weight gradients against the length of the prompt (Lemma 4.1, Fig 3)."""
+"""The rank of weight gradients compared with the length of the prompt (Lemma 4.1, Fig 3)."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ def gradient_rank(
             :func:`over_records`.
 
     Returns:
-        One row per record, weight and layer. ``n_tokens``: the length of the prompt, with its BOS
-        token if it has one. ``rank``: of the gradient, with the threshold of
-        ``torch.linalg.matrix_rank``. ``input_rank``, ``vjp_rank``: of the two factors, likewise.
-        ``stable_rank``: the squared Frobenius norm over the squared largest singular value, which
-        depends on no threshold.
+        One row per record, weight and layer. ``n_tokens``: length of the prompt, including a BOS
+        token. ``rank``: rank of the gradient, with the threshold of ``torch.linalg.matrix_rank``.
+        ``input_rank``, ``vjp_rank``: ranks of the two factors, likewise. ``stable_rank``: squared
+        Frobenius norm over squared largest singular value, which needs no threshold.
 
     Example:
         >>> table = gradient_rank(model, records, prepend_bos=False)
@@ -75,7 +74,7 @@ def gradient_rank(
     "Does a gradient have as many ranks as the prompt has tokens?",
 )
 def plot_gradient_rank(frame: pd.DataFrame) -> Figure:
-    """Fig 3: the share of prompts whose gradient has the rank of their length, by layer.
+    """Fig 3: share of prompts whose gradient's rank equals their length, by layer.
 
     Args:
         frame: From :func:`gradient_rank`.

@@ -1,4 +1,4 @@
-"""How alike the VJPs of different layers are (Fig 22, 23)."""
+"""Similarity of the VJPs of different layers (Fig 22, 23)."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def layer_similarity(
     layers: int | Iterable[int] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Cosine of ``delta_i`` at the residual stream between every two layers.
+    """Cosine of ``delta_i`` at the residual stream between every pair of layers.
 
-    The paper's Fig 22 and 23: at the last token it stays above 0.7 across 10 blocks.
+    The paper's Fig 22 and 23: at the last token the cosine stays above 0.7 across 10 blocks.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: Facts in the schema of CounterFact.
-        weights: ``"W_out"``, ``"W_O"`` or both: what writes to the residual stream.
+        weights: ``"W_out"``, ``"W_O"`` or both, which write to the residual stream.
         layers: Layers; negative ones count from the last. Default: all.
         options: ``batch_size``, ``path``, ``prepend_bos`` and ``progress``, as in
             :func:`over_records`.
 
     Returns:
         One row per record, weight, segment and pair of layers, ``layer < other_layer``:
-        ``cosine``, mean over the segment's tokens; none where a VJP is zero.
+        ``cosine``, averaged over the segment's tokens; none where a VJP is zero.
 
     Raises:
-        ValueError: For other weights, whose VJPs of two layers are not in one space.
+        ValueError: For other weights, whose VJPs in two layers do not share a space.
 
     Example:
         >>> table = layer_similarity(model, records).query("segment == 'last'")
@@ -55,7 +55,7 @@ def layer_similarity(
     if not set(weights) <= set(READ_BY_VJP):
         raise ValueError(
             f"weights={weights!r}: only VJPs at the residual stream can be compared between "
-            f"layers, those of {' and '.join(READ_BY_VJP)}"
+            f"layers; pass {' and '.join(READ_BY_VJP)}"
         )
 
     def rows(run: FactRun) -> list[Row]:
@@ -85,8 +85,8 @@ def plot_layer_similarity(
 
     Args:
         frame: From :func:`layer_similarity`.
-        segment: Whose tokens.
-        weight: Which weight's VJPs.
+        segment: The segment to show.
+        weight: The weight to show.
     """
     import pandas as pd
     import plotly.express as px
@@ -109,6 +109,6 @@ def plot_layer_similarity(
 
 
 def _cosines(vjps: torch.Tensor) -> torch.Tensor:
-    """``[layer, layer, position]``; nan where one of the two is zero."""
+    """Cosines ``[layer, layer, position]``; nan where one of the two VJPs is zero."""
     units = vjps / vjps.norm(dim=-1, keepdim=True)
     return einsum(units, units, "layer pos d, other pos d -> layer other pos")

@@ -1,4 +1,4 @@
-"""Whether the forward pass shift scales to many facts and to repetition (an open question)."""
+"""Forward pass shifts of many facts, and repeated shifts (an open question)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("together", "in turn")
 N_SINGLE = 20
-"""Facts whose own steps tell the usual one."""
+"""Number of facts whose steps determine the default step."""
 PROMPTS = {"paraphrase": "paraphrase_prompts", "neighborhood": "neighborhood_prompts"}
 
 
 class Plan(NamedTuple):
-    """How many facts are edited, how, and how often."""
+    """Number of facts, schedule and number of iterations of an edit."""
 
     size: int
     schedule: str
@@ -59,41 +59,41 @@ def many_edits(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """What is left of each of several facts after all of them were edited.
+    """Accuracy of each of several facts after all of them were edited.
 
-    The paper edits one fact with one step. Here the records are edited in groups, by the forward
-    pass shift of W_out in one layer: ``"together"``, with one term per fact in one update, all from
-    the model as it is, or ``"in turn"``, each with those before in place. A target that is
-    predicted already gets no shift, and no further one.
+    The paper edits one fact with one step. This experiment edits the records in groups, by the
+    forward pass shift of W_out in one layer. ``"together"``: one update with one term per fact, all
+    computed from the unedited model. ``"in turn"``: each fact with the earlier edits in place. A
+    target that is already predicted gets no (further) shift.
 
     Args:
-        model: A TransformerLens model in eval mode, with a tokenizer. It is left as it is.
+        model: A TransformerLens model in eval mode, with a tokenizer. It is left unchanged.
         records: Facts in the schema of CounterFact, with ``paraphrase_prompts`` and
             ``neighborhood_prompts``.
         layer: The layer of W_out. Default: four fifths of the way up.
-        lr: The step of the shift. ``"auto"``: the median of the smallest steps that single facts
-            need, of the first 20.
-        sizes: How many facts are edited at once; 0 leaves the model as it is. The last group may
-            have fewer.
-        schedules: One of these or both; a single fact is edited the same way by both, so only the
-            first of them is run.
-        iterations: How many updates each fact (or, together, all of them) gets at most.
-        texts: Texts whose perplexity is to be taken with each group's edit. Default: none.
+        lr: The step of the shift. ``"auto"``: the median of the smallest steps that the first 20
+            facts need on their own.
+        sizes: Numbers of facts to edit at once; 0 leaves the model unedited. The last group may be
+            smaller.
+        schedules: One or both of the schedules. Both edit a single fact in the same way, so only
+            the first one runs for it.
+        iterations: Maximum numbers of updates per fact (of all facts, if edited together).
+        texts: Texts whose perplexity to measure with each group's edit. Default: none.
         prepend_bos: Whether prompts, and ``texts``, begin with a BOS token. Default: as the
             tokenizer does.
-        batch_size: Prompts that are run at once.
-        path: A folder for the rows, from which an interrupted run goes on (:func:`sweep`).
+        batch_size: Number of prompts to run at once.
+        path: A folder for the rows, to resume an interrupted run from (:func:`sweep`).
         progress: Whether to show a progress bar.
 
     Returns:
-        One row per plan and record, in the order of the records: ``size, schedule, iterations,
-        group``, ``record``, ``lr`` and, with texts, ``perplexity``, both of the group's edit;
-        ``prepend_bos``, whether texts began with a BOS token; by the first token of the targets
-        after the last token of the prompts: ``accuracy``, whether the target is predicted, and
-        ``success``, whether it is more probable than what is true; ``paraphrase_accuracy`` and
-        ``paraphrase_success``, the same, mean over the paraphrases; ``neighborhood_accuracy`` and
-        ``neighborhood_success``, mean over the neighbours, for which what is true counts. All
-        between 0 and 1.
+        One row per plan and record, in record order: ``size, schedule, iterations, group``,
+        ``record``; ``lr`` and, with texts, ``perplexity`` of the group's edit; ``prepend_bos``:
+        whether texts began with a BOS token. The other columns compare the first tokens of the
+        targets after the last token of the prompts: ``accuracy``: whether the target is predicted;
+        ``success``: whether the target is more probable than the true answer;
+        ``paraphrase_accuracy`` and ``paraphrase_success``: the same, averaged over paraphrases;
+        ``neighborhood_accuracy`` and ``neighborhood_success``: averaged over neighbours, where the
+        true answer should win. All are between 0 and 1.
 
     Raises:
         ValueError: For another schedule, sizes below 0, no iteration, and as
@@ -108,7 +108,7 @@ def many_edits(
     records = list(records)
     plans = _plans(sizes, schedules, iterations)
     if not records:
-        raise ValueError("records holds no record")
+        raise ValueError("records is empty; pass at least one record")
     groups: list[dict[str, Any]] = [
         {"plan": list(plan), "group": g, "first": first, "records": records[first : first + width]}
         for plan in plans
@@ -120,7 +120,7 @@ def many_edits(
     step = _usual_step(model, records[:N_SINGLE], at, bos) if lr == "auto" else lr
     given: dict[str, Any] = {"layer": at, "texts": texts, "prepend_bos": bos}
     rows_of_groups = partial(_rows_of_groups, lr=step, batch=batch_size, **given)
-    vars(rows_of_groups)["made_by"] = given | {"lr": lr}  # a step found anew differs in its digits
+    vars(rows_of_groups)["made_by"] = given | {"lr": lr}  # a new search may round differently
     rows = sweep(
         model,
         groups,
@@ -142,7 +142,7 @@ def many_edits(
     options=("texts",),
 )
 def plot_many_edits(frame: pd.DataFrame) -> Figure:
-    """Mean accuracies by the number of facts, a panel for each schedule and iterations.
+    """Mean accuracies by number of facts, a panel for each schedule and number of iterations.
 
     Args:
         frame: From :func:`many_edits`.
@@ -170,11 +170,11 @@ def plot_many_edits(frame: pd.DataFrame) -> Figure:
 def _plans(sizes: Iterable[int], schedules: Iterable[str], iterations: Iterable[int]) -> list[Plan]:
     sizes, schedules, iterations = list(sizes), list(schedules), list(iterations)
     if not schedules or not set(schedules) <= set(SCHEDULES):
-        raise ValueError(f"schedules={schedules!r}: there are {', '.join(SCHEDULES)}")
+        raise ValueError(f"schedules must be from {', '.join(SCHEDULES)}, got {schedules!r}")
     if not sizes or min(sizes) < 0:
-        raise ValueError(f"sizes={sizes!r}: they must be at least 0")
+        raise ValueError(f"sizes must hold numbers of at least 0, got {sizes!r}")
     if not iterations or min(iterations) < 1:
-        raise ValueError(f"iterations={iterations!r}: they must be at least 1")
+        raise ValueError(f"iterations must hold numbers of at least 1, got {iterations!r}")
     return [
         Plan(size, schedule, n)
         for size, schedule, n in product(sizes, schedules, iterations)
@@ -191,7 +191,7 @@ def _rows_of_groups(
     prepend_bos: bool,
     batch: int,
 ) -> list[list[Row]]:
-    """The rows of the facts of one group."""
+    """The rows of one group's facts."""
     (group,) = groups
     plan, records = Plan(*group["plan"]), group["records"]
     facts = [fact_of(record) for record in records]
@@ -200,20 +200,20 @@ def _rows_of_groups(
     edit = _edit(model, facts, targets, plan, layer=layer, lr=lr, prepend_bos=prepend_bos)
     kinds = {"": [[fact.prompt] for fact in facts]}
     kinds |= {f"{kind}_": [_prompts(r, field) for r in records] for kind, field in PROMPTS.items()}
-    of_group: Row = {
+    shared: Row = {
         **plan._asdict(),
         "group": group["group"],
         "lr": lr,
         "prepend_bos": prepend_bos,
     }
     if texts is not None:
-        of_group["perplexity"] = float(perplexity(model, texts, [edit], prepend_bos=prepend_bos))
-    rows: list[Row] = [{**of_group, "index": group["first"] + i} for i in range(len(facts))]
+        shared["perplexity"] = float(perplexity(model, texts, [edit], prepend_bos=prepend_bos))
+    rows: list[Row] = [{**shared, "index": group["first"] + i} for i in range(len(facts))]
     with edit.applied():
         for kind, prompts in kinds.items():
-            each = [text for of_fact in prompts for text in of_fact]
-            logits = _last_logits(model, each, prepend_bos, batch)
-            parts = logits.split([len(of_fact) for of_fact in prompts])
+            flat = [text for fact_prompts in prompts for text in fact_prompts]
+            logits = _last_logits(model, flat, prepend_bos, batch)
+            parts = logits.split([len(fact_prompts) for fact_prompts in prompts])
             for row, part, target, original in zip(rows, parts, targets, originals, strict=True):
                 wanted, other = (
                     (original, target) if kind == "neighborhood_" else (target, original)
@@ -228,7 +228,7 @@ def _usual_step(model: Model, records: Sequence[Any], layer: int, prepend_bos: b
     """The median of the smallest steps that single facts need.
 
     Raises:
-        ValueError: When no step makes any of them the prediction.
+        ValueError: If no step makes any of their targets the prediction.
     """
     facts = [fact_of(record) for record in records]
     steps = []

@@ -1,4 +1,4 @@
-"""What optimizers make of a low-rank gradient (an open question of the paper)."""
+"""Updates that optimizers compute from low-rank gradients (an open question of the paper)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "adam": lambda weights: torch.optim.Adam(weights, lr=1),
     "sign": lambda weights: torch.optim.SGD(weights, lr=1),
 }
-"""With a learning rate of 1; ``"sign"`` is given the sign of the gradient."""
+"""Optimizers with a learning rate of 1; ``"sign"`` gets the sign of the gradient."""
 
 
 def optimizer_updates(
@@ -49,35 +49,34 @@ def optimizer_updates(
 ) -> pd.DataFrame:
     """Rank, spectrum and readout of the updates of several optimizers.
 
-    The paper looks at raw gradients, of which SGD's first step is a multiple. Adam divides every
-    entry by its own size, which the low rank does not survive. Each optimizer takes some steps
-    towards one fact, on all of these weights at once, each scaled to the same norm in every weight,
-    so that the optimizers differ in direction only. At every step the update is compared with the
-    raw gradient of that step.
+    The paper studies raw gradients; SGD's first step is a multiple of one. Adam divides every entry
+    by its own size, which destroys the low rank. Each optimizer takes some steps towards one fact,
+    on all weights at once. Every step is scaled to the same norm in every weight, so the optimizers
+    differ in direction only. Each update is compared with the raw gradient of its step.
 
     Args:
-        model: A TransformerLens model in eval mode, with a tokenizer. It is left as it is.
+        model: A TransformerLens model in eval mode, with a tokenizer. It is left unchanged.
         records: Facts in the schema of CounterFact.
         optimizers: Some of ``"sgd"``, ``"momentum"`` (0.9), ``"adam"`` (torch's defaults) and
             ``"sign"`` (of the gradient).
         weights: Kinds of weights.
-        layers: Layers; negative ones count from the last. Default: three, a third and five sixths
-            of the way up, and the last: every update is formed densely, and decomposed.
-        n_steps: How many steps.
-        step_norm: The norm of each step, relative to that of the weight.
-        n_neurons: How many neurons are read: those with the largest raw gradient.
-        top_k: How many tokens of each end are compared.
+        layers: Layers; negative ones count from the last. Default: only three (a third and five
+            sixths of the way up, and the last), as every update is formed densely and decomposed.
+        n_steps: Number of steps.
+        step_norm: Norm of each step, relative to the weight's norm.
+        n_neurons: Number of neurons to read, by largest raw gradient.
+        top_k: Number of tokens to compare at each end.
         options: ``batch_size``, ``path``, ``prepend_bos`` and ``progress``, as in
             :func:`over_records`.
 
     Returns:
         One row per record, optimizer, step (1 is the first), weight and layer: ``loss`` before the
         step, in nats; ``n_tokens``; ``rank`` of the update (with the threshold of
-        ``torch.linalg.matrix_rank``); ``stable_rank``: the squared norm over the squared largest
-        singular value; ``rank_90``: how many singular values hold 90 % of the squared norm;
+        ``torch.linalg.matrix_rank``); ``stable_rank``: squared norm over squared largest singular
+        value; ``rank_90``: number of singular values that hold 90 % of the squared norm;
         ``cosine``: of the update with a descent step on the raw gradient; ``top_overlap`` and
-        ``bottom_overlap``: how many of the ``top_k`` most and least probable tokens of the neurons
-        of the raw gradient are those of the negated update, mean over the neurons, in shares.
+        ``bottom_overlap``: the fraction of the raw gradient's ``top_k`` most and least probable
+        tokens that the negated update shares, averaged over the neurons.
 
     Raises:
         ValueError: For another optimizer, or a number of steps below 1.
@@ -88,7 +87,7 @@ def optimizer_updates(
     """
     chosen = list(optimizers)
     if not chosen or not set(chosen) <= set(OPTIMIZERS):
-        raise ValueError(f"optimizers={chosen!r}: there are {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"optimizers must be from {', '.join(OPTIMIZERS)}, got {chosen!r}")
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, got {n_steps}")
     weights = [weights] if isinstance(weights, str) else list(weights)
@@ -138,11 +137,11 @@ def optimizer_updates(
     "What do optimizers do to the rank and the reading of an update?",
 )
 def plot_optimizer_updates(frame: pd.DataFrame, value: str = "stable_rank") -> Figure:
-    """The median over records by layer, a line for each optimizer, a panel for each step.
+    """Median over records by layer, a line for each optimizer and a panel for each step.
 
     Args:
         frame: From :func:`optimizer_updates`.
-        value: Which of its columns.
+        value: The column to show.
     """
     import plotly.express as px
 
@@ -161,7 +160,7 @@ def plot_optimizer_updates(frame: pd.DataFrame, value: str = "stable_rank") -> F
 
 
 class _Directions:
-    """The updates that an optimizer of torch makes of one gradient after the other."""
+    """The updates that a torch optimizer computes from successive gradients."""
 
     def __init__(self, optimizer: str, like: dict[str, Matrix]) -> None:
         self._weights = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
@@ -200,10 +199,10 @@ def _compare(
     n_neurons: int,
     top_k: int,
 ) -> Row:
-    """The update against the raw gradient, as matrices and by their neurons' readouts."""
-    of_raw, of_update = (raw, -update) if by_vjp else (raw.mT, -update.mT)
-    largest = of_raw.norm(dim=-1).topk(n_neurons).indices
-    read = lens.read(torch.cat([of_raw[largest], of_update[largest]]), top_k=top_k)
+    """Compare the update with the raw gradient, as matrices and by their neurons' readouts."""
+    raw_neurons, update_neurons = (raw, -update) if by_vjp else (raw.mT, -update.mT)
+    largest = raw_neurons.norm(dim=-1).topk(n_neurons).indices
+    read = lens.read(torch.cat([raw_neurons[largest], update_neurons[largest]]), top_k=top_k)
     columns = {
         "top_overlap": overlaps(*read.top_ids.split(n_neurons)).diagonal().mean(),
         "bottom_overlap": overlaps(*read.bottom_ids.split(n_neurons)).diagonal().mean(),

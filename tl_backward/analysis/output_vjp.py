@@ -1,4 +1,4 @@
-"""What the backward pass begins with (Lemma 5.1)."""
+"""The VJP at the start of the backward pass (Lemma 5.1)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def output_vjp(model: Model, records: Records, **options: Any) -> pd.DataFrame:
-    """How much of the VJP at the output is the target's embedding (Lemma 5.1).
+    """The share of the target's embedding in the VJP at the output (Lemma 5.1).
 
     The VJP at the final norm's output is ``v = sum_k delta[k] D^T[k]``, with ``delta`` the VJP at
-    the logits (Eq 4). The paper says that the target's term, ``-(1 - p[t]) D^T[t]``, dominates. It
-    leaves out the final norm, below which the VJP has another direction.
+    the logits (Eq 4). According to the paper, the target's term, ``-(1 - p[t]) D^T[t]``, dominates.
+    The paper ignores the final norm, below which the VJP has another direction.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
@@ -31,17 +31,17 @@ def output_vjp(model: Model, records: Records, **options: Any) -> pd.DataFrame:
             :func:`over_records`.
 
     Returns:
-        One row per record, about its last token. ``target_probability``; ``target_coefficient`` and
-        ``answer_coefficient``: ``delta`` of the target and of what the model predicts. Of these
-        two and of all other tokens together, their shares of ``v``, which add up to 1:
-        ``target_share``, ``answer_share`` and ``other_share`` (``<term, v> / |v|^2``; where the two
-        are one token, it counts as the target). ``target_norm_share``: ``|delta[t] D^T[t]|`` over
-        the sum of the norms of all terms. ``output_cosine`` and ``residual_cosine``: of
+        One row per record, for its last token. ``target_probability``. ``target_coefficient`` and
+        ``answer_coefficient``: ``delta`` of the target and of the model's prediction.
+        ``target_share``, ``answer_share`` and ``other_share``: shares of these two and of all other
+        tokens in ``v`` (``<term, v> / |v|^2``), which add up to 1; if target and prediction are the
+        same token, it counts as the target. ``target_norm_share``: ``|delta[t] D^T[t]|`` over the
+        sum of the norms of all terms. ``output_cosine`` and ``residual_cosine``: cosines of
         ``-D^T[t]`` with ``v`` and with the VJP at the end of the residual stream, below the norm.
-        ``output_norm`` and ``residual_norm``: of these two VJPs. ``norm_cosine``: between them.
-        ``output_rank`` and ``residual_rank``: how many tokens' embeddings have a larger inner
-        product with them than the target's, ``d_vocab - 1`` if none has a smaller one; this is the
-        logit lens without the final norm.
+        ``output_norm`` and ``residual_norm``: norms of these two VJPs. ``norm_cosine``: cosine
+        between them. ``output_rank`` and ``residual_rank``: number of tokens whose embedding has a
+        larger inner product with the VJP than the target's, ``d_vocab - 1`` if none has a smaller
+        one; this is the logit lens without the final norm.
 
     Example:
         >>> output_vjp(model, records)[["output_cosine", "residual_cosine"]].describe()

@@ -1,4 +1,4 @@
-"""One run per fact, and a table of what an experiment says about each."""
+"""Runs of facts, and the table of an experiment's rows."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ Records: TypeAlias = Iterable[Any]
 
 @dataclass(frozen=True, eq=False)
 class FactRun:
-    """What one forward and one backward pass left of one fact.
+    """One forward and one backward pass of one fact.
 
     Attributes:
         fact: The fact.
-        cache: Of its prompt; the loss is ``-log p(target)`` at the last token.
-        segments: The segment of each position.
-        target: The first token of the edit's target.
-        original: The first token of what is true.
-        answer: The token that the model itself finds most probable.
+        cache: The cache of its prompt; the loss is ``-log p(target)`` at the last token.
+        segments: Segment of each position.
+        target: First token of the edit's target.
+        original: First token of the true answer.
+        answer: The model's own prediction.
     """
 
     fact: Fact
@@ -67,28 +67,28 @@ def over_records(
     prepend_bos: bool | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Run every fact towards the first token of its target and collect the rows of all.
+    """Run every fact towards the first token of its target and collect all rows.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
-        records: Facts in the schema of CounterFact, as :func:`fact_of` reads them.
+        records: Facts in the schema of CounterFact, as for :func:`fact_of`.
         rows_of: Takes one fact's run and returns its rows.
         weights: Kinds of weights to capture.
         layers: Layers to capture; negative ones count from the last. Default: all.
         fwd_hooks: As in :func:`run_with_backward_cache`.
         bwd_hooks: The same.
-        batch_size: Prompts that are run at once.
-        path: A folder for the rows, from which an interrupted run goes on (:func:`sweep`).
+        batch_size: Number of prompts to run at once.
+        path: A folder for the rows, to resume an interrupted run from (:func:`sweep`).
         prepend_bos: Whether prompts begin with a BOS token; the paper's do not. Default: as the
             tokenizer does.
         progress: Whether to show a progress bar.
 
     Returns:
-        One table in the order of the records; ``record`` is the index of each, and ``prepend_bos``
-        says whether its prompt began with a BOS token.
+        One table in record order; ``record`` is the index of each record, and ``prepend_bos`` says
+        whether its prompt began with a BOS token.
 
     Raises:
-        ValueError: When a record is malformed, there is none, and as
+        ValueError: If a record is malformed, or there is none; and as
             :func:`run_with_backward_cache`.
     """
     import pandas as pd
@@ -116,7 +116,7 @@ def over_records(
     )
     table = pd.DataFrame(rows)
     if table.empty:
-        raise ValueError("records holds no record, or none that gives a row")
+        raise ValueError("records is empty, or no record gives a row")
     return table.sort_values("record", kind="stable", ignore_index=True)
 
 
@@ -127,7 +127,7 @@ def run_facts(
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
-        records: As :func:`fact_of` reads them.
+        records: As for :func:`fact_of`.
         prepend_bos: Whether prompts begin with a BOS token. Default: as the tokenizer does.
         capture: As in :func:`run_with_backward_cache`.
     """
@@ -148,11 +148,11 @@ def run_facts(
         for fact, cache in zip(facts, caches, strict=True)
     ]
     each = zip(facts, caches, segments, targets, originals, answers, strict=True)
-    return [FactRun(*of_one) for of_one in each]
+    return [FactRun(*parts) for parts in each]
 
 
 def place_of(name: str) -> Row:
-    """The columns ``weight`` and ``layer`` of a site's name; outside the blocks there is none."""
+    """The columns ``weight`` and ``layer`` of a site's name; layer None outside the blocks."""
     layer, kind = parse_site_name(name)
     return {"weight": kind, "layer": layer}
 
@@ -163,7 +163,7 @@ def first_tokens(model: Model, texts: Sequence[str]) -> list[int]:
 
 
 def _nll_noting_answers(targets: list[int], answers: list[int]) -> Objective:
-    """``-log p(target)`` after the last token; the most probable token goes to ``answers``."""
+    """``-log p(target)`` after the last token; appends the most probable token to ``answers``."""
 
     def compute(logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
         last = upcast(logits[:, -1])

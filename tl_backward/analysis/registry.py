@@ -1,4 +1,4 @@
-"""The experiments, as their modules register them."""
+"""The registry of experiments."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Plot: TypeAlias = "Callable[..., Figure]"
 
 
 class Experiment(NamedTuple):
-    """A function of a model and records, the figure of its table, and what it answers.
+    """A function of a model and records, the figure of its table, and its question.
 
     Attributes:
         run: The function.
-        plot: Its figure.
-        about: Where the paper does this, or that it leaves it open.
-        question: What the table answers.
-        options: The arguments of its own that a report fills in: ``"texts"``, ``"jacobian_lens"``.
+        plot: The function that draws its figure.
+        about: Its place in the paper, or that the paper leaves it open.
+        question: The question that the table answers.
+        options: Its own arguments that a report fills in: ``"texts"``, ``"jacobian_lens"``.
         resumes: Whether it takes ``path``, a folder of rows to resume from.
     """
 
@@ -34,14 +34,14 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS: dict[str, Experiment] = {}
-"""The experiments by name, in the order of a report. ``many_edits`` and ``translator_ranks`` need a
-choice beforehand."""
+"""The experiments by name, in report order. ``many_edits`` and ``translator_ranks`` need a choice
+beforehand."""
 
 
 def figure_of(
     run: Run, about: str, question: str, *, options: tuple[str, ...] = (), resumes: bool = True
 ) -> Callable[[Plot], Plot]:
-    """Register an experiment together with its figure, the function that this decorates.
+    """Register an experiment and its figure, drawn by the decorated function.
 
     Args:
         run: The experiment: a function of a model and records that returns a table.

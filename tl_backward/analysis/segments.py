@@ -1,4 +1,4 @@
-"""Facts as prompts, and which part of its prompt each token belongs to."""
+"""Facts as prompts, and the segment of the prompt that each token belongs to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ INCOMPLETE = "\ufffd"
 
 
 class Fact(NamedTuple):
-    """What an experiment needs of a record.
+    """The parts of a record that experiments need.
 
     Attributes:
         prompt: The prompt with its subject.
-        subject: The characters of the prompt that are the subject.
+        subject: The character range of the subject in the prompt.
         target: The edit's target, with its leading space.
-        original: What is true, with its leading space.
-        relation: The name of the relation, if it is known.
+        original: The true answer, with its leading space.
+        relation: The name of the relation, if known.
     """
 
     prompt: str
@@ -32,16 +32,17 @@ class Fact(NamedTuple):
 
 
 def fact_of(record: Any) -> Fact:
-    """Read a record in the schema of CounterFact, or one that ``evaluation`` has read from it.
+    """Read a record in the schema of CounterFact, or one already read by ``evaluation``.
 
     Args:
         record: A mapping with ``requested_rewrite``: ``prompt`` (with ``{}`` for the subject),
-            ``subject``, ``target_new.str``, ``target_true.str`` and, if there is one,
-            ``relation_id``. Or an object with the attributes ``prompt`` (in which the subject is
-            looked for from the left), ``subject, target_new, target_true`` and ``relation_id``.
+            ``subject``, ``target_new.str``, ``target_true.str`` and optionally ``relation_id``. Or
+            an object with the attributes ``prompt`` (whose first occurrence of the subject counts),
+            ``subject, target_new, target_true`` and ``relation_id``.
 
     Raises:
-        ValueError: When one of these is missing or no text, or the prompt has not one ``{}``.
+        ValueError: If one of these is missing or not text, or the prompt does not have exactly one
+            ``{}``.
 
     Example:
         >>> fact_of(record).prompt, fact_of(record).target
@@ -66,19 +67,18 @@ def fact_of(record: Any) -> Fact:
 def prompt_segments(model: Model, tokens: Sequence[int], fact: Fact) -> list[str]:
     """The segment of each token of a fact's prompt, one of ``SEGMENTS``.
 
-    Every token with a character of the subject belongs to it. The first one is ``"subject first"``
-    and the last one ``"subject last"``; the only one of a subject of one token is
-    ``"subject last"``, too. The last token of the prompt is ``"last"``, whatever else it is.
-    Tokens before the prompt's first character are ``"bos"``, and all others ``"relation"``, before
-    and behind the subject.
+    Every token that contains a character of the subject belongs to the subject. Its first token is
+    ``"subject first"`` and its last token is ``"subject last"``, also if it is the only one. The
+    last token of the prompt is always ``"last"``. Tokens before the prompt's first character are
+    ``"bos"``, and all others, before and after the subject, are ``"relation"``.
 
     Args:
         model: A TransformerLens model with a tokenizer.
-        tokens: What the model was run on, with or without a BOS token.
-        fact: Whose prompt it is.
+        tokens: The tokens that the model ran on, with or without a BOS token.
+        fact: The fact of the prompt.
 
     Raises:
-        ValueError: When the tokens do not decode to the prompt.
+        ValueError: If the tokens do not decode to the prompt.
 
     Example:
         >>> prompt_segments(model, cache.tokens.tolist(), fact_of(record))
@@ -104,10 +104,10 @@ def _spaced(text: str) -> str:
 
 
 def _character_spans(model: Model, tokens: Sequence[int], prompt: str) -> list[range]:
-    """The characters of the prompt that each token is, or is a part of.
+    """The character range of each token in the prompt.
 
-    They are counted in what the tokens before it decode to, which any tokenizer can say; tokens
-    within one character of several bytes share it.
+    Decoding the preceding tokens gives its start, which works for any tokenizer; tokens that are
+    parts of one multi-byte character share it.
     """
     decoded = [
         model.tokenizer.decode(
@@ -118,8 +118,8 @@ def _character_spans(model: Model, tokens: Sequence[int], prompt: str) -> list[r
     begin = decoded[-1].rfind(prompt)
     if begin < 0:
         raise ValueError(
-            f"the tokenizer turns the prompt {prompt!r} into tokens of another text, "
-            f"{decoded[-1]!r}, in which the subject cannot be found"
+            f"the tokens of the prompt {prompt!r} decode to another text, {decoded[-1]!r}, so the "
+            "subject cannot be located"
         )
     ends = [len(text.rstrip(INCOMPLETE)) for text in decoded]
     return [range(start - begin, max(end, start + 1) - begin) for start, end in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""How much of a gradient the forward pass shift accounts for (section 6)."""
+"""The share of the forward pass shift in a gradient (section 6)."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ def shift_energy(
     layers: int | Iterable[int] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """How much of the gradient of W_out the forward pass shift has in common with it.
+    """The share of W_out's gradient that lies along the forward pass shift.
 
     The gradient is ``G = sum_i x_i^T delta_i``; the shift of the paper's section 6 is
-    ``x_n^T D^T[t]``, with the target's embedding in the place of the last token's ``delta_n``. A
-    share of energy along a matrix ``M`` is ``<G, M>^2 / (|G|^2 |M|^2)``: 1 where the two are
-    parallel.
+    ``x_n^T D^T[t]``, which replaces the last token's ``delta_n`` by the target's embedding. The
+    share of energy along a matrix ``M`` is ``<G, M>^2 / (|G|^2 |M|^2)``: 1 if the two are parallel.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: Facts in the schema of CounterFact.
-        weights: ``"W_out"``, ``"W_O"`` or both: what writes to the residual stream.
+        weights: ``"W_out"``, ``"W_O"`` or both, which write to the residual stream.
         layers: Layers; negative ones count from the last. Default: all.
         options: ``batch_size``, ``path``, ``prepend_bos`` and ``progress``, as in
             :func:`over_records`.
 
     Returns:
         One row per record, weight, layer and position: ``position, segment``;
-        ``term_energy``: ``|x_i|^2 |delta_i|^2 / |G|^2``, of the token's own term (the terms of all
-        tokens add up to 1 where they are orthogonal); ``along_term``: the share of the energy of
-        ``G`` along it; ``along_target``: along ``x_i^T D^T[t]``, which is the shift at the last
-        token; ``target_cosine``: of ``delta_i`` with ``-D^T[t]``. Zero terms have no shares.
+        ``term_energy``: ``|x_i|^2 |delta_i|^2 / |G|^2`` of the token's own term (adds up to 1 over
+        tokens if the terms are orthogonal); ``along_term``: share of the energy of ``G`` along this
+        term; ``along_target``: share along ``x_i^T D^T[t]``, which is the shift at the last token;
+        ``target_cosine``: cosine of ``delta_i`` with ``-D^T[t]``. Zero terms have no shares.
 
     Raises:
         ValueError: For other weights.
@@ -93,10 +92,10 @@ def shift_energy(
     "How much of the gradient is the forward pass shift?",
 )
 def plot_shift_energy(frame: pd.DataFrame, value: str = "along_target") -> Figure:
-    """Mean share of the gradient's energy over the layers, by segment.
+    """Mean share of the gradient's energy by layer and segment.
 
     Args:
         frame: From :func:`shift_energy`.
-        value: Which of its columns.
+        value: The column to show.
     """
     return over_layers(frame, value, f"Gradient of W_out: {value.replace('_', ' ')}")

@@ -1,4 +1,4 @@
-"""The smallest learning rate with which an edit succeeds, and what it costs (Fig 26)."""
+"""The smallest learning rate at which an edit succeeds, and its cost (Fig 26)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ADAM_EPS = 1e-8
 FIRST_GUESS = 0.05
-"""Norm of the first update that is tried, relative to that of the weight."""
+"""Norm of the first update to try, relative to the weight's norm."""
 
 METHODS = ("shift", "sgd", "adam")
 
@@ -42,31 +42,31 @@ def smallest_edit(
     prepend_bos: bool | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """By layer and method, the smallest step on W_out that makes the target the prediction.
+    """The smallest step on W_out that makes the target the prediction, by layer and method.
 
     The paper's Fig 26 shows this learning rate and the perplexity after the edit. ``"shift"`` is
-    the forward pass shift ``x_n^T D^T[t]``, ``"sgd"`` the step ``-G``, and ``"adam"`` the first
-    step of Adam, ``-G / (|G| + 1e-8)`` element by element, each times the learning rate. The three
-    rates are in different units; compare the norms of the updates.
+    the forward pass shift ``x_n^T D^T[t]``, ``"sgd"`` the step ``-G``, and ``"adam"`` Adam's first
+    step, ``-G / (|G| + 1e-8)`` elementwise, each times the learning rate. The three rates have
+    different units; compare the norms of the updates.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: Facts in the schema of CounterFact.
         methods: Some of these three.
         layers: Layers; negative ones count from the last. Default: every fifth, and the last.
-        margin: How far above all others the target's logit has to come, in nats.
-        texts: Texts whose perplexity is to be taken before and after each edit. Default: none,
-            which is much faster.
+        margin: Required distance of the target's logit above all others, in nats.
+        texts: Texts whose perplexity to measure before and after each edit. Default: none, which is
+            much faster.
         prepend_bos: Whether prompts, and ``texts``, begin with a BOS token. Default: as the
             tokenizer does.
         options: ``batch_size``, ``path`` and ``progress``, as in :func:`over_records`.
 
     Returns:
-        One row per record, layer and method: ``lr``, the smallest learning rate that was found, to
-        about 1 % (none where there is none, 0 where the model predicts the target anyway);
-        ``update_norm`` and ``relative_norm``: the Frobenius norm of the update with that rate, and
-        over that of the weight; ``gap``: by how many nats the target's logit is then above all
-        others; with texts ``perplexity_before`` and ``perplexity``.
+        One row per record, layer and method: ``lr``: the smallest learning rate found, to about 1 %
+        (none if no rate succeeds, 0 if the model already predicts the target); ``update_norm`` and
+        ``relative_norm``: Frobenius norm of the update at that rate, absolute and relative to the
+        weight's norm; ``gap``: distance of the target's logit above all others, in nats; with
+        texts, ``perplexity_before`` and ``perplexity``.
 
     Raises:
         ValueError: For another method.
@@ -76,7 +76,7 @@ def smallest_edit(
     """
     methods = list(methods)
     if not methods or not set(methods) <= set(METHODS):
-        raise ValueError(f"methods={methods!r}: there are {', '.join(METHODS)}")
+        raise ValueError(f"methods must be from {', '.join(METHODS)}, got {methods!r}")
     n_layers = model.cfg.n_layers
     layers = {*range(0, n_layers, 5), n_layers - 1} if layers is None else layers
     sites = weight_sites(model, "W_out", layers)
@@ -92,7 +92,7 @@ def smallest_edit(
 
         def row_and_edit(name: str, g: GradientFactors, method: str) -> tuple[Row, WeightEdit]:
             update = _update(method, g, W_U[:, run.target])
-            unit = WeightEdit(model, {name: _on_these(update, g.inputs)})
+            unit = WeightEdit(model, {name: _restricted_to(update, g.inputs)})
 
             def gaps(sizes: Sequence[float]) -> list[float]:
                 edits = [size * unit for size in sizes]
@@ -138,11 +138,11 @@ def smallest_edit(
     options=("texts",),
 )
 def plot_smallest_edit(frame: pd.DataFrame, value: str = "relative_norm") -> Figure:
-    """Fig 26: the median over records by layer, a line for each method.
+    """Fig 26: median over records by layer, a line for each method.
 
     Args:
         frame: From :func:`smallest_edit`.
-        value: Which of its columns: a step's size, or ``"perplexity"``.
+        value: The column to show: a step's size, or ``"perplexity"``.
     """
     import plotly.express as px
 
@@ -156,7 +156,7 @@ def plot_smallest_edit(frame: pd.DataFrame, value: str = "relative_norm") -> Fig
 def _update(
     method: str, g: GradientFactors, target: Float[Tensor, "d_out"]
 ) -> GradientFactors | Float[Tensor, "d_in d_out"]:
-    """What is added to W_out with a learning rate of 1."""
+    """The update of W_out at a learning rate of 1."""
     if method == "shift":
         return GradientFactors(g.inputs[-1:], target.unsqueeze(0))
     if method == "sgd":
@@ -171,10 +171,10 @@ def _factors(update: GradientFactors | Float[Tensor, "d_in d_out"]) -> GradientF
     return GradientFactors(torch.eye(len(update), dtype=update.dtype), update.cpu())
 
 
-def _on_these(
+def _restricted_to(
     update: GradientFactors | Float[Tensor, "d_in d_out"], inputs: Float[Tensor, "n d_in"]
 ) -> GradientFactors:
-    """An update of rank ``n`` that does the same to these inputs."""
+    """An update of rank ``n`` with the same effect on these inputs."""
     if isinstance(update, GradientFactors):
         return update
     return GradientFactors(torch.linalg.pinv(inputs).mT, inputs @ update)

@@ -1,4 +1,4 @@
-"""What a step on a gradient does to the output for the same input (Eq 17, 18)."""
+"""The effect of a gradient step on the output for the same input (Eq 17, 18)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def step_effect(
     layers: int | Iterable[int] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """What a step on the gradient of one weight does to its output for the same inputs.
+    """The effect of a step on one weight's gradient on its output for the same inputs.
 
-    After a step of size ``eta`` (negative for descent) the output for ``x_i`` changes by
-    ``eta |x_i|^2 delta_i`` (Eq 17 for all neurons of W_in, and Eq 18 summed over those of W_out) on
-    account of the token's own term. The terms of the other tokens add ``eta <x_i, x_j> delta_j``
-    each, which the paper leaves aside.
+    After a step of size ``eta`` (negative for descent), the token's own term changes the output for
+    ``x_i`` by ``eta |x_i|^2 delta_i`` (Eq 17 for all neurons of W_in, and Eq 18 summed over the
+    neurons of W_out). Each other token's term adds ``eta <x_i, x_j> delta_j``, which the paper
+    ignores.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
@@ -45,12 +45,11 @@ def step_effect(
 
     Returns:
         One row per record, weight, layer and position: ``position, segment``; ``own_change`` and
-        ``change``: the norms of the change of the output by the token's own term, and by all, for
-        ``eta = 1``; ``cosine``: between these two; ``neurons``: among how many neurons the own
-        change is spread, ``(sum_j c_j)^2 / sum_j c_j^2`` with ``c_j`` the neuron's share of it:
-        ``delta_i[j]^2`` for W_in, W_gate and the like (Eq 17), ``x_i[j]^2`` for W_out and W_O
-        (Eq 18). Where a change is zero, there is no cosine, and where its shares are, no
-        ``neurons``.
+        ``change``: norm of the output's change from the token's own term, and from all terms, for
+        ``eta = 1``; ``cosine``: cosine between the two changes; ``neurons``: effective number of
+        neurons in the own change, ``(sum_j c_j)^2 / sum_j c_j^2``, where neuron ``j`` has the share
+        ``c_j = delta_i[j]^2`` for W_in, W_gate etc. (Eq 17) and ``c_j = x_i[j]^2`` for W_out and
+        W_O (Eq 18). ``cosine`` is missing if a change is zero, ``neurons`` if all shares are.
 
     Example:
         >>> step_effect(model, records).query("segment == 'last'").groupby("layer").cosine.mean()
@@ -88,16 +87,16 @@ def step_effect(
     step_effect, "Eq 17, 18", "Does a token's own term explain what a step does to its output?"
 )
 def plot_step_effect(frame: pd.DataFrame, value: str = "cosine") -> Figure:
-    """The effect of a step over the layers, by segment; a panel for each weight.
+    """The effect of a step by layer and segment, a panel for each weight.
 
     Args:
         frame: From :func:`step_effect`.
-        value: Which of its columns.
+        value: The column to show.
     """
     return over_layers(frame, value, f"Effect of a step on the same input: {value}")
 
 
 def _participation(shares: Float[Tensor, "n neurons"]) -> Float[Tensor, "n"]:
-    """The number of equal shares that are as concentrated as these; nan where all are zero."""
+    """The participation ratio: effective number of shares; nan if all are zero."""
     shares = shares / shares.sum(-1, keepdim=True)
     return 1 / shares.square().sum(-1)

@@ -1,4 +1,4 @@
-"""Where the target and the original answer stand in what the lens reads (Fig 6, 18-21, 24, 25)."""
+"""Ranks of the target and the original answer in the lens's readout (Fig 6, 18-21, 24, 25)."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def target_rank(
     apply_ln: bool = True,
     **options: Any,
 ) -> pd.DataFrame:
-    """Ranks of the edit's target and of the answers it competes with, at every token.
+    """Ranks of the edit's target and of the competing answers, at every token.
 
-    The paper's Fig 6 and 18 to 21: in ``LL(delta_i)`` of FF2 the target is at the bottom in the
-    last token's rows of all layers but the first ones. Fig 24 and 25: the same under the
-    normalised lens. ``W_out`` and ``W_O`` are read by ``delta_i``, the others by ``x_i``.
+    The paper's Fig 6 and 18 to 21: in ``LL(delta_i)`` of FF2, the target is at the bottom at the
+    last token in all but the first layers. Fig 24 and 25: the same under the normalised lens.
+    ``W_out`` and ``W_O`` are read by ``delta_i``, the others by ``x_i``.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
@@ -48,9 +48,9 @@ def target_rank(
 
     Returns:
         One row per record, weight, layer and position: ``position, segment, norm`` (of the vector
-        that was read), ``d_vocab``, and the ranks: 0 is the most probable token, ``d_vocab - 1``
-        the least. ``target_rank``: of the target. ``original_rank``: of what is true.
-        ``answer_rank``: of what the model itself predicts. Where the vector is zero there is none.
+        that was read), ``d_vocab``, and the ranks of three tokens, where 0 is the most probable
+        token and ``d_vocab - 1`` the least: ``target_rank`` of the target, ``original_rank`` of the
+        true answer, ``answer_rank`` of the model's prediction. Zero vectors have no ranks.
 
     Example:
         >>> table = target_rank(model, records).query("segment == 'last'")
@@ -99,7 +99,7 @@ def target_rank(
     "Where does the target stand among the tokens that a gradient reads as?",
 )
 def plot_target_rank(frame: pd.DataFrame, rank: str = "target_rank") -> Figure:
-    """Fig 6 and 18 to 21: mean rank over the layers, by segment; a panel for each weight.
+    """Fig 6 and 18 to 21: mean rank by layer and segment, a panel for each weight.
 
     Args:
         frame: From :func:`target_rank`.

@@ -1,4 +1,4 @@
-"""Which translator makes the target readable in early layers (an open question of the paper)."""
+"""Translators that may make the target readable in early layers (an open question)."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def translator_ranks(
     path: str | Path | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Ranks of the target by layer with each of several translators.
+    """Ranks of the target by layer, for each of several translators.
 
-    The paper leaves open whether early layers need another, learned, map to be readable, as they
-    do in forward lenses.
+    The paper leaves open whether early layers need a learned map to be readable, as they do in
+    forward lenses.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: Facts in the schema of CounterFact.
-        translators: By name, what :class:`BackwardLogitLens` takes as ``lens``: those of
-            ``tl_backward.translators``, or :func:`fit_linear_translator`. Default: the plain and
-            the normalised lens and a linear translator, which is fitted on every second record;
-            only the others are read then.
-        jacobian_lens: Of the same model; :func:`through_jacobian_lens` is read with it, too.
-        path: A folder, which gets one of :func:`sweep` for each translator.
+        translators: Translators by name, as :class:`BackwardLogitLens` takes them: from
+            ``tl_backward.translators`` or :func:`fit_linear_translator`. Default: the plain lens,
+            the normalised lens, and a linear translator fitted on every second record; the table
+            then has the other records only.
+        jacobian_lens: A lens of the same model, to add :func:`through_jacobian_lens`.
+        path: A folder with one folder of :func:`sweep` per translator.
         options: As in :func:`target_rank`.
 
     Returns:
@@ -68,7 +68,7 @@ def translator_ranks(
         prepend_bos = options.get("prepend_bos")
         linear = fit_linear_translator(model, fitted_on, prepend_bos=prepend_bos)
         made_by = {"fitted_on": fitted_on, "prepend_bos": prepend_bos}
-        vars(linear)["made_by"] = made_by  # its maps have other digits after every fit
+        vars(linear)["made_by"] = made_by  # every fit rounds its maps differently
         translators = {
             "identity": identity,
             "unit-normalised": unit_normalised,
@@ -93,29 +93,29 @@ def fit_linear_translator(
     batch_size: int = 8,
     prepend_bos: bool | None = None,
 ) -> Translator:
-    """Learn a linear map for each layer, from VJPs at W_out to the one that enters the last layer.
+    """Fit a linear map for each layer, from its VJPs at W_out to those of the last layer.
 
-    Ridge regression of the direction of the last token's ``delta`` in the last layer on that in
-    each layer: a backward cousin of the tuned lens. Read other records with it than those that it
-    is fitted on.
+    This is a ridge regression of the direction of the last token's ``delta`` in the last layer on
+    its direction in each layer: a backward cousin of the tuned lens. Evaluate it on other records
+    than it was fitted on.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
         records: Facts in the schema of CounterFact.
         ridge: Weight of the squared norm of the map, in units of the mean square of the singular
             values of the directions in each layer.
-        batch_size: Prompts that are run at once.
+        batch_size: Number of prompts to run at once.
         prepend_bos: Whether prompts begin with a BOS token. Default: as the tokenizer does.
 
     Returns:
-        The translator. It keeps no norms: vectors are read in unit length.
+        The translator. It scales vectors to unit length first.
 
     Raises:
-        ValueError: When there is no record, or one is malformed.
+        ValueError: If there is no record, or one is malformed.
     """
     records = list(records)
     if not records:
-        raise ValueError("records holds no record to fit on")
+        raise ValueError("records is empty; pass at least one record to fit on")
     vjps: dict[int, list[Tensor]] = {}
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
@@ -123,7 +123,7 @@ def fit_linear_translator(
             for name in run.cache:
                 layer = place_of(name)["layer"]
                 vjps.setdefault(layer, []).append(run.cache.residual_vjps(name)[-1])
-    directions = {layer: _unit(torch.stack(of_layer)) for layer, of_layer in vjps.items()}
+    directions = {layer: _unit(torch.stack(each)) for layer, each in vjps.items()}
     wanted = directions[max(directions)]
     maps = {layer: _ridge(given, wanted, ridge) for layer, given in directions.items()}
 
@@ -146,7 +146,7 @@ def plot_translator_ranks(
 
     Args:
         frame: From :func:`translator_ranks`.
-        segment: Whose tokens.
+        segment: The segment to show.
         rank: ``"target_rank"``, ``"original_rank"`` or ``"answer_rank"``.
     """
     import plotly.express as px
@@ -171,7 +171,7 @@ def _unit(vectors: Tensor) -> Tensor:
 def _ridge(
     given: Float[Tensor, "n d"], wanted: Float[Tensor, "n d"], ridge: float
 ) -> Float[Tensor, "d d"]:
-    """The map ``M`` of least ``|given M - wanted|^2 + weight |M|^2``."""
+    """The map ``M`` that minimises ``|given M - wanted|^2 + weight |M|^2``."""
     dtype = upcast_dtype(given.dtype)
     given, wanted = given.to(dtype), wanted.to(dtype)
     gram = given.mT @ given

@@ -28,8 +28,8 @@ def vjp_norms(
     """The norm of ``delta_i`` and of ``x_i`` at every weight and token.
 
     The paper's Fig 5, 16 and 17: the mean norm of the VJPs peaks at the subject's tokens in early
-    layers, and at the last token around the second quarter of the layers; most of them are near
-    zero. Their product is the norm of the token's term in the gradient, ``x_i^T delta_i``.
+    layers, and at the last token around the second quarter of the layers; most VJPs are near zero.
+    The product of the two norms is the norm of the token's term ``x_i^T delta_i`` in the gradient.
 
     Args:
         model: A TransformerLens model in eval mode, with a tokenizer.
@@ -60,7 +60,7 @@ def vjp_norms(
 
 @figure_of(vjp_norms, "Fig 5, 16, 17", "At which layers and tokens are the VJPs large?")
 def plot_vjp_norms(frame: pd.DataFrame, norm: str = "vjp_norm") -> Figure:
-    """Fig 5, 16 and 17: mean norm over the layers, by segment; a panel for each weight.
+    """Fig 5, 16 and 17: mean norm by layer and segment, a panel for each weight.
 
     Args:
         frame: From :func:`vjp_norms`.
