@@ -510,7 +510,7 @@ def test_what_is_new_or_gone_is_named(tmp_path):
 def test_results_of_several_are_refused(tmp_path):
     require_same(tmp_path, {"fn": {"lr": 1}}, {})
     found = {"one": hash_of({"fn": {"lr": 1}}), "other": hash_of({"fn": {"lr": 2}})}
-    with pytest.raises(ValueError, match=r"_provenance\.json does not tell what other"):
+    with pytest.raises(ValueError, match=r"_provenance\.json does not describe other"):
         require_same(tmp_path, {"fn": {"lr": 1}}, found)
 
 
@@ -519,7 +519,7 @@ def test_without_a_readable_note_only_equal_results_are_accepted(tmp_path, note)
     made_by = provenance([], fn=shifted(1))
     if note is not None:
         (tmp_path / "_provenance.json").write_bytes(note)
-    with pytest.raises(ValueError, match=r"_provenance\.json does not tell what table"):
+    with pytest.raises(ValueError, match=r"_provenance\.json does not describe table"):
         require_same(tmp_path, made_by, {"table": "sha256:0"})
     require_same(tmp_path, made_by, {"table": hash_of(made_by)})
     with pytest.raises(ValueError, match="lr: 1 then, 2 now"):

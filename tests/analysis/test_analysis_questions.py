@@ -100,9 +100,7 @@ def test_the_leading_vector_has_the_sign_of_its_largest_token(model):
 
 
 def test_attention_has_no_other_matrices(model):
-    with pytest.raises(
-        ValueError, match=r"weights must be from W_Q, W_K, W_V, W_O, got \['W_in'\]"
-    ):
+    with pytest.raises(ValueError, match=r"must be from W_Q, W_K, W_V, W_O, got \['W_in'\]"):
         analysis.attention_heads(model, RECORDS, weights="W_in")
 
 
@@ -215,9 +213,7 @@ def check(row, model, raw, update):
 
 
 def test_bad_arguments_of_the_optimisers(model):
-    with pytest.raises(
-        ValueError, match=r"optimizers must be from sgd, momentum, adam, sign, got \['lion'\]"
-    ):
+    with pytest.raises(ValueError, match=r"must be from sgd, momentum, adam, sign, got \['lion'\]"):
         analysis.optimizer_updates(model, RECORDS, optimizers=["lion"])
     with pytest.raises(ValueError, match="n_steps must be at least 1, got 0"):
         analysis.optimizer_updates(model, RECORDS, n_steps=0)

@@ -323,7 +323,7 @@ def test_reproduce_takes_texts_and_a_jacobian_lens(run, boot, tmp_path):
             "--lr must be a number",
         ),
         ("evaluate", ["--data", "/no/such.json", "--layer", "1"], "such.json"),
-        ("reproduce", ["figure_99", "--data", "DATA"], "no experiment 'figure_99'; there is gra"),
+        ("reproduce", ["figure_99", "--data", "DATA"], "no experiment 'figure_99'; available: gra"),
     ],
 )
 def test_bad_input_of_the_other_commands(run, tmp_path, command, arguments, message):

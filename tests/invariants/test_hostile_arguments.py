@@ -258,7 +258,7 @@ def test_evaluate_fails_if_no_record_can_be_measured(run, data, monkeypatch):
 
     monkeypatch.setattr(evaluation, "shift", fails)
     shown = run("evaluate", "--data", data, "--layer", "1", code=(2,))
-    assert "no record could be measured; ValueError: no such subject" in shown.stderr
+    assert "all records failed; ValueError: no such subject" in shown.stderr
     assert "efficacy (success)" in shown.stdout
 
 

@@ -1,1 +1,1 @@
-"""The commands of ``python -m tl_backward``, one file each."""
+"""The commands of ``python -m tl_backward``, one module each."""

@@ -1,4 +1,4 @@
-"""Arguments that can be checked before anything is loaded."""
+"""Argument checks that run before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 def require_texts(**texts: str) -> None:
-    """Refuse empty texts, by the name of their argument."""
+    """Refuse empty texts, naming the argument."""
     for name, text in texts.items():
         if not text:
             raise ValueError(f"{name} is empty; pass at least one token of text")
 
 
 def require_writable(**files: Path | None) -> None:
-    """Refuse files that cannot be written, by the name of their option, and one for two options."""
+    """Refuse files that cannot be written or are given twice, naming the option."""
     options: dict[Path, str] = {}
     for name, file in files.items():
         if file is None:
@@ -38,14 +38,14 @@ def require_writable(**files: Path | None) -> None:
 
 
 def require_replaceable(**files: Path | None) -> None:
-    """Refuse devices and pipes, for files that are written under another name and then moved."""
+    """Refuse devices and pipes, because writing replaces the file."""
     for name, file in files.items():
         if file is not None and file.exists() and not file.is_file():
-            raise OSError(f"--{name}: {str(file)!r} is no ordinary file; pass another name")
+            raise OSError(f"--{name}: {str(file)!r} is not an ordinary file; pass another name")
 
 
 def require_model_folder(model: str | None) -> None:
-    """Refuse a ``--model`` that is meant as a folder and has no model in it."""
+    """Refuse a ``--model`` folder that holds no model."""
     if model is None:
         return
     if not model:
@@ -59,7 +59,7 @@ def require_model_folder(model: str | None) -> None:
 
 
 def require_data(**sources: str | None) -> None:
-    """Refuse what is neither a file nor like the name of a data set, by the name of its option."""
+    """Refuse sources that are neither files nor possible data set names, naming the option."""
     for name, source in sources.items():
         if source is None or Path(source).is_file() or (source and Path(source).is_dir()):
             continue
@@ -70,7 +70,7 @@ def require_data(**sources: str | None) -> None:
 
 
 def parts(text: str, option: str) -> list[str]:
-    """The parts of a list with commas."""
+    """The parts of a comma-separated list."""
     found = [part.strip() for part in text.split(",") if part.strip()]
     if not found:
         raise ValueError(f"{option} is an empty list")
@@ -78,7 +78,7 @@ def parts(text: str, option: str) -> list[str]:
 
 
 def integers(text: str, option: str) -> list[int]:
-    """The whole numbers of a list with commas."""
+    """The integers of a comma-separated list."""
     try:
         return [int(part) for part in parts(text, option)]
     except ValueError:
@@ -86,7 +86,7 @@ def integers(text: str, option: str) -> list[int]:
 
 
 def number_or_auto(text: str, option: str, kind: Callable[[str], float]) -> Any:
-    """A finite number of this kind, or ``"auto"``."""
+    """Parse a finite number of this kind, or ``"auto"``."""
     if text == "auto":
         return "auto"
     try:

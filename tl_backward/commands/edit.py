@@ -30,10 +30,8 @@ TOKENS_SHOWN = 5
 
 
 def edit(
-    prompt: Annotated[str, typer.Argument(help="Text that is to be continued otherwise.")],
-    target: Annotated[
-        str, typer.Option(help="What it is to be continued with: mind the leading space.")
-    ],
+    prompt: Annotated[str, typer.Argument(help="Text whose continuation to change.")],
+    target: Annotated[str, typer.Option(help="New continuation: mind the leading space.")],
     layer: Annotated[str, typer.Option(help="Layer of W_out, or 'auto'.")] = "auto",
     lr: Annotated[str, typer.Option(help="Step, or 'auto': the smallest that succeeds.")] = "auto",
     model: ModelOption = None,
@@ -44,9 +42,9 @@ def edit(
     ] = None,
     bos: BosOption = None,
 ) -> None:
-    """Shift W_out towards a target by one forward pass, and show the model before and after.
+    """Shift W_out towards a target with one forward pass, and show the model before and after.
 
-    No weight of the model on disk is changed; `--save` keeps the edit itself.
+    The model on disk is not changed; `--save` writes the edit itself.
     """
     console = console_for_output()
     with exit_code_2_on_bad_input():
@@ -73,7 +71,7 @@ def edit(
             with made.applied():
                 table.add_row("after", *_continued(bridge, prompt, new_tokens, prepend_bos))
         if all(report.skipped):
-            console.print(f"{target!r} is predicted already: nothing was edited")
+            console.print(f"{target!r} is already predicted: nothing was edited")
             return
         console.print(table)
         console.print(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class MethodName(str, Enum):
-    """The methods that the command knows."""
+    """The methods of the command."""
 
     shift = "shift"
     gradient_step = "gradient-step"
@@ -38,7 +38,7 @@ class MethodName(str, Enum):
 
 
 class Tokens(str, Enum):
-    """Which tokens of a target the shift writes."""
+    """Tokens of a target that the shift writes."""
 
     first = "first"
     all = "all"
@@ -46,7 +46,7 @@ class Tokens(str, Enum):
 
 LONGEST_NAME = 200
 KEY_LINES = 400
-"""Lines for the whitened key: those behind the ones whose perplexity is measured."""
+"""Number of lines for the whitened key, taken after those for perplexity."""
 
 
 def evaluate(
@@ -62,14 +62,13 @@ def evaluate(
     whiten: Annotated[
         str | None,
         typer.Option(
-            help=f"Whiten the shift's key by {KEY_LINES} lines of this text, as --perplexity "
-            "takes it.",
+            help=f"Whiten the shift's key with {KEY_LINES} lines of this text file or data set.",
             metavar="TEXT",
         ),
     ] = None,
     n: Annotated[int | None, typer.Option("-n", help="Records.", show_default="all", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Records at once.", metavar="N", min=1)] = 16,
-    generation: Annotated[bool, typer.Option(help="Measure n-gram entropy, too.")] = False,
+    generation: Annotated[bool, typer.Option(help="Also measure n-gram entropy.")] = False,
     perplexity: Annotated[
         str | None,
         typer.Option(
@@ -77,26 +76,29 @@ def evaluate(
         ),
     ] = None,
     text_every: Annotated[
-        int, typer.Option(help="Measure these two for every k-th record.", metavar="K", min=1)
+        int,
+        typer.Option(
+            help="Measure entropy and perplexity for every k-th record only.", metavar="K", min=1
+        ),
     ] = 1,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the results (Parquet), with one for each method; to resume from. It "
-            "refuses what has other records, options, model or versions.",
+            help="Folder for the results (Parquet), with a subfolder per method, to resume from. "
+            "Results of other records, options, models or versions are refused.",
             metavar="FOLDER",
         ),
     ] = None,
     model: ModelOption = None,
     bos: BosOption = None,
 ) -> None:
-    """Edit a model for each CounterFact record, and print what the edits did, as a table."""
+    """Edit a model for each CounterFact record, and print a table of the edits' effects."""
     console = console_for_output()
     with exit_code_2_on_bad_input():
         step = number_or_auto(lr, "--lr", float)
         edits = method is not MethodName.unedited
         if edits and layer is None:
-            raise ValueError("--layer is missing: which W_out to edit")
+            raise ValueError("--layer is missing; pass the layer of W_out to edit")
         if edits and step == "auto" and method is not MethodName.shift:
             raise ValueError(f"--lr must be a number for {method.value}")
         require_data(data=data, perplexity=perplexity, whiten=whiten)
@@ -148,13 +150,13 @@ def evaluate(
 
 
 def _key_lines(source: str) -> list[str]:
-    """The lines behind those whose perplexity is measured."""
+    """The lines after those for perplexity."""
     from tl_backward.evaluation import N_LINES, wikitext_lines
 
     lines = wikitext_lines(source, N_LINES + KEY_LINES)[N_LINES:]
     if not lines:
         raise ValueError(
-            f"--whiten: {source} has no lines behind the {N_LINES} whose perplexity is measured"
+            f"--whiten: {source} has no lines after the first {N_LINES}, which measure perplexity"
         )
     return lines
 
@@ -178,14 +180,14 @@ def _shift(
 
 
 def _require_measured(results: dict[str, pd.DataFrame]) -> None:
-    """Refuse a table of dashes."""
+    """Raise if a method has no measurements."""
     for name, frame in results.items():
         if "efficacy_success" not in frame or frame["efficacy_success"].isna().all():
-            raise ValueError(f"{name}: no record could be measured; {frame['error'].iloc[0]}")
+            raise ValueError(f"{name}: all records failed; {frame['error'].iloc[0]}")
 
 
 def _folder(name: str) -> str:
-    """A folder for each method, with the signs and paths that tell it from others."""
+    """A unique folder name for each method."""
     quoted = quote(re.sub("[, ]+", "-", name), safe="", errors="surrogateescape")
     if len(quoted) <= LONGEST_NAME:
         return quoted
@@ -193,7 +195,7 @@ def _folder(name: str) -> str:
 
 
 def _shown(table: Any, caption: str) -> Table:
-    """Methods side by side, one row for each metric: mean and standard deviation in percent."""
+    """Methods side by side, one row per metric: mean and standard deviation in per cent."""
     shown = Table("metric", *map(str, table.index), header_style="bold", caption=caption)
     for family, metric in table.columns:
         shown.add_row(f"{metric} ({family})", *table[family, metric])

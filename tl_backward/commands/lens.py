@@ -36,7 +36,7 @@ BY_VJP = "read by its VJPs: a step moves towards the least probable tokens"
 
 
 def lens(
-    prompt: Annotated[str, typer.Argument(help="Text that the model reads.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="Text to run the model on.", show_default=False)],
     target: Annotated[
         str,
         typer.Option(
@@ -53,7 +53,7 @@ def lens(
     ] = None,
     weights: Annotated[str, typer.Option(help="Weight matrices.", metavar="LIST")] = "W_in,W_out",
     top_k: Annotated[
-        int, typer.Option(help="Tokens kept at each end of the vocabulary.", metavar="K", min=1)
+        int, typer.Option(help="Tokens to keep at each end of the vocabulary.", metavar="K", min=1)
     ] = 10,
     html: Annotated[
         Path | None,
@@ -69,9 +69,9 @@ def lens(
 ) -> None:
     """Show what the gradient of -log p(target | prompt) would write into each layer.
 
-    Prints a table for the last token; `--html` and `--json` keep all positions. Of a target of
-    several tokens all but the last are appended to the prompt. Ranks are then those of the token
-    that a position predicts, so of the last one in the table, and elsewhere of the first.
+    Prints a table for the last token; `--html` and `--json` keep all positions. All but the last
+    token of a target are appended to the prompt. Each position then ranks the target token that it
+    predicts (the table: the last one), and other positions rank the first.
     """
     console = console_for_output()
     with exit_code_2_on_bad_input():

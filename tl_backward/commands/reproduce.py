@@ -44,8 +44,8 @@ def reproduce(
     perplexity: Annotated[
         str | None,
         typer.Option(
-            help=f"Text file, or a data set on the hub: the perplexity of {N_WORDS} words of "
-            f"{N_LINES} lines tells what smallest_edit and many_edits do elsewhere.",
+            help=f"Text file, or a data set on the hub: smallest_edit and many_edits measure the "
+            f"perplexity of {N_WORDS} words of {N_LINES} lines.",
             metavar="TEXT",
         ),
     ] = None,
@@ -60,10 +60,10 @@ def reproduce(
 ) -> None:
     """Run the paper's experiments and its open questions on a model, and write one report.
 
-    Each gives a table (Parquet) and a figure (plotly's JSON) in the folder, and a chapter of
-    `report.html`, which is written anew after every experiment and keeps those of earlier runs.
-    What an interrupted run has done is kept in `rows`, and not done again. A folder is for one
-    model, the same records and versions, and prompts with or without BOS; it refuses others.
+    Each experiment writes a table (Parquet), a figure (plotly JSON) and a chapter of `report.html`.
+    The report is updated after every experiment and keeps the chapters of earlier runs. `rows`
+    holds the results of an interrupted run, to resume from. A folder is for one model, set of
+    records, set of versions and choice of BOS; others are refused.
     """
     console = console_for_output()
     with exit_code_2_on_bad_input():
@@ -84,7 +84,9 @@ def reproduce(
             names = list(dict.fromkeys(experiments or EXPERIMENTS))
             unknown = [name for name in names if name not in EXPERIMENTS]
             if unknown:
-                raise ValueError(f"no experiment {unknown[0]!r}; there is {', '.join(EXPERIMENTS)}")
+                raise ValueError(
+                    f"no experiment {unknown[0]!r}; available: {', '.join(EXPERIMENTS)}"
+                )
             records = load_records(data, n)
             options: dict[str, Any] = {}
             if perplexity is not None:
@@ -121,17 +123,17 @@ def reproduce(
 
 
 def _finished_chapters(out: Path, made_by: Provenance) -> dict[str, Chapter]:
-    """The chapters of earlier runs, all of them made by the same as the new ones will be."""
+    """The chapters of earlier runs, after checking that they have the same provenance."""
     from tl_backward import table_files
     from tl_backward.analysis import EXPERIMENTS
     from tl_backward.provenance import require_same
 
     files = {name: out / f"{name}.parquet" for name in EXPERIMENTS}
-    there = {name: table_files.read(file) for name, file in files.items() if file.exists()}
-    require_same(out, made_by, {name: of.get("made_by") for name, (_, of) in there.items()})
+    found = {name: table_files.read(file) for name, file in files.items() if file.exists()}
+    require_same(out, made_by, {name: head.get("made_by") for name, (_, head) in found.items()})
     return {
         name: _chapter(name, table.to_pandas(), contents["seconds"])
-        for name, (table, contents) in there.items()
+        for name, (table, contents) in found.items()
     }
 
 
@@ -152,9 +154,9 @@ def _jacobian_lens(file: Path) -> Any:
         ) from error
     try:
         return JacobianLens.load(str(file))
-    except Exception as error:  # of any kind: it is whatever reading the file raised
+    except Exception as error:  # reading a foreign file can raise anything
         raise ValueError(
-            f"--jacobian-lens: {str(file)!r} is no artifact of TransformerLens's JacobianLens "
+            f"--jacobian-lens: {str(file)!r} is not an artifact of TransformerLens's JacobianLens "
             f"({type(error).__name__})"
         ) from error
 

@@ -1,4 +1,4 @@
-"""What the commands have in common."""
+"""Options and helpers shared by the commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        help="Hub name or local folder, as TransformerBridge.boot_transformers takes it.",
+        help="Hub name or local folder, as for TransformerBridge.boot_transformers.",
         show_default=DEFAULT_MODEL,
     ),
 ]
@@ -33,20 +33,20 @@ WIDTH_IN_A_PIPE = 120
 
 
 def console_for_output() -> Console:
-    """As wide as the terminal, and in a pipe wide enough for the tables; texts are as they are."""
+    """A console as wide as the terminal, or wide enough for the tables in a pipe; no markup."""
     width = None if Console().is_terminal else WIDTH_IN_A_PIPE
     return Console(width=width, markup=False, emoji=False)
 
 
 def load(model: str | None) -> Any:
-    """The model that was asked for, or the embedded default."""
+    """Load the requested model, by default the demo model."""
     require_model_folder(model)
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError as error:
         raise ImportError(
-            "the command line loads models as TransformerBridge, which this TransformerLens does "
-            "not have: pip install 'transformer-lens>=3.9'"
+            "the command line needs TransformerBridge, which this TransformerLens does not have: "
+            "pip install 'transformer-lens>=3.9'"
         ) from error
     if model is None:
         from tl_backward.demo_model import load_demo_model
@@ -54,18 +54,18 @@ def load(model: str | None) -> Any:
         return load_demo_model()
     try:
         return TransformerBridge.boot_transformers(model).eval()
-    except Exception as error:  # of any kind: it depends on what is damaged
+    except Exception as error:  # a damaged model can raise anything
         raise ValueError(f"cannot load --model {model}: {error or type(error).__name__}") from error
 
 
 def with_or_without_bos(bos: bool) -> str:
-    """What the output says of its texts."""
+    """The output's note on BOS tokens."""
     return f"texts {'with' if bos else 'without'} a BOS token"
 
 
 @contextmanager
 def exit_code_2_on_bad_input() -> Iterator[None]:
-    """Bad input ends the program with one paragraph; of warnings, too, one is shown for each."""
+    """End the program with one paragraph on bad input; show each warning as a paragraph, too."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _print_paragraph(
             "warning:", "bold yellow", str(message)
@@ -86,6 +86,6 @@ def _print_paragraph(label: str, style: str, text: str) -> None:
 
 @contextmanager
 def progress(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """What is going on, on a terminal; gives a function that says what comes next."""
+    """Show a status on a terminal; yields a function that updates it."""
     with console.status(Text(text)) as status:
         yield lambda text: status.update(Text(text))

@@ -16,7 +16,7 @@ from tl_backward.commands.shared import (
 
 
 def sites(model: ModelOption = None) -> None:
-    """List every parameter of a model: its site, or why there is none."""
+    """List every parameter of a model with its site, or the reason why it has none."""
     console = console_for_output()
     with exit_code_2_on_bad_input():
         require_model_folder(model)
@@ -24,7 +24,7 @@ def sites(model: ModelOption = None) -> None:
             from tl_backward import coverage
 
             covered = coverage(load(model))
-        table = Table("parameter", "shape", "site, or why there is none", header_style="bold")
+        table = Table("parameter", "shape", "site, or why it has none", header_style="bold")
         for row in covered.assign(site=covered.site.fillna(covered.reason)).to_dict("records"):
             shape = " x ".join(map(str, row["shape"]))
             table.add_row(row["parameter"], shape, row["site"])

@@ -1,4 +1,4 @@
-"""Results on disk that know what made them: what differs is refused by name."""
+"""Provenance of results on disk: differences are refused by name."""
 
 from tl_backward.provenance.descriptions import hash_of
 from tl_backward.provenance.folders import Provenance, only_writer, provenance, require_same

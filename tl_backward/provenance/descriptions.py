@@ -1,7 +1,7 @@
-"""Functions, models and other values as JSON that is the same in every process.
+"""Descriptions of functions, models and other values as JSON, equal in every process.
 
-They are described by what they hold rather than by name or address: functions by their code and
-what it refers to, models by their weights.
+Values are described by content, not by name or address: functions by their code and everything
+that it refers to, models by their weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tl_backward.provenance.models import hooks, settings, tokenizer_settings, w
 from tl_backward.provenance.modules import is_installed, is_own, known_module
 
 Parts: TypeAlias = dict[str, Any]
-"""By path, such as ``"method.lr"``: JSON, or its hash where it is long."""
+"""JSON, or its hash if it is long, by path such as ``"method.lr"``."""
 
 LONGEST = 100
 MOST_LISTED = 50
@@ -36,32 +36,32 @@ ITSELF = "<itself>"
 def describe(**values: Any) -> dict[str, Parts]:
     """The parts of functions, models and other values.
 
-    A function has its code, its defaults and what its closure refers to and, outside of installed
-    packages, its globals; a ``functools.partial`` and a method also what they bind. A torch module
-    has its config, weights, hooks and tokenizer. Any other object is what ``pickle`` would store
-    of it: a class may leave out of its ``__getstate__`` what has no part in results. In the place
-    of what a function or a partial binds stands its attribute ``made_by``, if it has one: what it
-    was computed from, which is the same where rounding is not.
+    A function consists of its code, its defaults, its closure and, outside installed packages, its
+    globals; a ``functools.partial`` and a method also of their bound values. A torch module
+    consists of its config, weights, hooks and tokenizer. Any other object consists of its pickled
+    state: a class may omit state without effect on results in ``__getstate__``. An attribute
+    ``made_by`` of a function or a partial replaces its bound values: it holds the inputs that they
+    were computed from, which are equal even if rounding differs.
 
     Raises:
-        TypeError: When a part can only be told by its address; it is named.
+        TypeError: If a part is identified by its address only; the error names it.
     """
     describer = _Describer()
     described: dict[str, Parts] = {}
     for category, value in values.items():
         parts = described[category] = {}
         for name, part in describer.parts(value):
-            while name in parts:  # a default that a partial overrides
+            while name in parts:  # a partial overrides a default
                 name += "'"
             parts[name] = part
     return described
 
 
 def describe_each(values: Iterable[object]) -> Parts:
-    """The number of values, and one hash of all.
+    """The number of values and one hash of all of them.
 
     Raises:
-        TypeError: When one can only be told by its address; its index is named.
+        TypeError: If a value is identified by its address only; the error names its index.
     """
     describer, digest, n = _Describer(), sha256(), 0
     for n, value in enumerate(values, start=1):
@@ -72,7 +72,7 @@ def describe_each(values: Iterable[object]) -> Parts:
 
 
 def text_of(plain: Any) -> str:
-    """JSON as text: equal texts for equal JSON."""
+    """Canonical text of JSON."""
     return json.dumps(plain, sort_keys=True)
 
 
@@ -82,7 +82,7 @@ def hash_of(plain: Any) -> str:
 
 
 class _Describer:
-    """Describes values, and remembers the hashes of those that many others refer to."""
+    """Describes values, and caches the hashes of values with many references."""
 
     def __init__(self) -> None:
         self._lasting: dict[int, tuple[object, str]] = {}
@@ -91,23 +91,23 @@ class _Describer:
         self._open: set[int] = set()
 
     def forget_objects(self) -> None:
-        """Let go of everything but functions, classes and torch modules."""
+        """Clear the cache, except functions, classes and torch modules."""
         self._objects.clear()
 
     def part(self, name: str, value: Any) -> tuple[str, Any]:
-        """A value that is one part."""
+        """Describe a value as a single part."""
         try:
             plain = self._plain(value)
             return name, plain if len(text_of(plain)) <= LONGEST else hash_of(plain)
-        except Exception as error:  # of any class: it comes from the value's own methods
+        except Exception as error:  # the value's own methods can raise anything
             raise TypeError(
-                f"{name} cannot be recognised when the sweep resumes ({error}); make it of "
+                f"{name} cannot be recognised when the sweep resumes ({error}); build it from "
                 "mappings, lists, strings, numbers and tensors, give its class a __getstate__ that "
-                "says what it holds, or sweep without a path"
+                "returns its contents, or sweep without a path"
             ) from error
 
     def parts(self, value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-        """The parts of a value, their paths from its own name."""
+        """The parts of a value, with paths that begin with its name."""
         if isinstance(value, nn.Module) and not name:
             yield from self._of_module(value)
         elif _is_listed(value):
@@ -123,7 +123,7 @@ class _Describer:
             yield self.part(name or "value", value)
 
     def _plain(self, value: Any) -> Any:
-        """JSON of a value."""
+        """Convert a value to JSON."""
         if value is None or isinstance(value, str | int | float):
             return value
         if isinstance(value, list | tuple):
@@ -160,7 +160,7 @@ class _Describer:
         if key in self._open:
             return ITSELF
         self._open.add(key)
-        hashes[key] = value, hash_of(self._insides(value))  # the value stays, and so does its id
+        hashes[key] = value, hash_of(self._insides(value))  # keeping the value keeps its id unique
         self._open.discard(key)
         return hashes[key][1]
 
@@ -175,7 +175,7 @@ class _Describer:
             return tokenizer_settings(value)
         return list(self._of_callable(value)) if _binds(value) else self._pickled(value)
 
-    # functions and what else can be called
+    # functions and other callables
 
     def _of_callable(self, value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, partial):
@@ -195,7 +195,7 @@ class _Describer:
 
     def _of_function(self, function: FunctionType, name: str) -> Iterator[tuple[str, Any]]:
         if is_own(function.__module__):
-            function = inspect.unwrap(function)  # checks of types make no other function of it
+            function = inspect.unwrap(function)  # runtime type checks only wrap it
         code, defaults = function.__code__, function.__defaults__ or ()
         yield self.part(path(name, "__qualname__"), function.__qualname__)
         yield self.part(path(name, "__code__"), code)
@@ -211,7 +211,7 @@ class _Describer:
                 yield self.part(path(name, f"__globals__.{key}"), function.__globals__[key])
 
     def _code(self, code: CodeType) -> Any:
-        """What runs, without the lines and files that only errors show."""
+        """The code without line numbers and file names."""
         return [
             sha256(code.co_code).hexdigest(),
             sha256(getattr(code, "co_exceptiontable", b"")).hexdigest(),  # Python 3.11
@@ -223,7 +223,7 @@ class _Describer:
     # classes and objects
 
     def _class(self, kind: type) -> Any:
-        """What a class defines and inherits."""
+        """The members and bases of a class."""
         members = {}
         for key, member in sorted(vars(kind).items()):
             if isinstance(member, staticmethod | classmethod):
@@ -238,7 +238,7 @@ class _Describer:
         return [kind.__qualname__, self._plain(kind.__bases__), members]
 
     def _pickled(self, value: Any) -> Any:
-        """What ``pickle`` would store."""
+        """The state that ``pickle`` would store."""
         reduced = _reduced(value)
         if isinstance(reduced, str):
             return [getattr(value, "__module__", None), reduced]
@@ -249,31 +249,31 @@ class _Describer:
 
     def _of_module(self, module: nn.Module) -> list[tuple[str, Any]]:
         if id(module) not in self._modules:
-            of_module = dict(weights(module))
-            with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
-                hashes = [text[:32] for text in pool.map(fingerprint, of_module.values())]
+            tensors = dict(weights(module))
+            with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+                hashes = [text[:32] for text in pool.map(fingerprint, tensors.values())]
             tokenizer = ("tokenizer", getattr(module, "tokenizer", None))
             self._modules[id(module)] = [
                 self.part("__class__", type(module)),
                 *(self.part(*named) for named in [*settings(module), *hooks(module), tokenizer]),
-                *zip(of_module, hashes, strict=True),
+                *zip(tensors, hashes, strict=True),
             ]
         return self._modules[id(module)]
 
 
 def path(name: str, key: str) -> str:
-    """The path of a part of something that has one itself, or is the whole."""
+    """The path of a part; ``name`` is empty for a part of the whole."""
     return f"{name}.{key}" if name else key
 
 
 def _is_listed(value: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether each item of a mapping is a part of its own."""
+    """Whether each item of a mapping is a separate part."""
     is_short = type(value) is dict and len(value) <= MOST_LISTED
     return is_short and all(isinstance(key, str) for key in value)
 
 
 def _binds(value: Any) -> bool:
-    """Whether it can be called, and refers to other functions or values that may differ."""
+    """Whether a value is callable and refers to functions or values that may differ."""
     if isinstance(value, partial | MethodType | FunctionType):
         return True
     if not callable(value) or isinstance(value, type | nn.Module):
@@ -285,29 +285,29 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     """The attributes of an object that ``pickle`` would store as a class and attributes."""
     try:
         reduced = _reduced(value)
-    except Exception:  # of any class: it comes from the object's own methods
+    except Exception:  # the object's own methods can raise anything
         return None
     is_plain = isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
     return reduced[2] if is_plain and _is_listed(reduced[2]) else None
 
 
 def _reduced(value: Any) -> Any:
-    """What ``pickle`` would store, without the properties that were computed from the rest."""
+    """The state that ``pickle`` would store, without cached properties."""
     reducer = copyreg.dispatch_table.get(type(value))
     reduced = value.__reduce_ex__(4) if reducer is None else reducer(value)
     if isinstance(reduced, str):  # the name of a global
         return reduced
     made, arguments, state, *items = [*reduced, None, None, None][:5]
     if isinstance(state, dict):
-        of_class = {key: getattr(type(value), str(key), None) for key in state}
-        state = {k: v for k, v in state.items() if not isinstance(of_class[k], cached_property)}
+        defined = {key: getattr(type(value), str(key), None) for key in state}
+        state = {k: v for k, v in state.items() if not isinstance(defined[k], cached_property)}
     return made, arguments, state, *items
 
 
 def _contents(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # it has none yet
+    except ValueError:  # the cell is still empty
         return None
 
 

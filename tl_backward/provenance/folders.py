@@ -1,4 +1,4 @@
-"""What made the results in a folder, and who writes there."""
+"""The provenance and the writer of a folder of results."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from tl_backward.provenance.descriptions import Parts, describe, describe_each, 
 from tl_backward.provenance.modules import versions
 
 Provenance: TypeAlias = dict[str, Parts]
-"""By category: ``"versions"``, ``"records"``, ``"model"`` and what else made the results."""
+"""Parts by category: ``"versions"``, ``"records"``, ``"model"`` and so on."""
 
 FILE, LOCK = "_provenance.json", ".lock"
-"""In a folder of results. Readers of Parquet skip names that begin so."""
+"""File names in a folder of results. Parquet readers skip names with these prefixes."""
 MOST_NAMED = 3
 MISSING = "missing"
 
 
 def provenance(records: Iterable[object], **others: Any) -> Provenance:
-    """What results are made by: versions, records, and by name a model, a function, options.
+    """The provenance of results: versions, records, and a named model, function or options.
 
     Raises:
-        TypeError: When a part cannot be recognised in another process; it is named.
+        TypeError: If a part cannot be recognised in another process; the error names it.
     """
     parts = {"versions": versions(), "records": describe_each(records)}
     return parts | describe(**others)
 
 
 def require_same(folder: Path, made_by: Provenance, found: Mapping[str, object]) -> None:
-    """Make sure that all results in a folder have one provenance, and note it there.
+    """Check that all results in a folder have one provenance, and record it there.
 
     Args:
-        folder: The folder, which exists.
-        made_by: The provenance of the results that are to be added.
-        found: By file, the hash of the provenance of the results that are there.
+        folder: The folder, which must exist.
+        made_by: The provenance of the new results.
+        found: The hash of the provenance of the existing results, by file.
 
     Raises:
-        ValueError: When one differs; what differs is named.
-        OSError: When the folder cannot be written.
+        ValueError: If one differs; the error names the differences.
+        OSError: If the folder cannot be written.
     """
     file, now = folder / FILE, hash_of(made_by)
     noted, then = _noted(file)
@@ -55,20 +55,20 @@ def require_same(folder: Path, made_by: Provenance, found: Mapping[str, object])
     if then != now and then in found.values():
         differences = "; ".join(_differences(noted, made_by))
     else:
-        differences = f"something else ({file.name} does not tell what {others[0]} is of)"
+        differences = f"something else ({file.name} does not describe {others[0]})"
     raise ValueError(
-        f"{folder} holds results of {differences}. Use what they were made with, or pass a new "
+        f"{folder} holds results of {differences}. Restore what they were made with, pass a new "
         "folder, or delete this one"
     )
 
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep all others from writing there; the lock dies with the process.
+    """Create the folder and lock it against other writers; the lock dies with the process.
 
     Raises:
-        BlockingIOError: When somebody else is writing there.
-        OSError: When the folder cannot be made or written.
+        BlockingIOError: If another run is writing there.
+        OSError: If the folder cannot be created or written.
     """
     from filelock import FileLock, Timeout
 
@@ -88,7 +88,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def _noted(file: Path) -> tuple[Any, str]:
-    """What a folder says of its results, and its hash; nothing if it cannot be read."""
+    """The recorded provenance of a folder and its hash; None and "" if unreadable."""
     try:
         noted = json.loads(file.read_bytes() if file.is_file() else b"")
         return noted, hash_of(noted)

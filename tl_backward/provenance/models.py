@@ -1,4 +1,4 @@
-"""What a torch module's outputs depend on: settings, weights, hooks and tokenizer."""
+"""Everything that a torch module's outputs depend on: settings, weights, hooks and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WITHOUT_EFFECT = {
     *("device", "init_mode", "init_weights", "model_name", "n_devices", "n_params", "seed"),
     *("tokenizer_name", "transformers_version"),
 }
-"""What a config has that the outputs do not depend on, given the weights."""
+"""Config entries that do not affect the outputs, given the weights."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The configs of a model; of a module without one, the attributes of all its parts."""
+    """The configs of a model; for a module without one, the attributes of its submodules."""
     holders: dict[str, Any] = {"cfg": module, "config": getattr(module, "original_model", module)}
     configs = {
         name: getattr(holder, name).to_dict()
@@ -40,7 +40,7 @@ def settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the buffers that a checkpoint would have, each once."""
+    """Parameters and persistent buffers, each once."""
     seen = set()
     for root in (getattr(module, "original_model", None), module):
         for name, part in root.named_modules() if isinstance(root, nn.Module) else ():
@@ -53,26 +53,26 @@ def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def hooks(module: nn.Module) -> Iterator[tuple[str, list[Any]]]:
-    """The hooks that users put there: all at HookPoints, elsewhere those of no package."""
+    """The user's hooks: all at HookPoints, and elsewhere those not defined in a package."""
     for name, part in module.named_modules():
-        of_part = [(kind, hook) for kind in HOOKS for hook in getattr(part, kind).values()]
+        every = [(kind, hook) for kind in HOOKS for hook in getattr(part, kind).values()]
         if type(part).__name__ == "HookPoint":
-            found = [(kind, _given_hook(hook)) for kind, hook in of_part]
+            found = [(kind, _given_hook(hook)) for kind, hook in every]
         else:
-            found = [(kind, hook) for kind, hook in of_part if not is_installed(_module_of(hook))]
+            found = [(kind, hook) for kind, hook in every if not is_installed(_module_of(hook))]
         if found:
             yield f"hooks.{name}", found
 
 
 def tokenizer_settings(tokenizer: Any) -> list[Any]:
-    """A tokenizer, but not how it padded and truncated in its last call."""
+    """A tokenizer's settings, except the padding and truncation of its last call."""
     every = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {key: every[key] for key in every if key not in ("padding", "truncation")}
     return [type(tokenizer).__qualname__, str(tokenizer.special_tokens_map), kept]
 
 
 def _stored(part: nn.Module, key: str, tensor: Tensor) -> Tensor:
-    """The numbers of a weight, also where accelerate keeps them, or as they are quantised."""
+    """The stored values of a weight, also if accelerate offloads it or it is quantised."""
     elsewhere = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
     if tensor.is_meta and elsewhere is not None:
         return elsewhere[key]
@@ -80,7 +80,7 @@ def _stored(part: nn.Module, key: str, tensor: Tensor) -> Tensor:
 
 
 def _given_hook(hook: Any) -> Any:
-    """What was given to ``HookPoint.add_hook``, which wraps it in functions of its own."""
+    """The hook passed to ``HookPoint.add_hook``, without TransformerLens's wrappers."""
     while _module_of(hook) == "transformer_lens.hook_points":
         around = inspect.getclosurevars(hook).nonlocals
         hook = around["full_hook"] if "full_hook" in around else around["hook"]

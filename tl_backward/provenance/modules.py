@@ -1,4 +1,4 @@
-"""What is known of Python modules: those of packages by version, all others by their sources."""
+"""Identifying Python modules: those of packages by version, all others by their sources."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def versions() -> dict[str, str]:
 
 
 def is_own(module: str | None) -> bool:
-    """Whether a module is of this package."""
+    """Whether a module belongs to this package."""
     return _package(module) == _package(__name__)
 
 
 @cache
 def is_installed(module: str | None) -> bool:
-    """Whether a module is of Python or of a package, and so known by its name and a version.
+    """Whether a module belongs to Python or a package, and is identified by name and version.
 
-    This package counts as one wherever it is: its version has a checksum of its sources.
+    This package counts as installed wherever it is: its version includes a source checksum.
     """
     if _package(module) in sys.builtin_module_names or is_own(module):
         return True
     file = getattr(sys.modules.get(_package(module)), "__file__", None)
-    if file is None or module == "__main__":  # may be run by an installed program, such as pdb
+    if file is None or module == "__main__":  # an installed program such as pdb may run it
         return False
     libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     folders = set(Path(file).parents)
@@ -44,7 +44,7 @@ def is_installed(module: str | None) -> bool:
 
 
 def known_module(module: ModuleType) -> dict[str, str]:
-    """A module by its package's version; or by its sources, and those of all it imports so."""
+    """Identify a module by its package's version, or by its sources and those of its imports."""
     if is_installed(module.__name__):
         package = sys.modules[_package(module.__name__)]
         return {module.__name__: str(getattr(package, "__version__", None)).partition("+")[0]}
@@ -59,7 +59,7 @@ def known_module(module: ModuleType) -> dict[str, str]:
         for value in vars(one).values():
             name = getattr(value, "__module__", None)
             origin = sys.modules.get(name) if isinstance(name, str) else None
-            todo += [of for of in (value, origin) if isinstance(of, ModuleType)]
+            todo += [found for found in (value, origin) if isinstance(found, ModuleType)]
     return sources
 
 
@@ -69,7 +69,7 @@ def _package(module: str | None) -> str:
 
 @cache
 def _own_version() -> str:
-    """The version and, as it stays the same between two commits, a checksum of the sources."""
+    """The version and a checksum of the sources, because the version changes only at releases."""
     try:
         number = version("tl-backward")
     except PackageNotFoundError:
