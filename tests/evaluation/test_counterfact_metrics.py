@@ -116,22 +116,22 @@ MALFORMED = [
     (changed("requested_rewrite.target_new.str", " "), "requested_rewrite.target_new.str must be"),
     (changed("requested_rewrite.target_true", "Rome"), "requested_rewrite.target_true must be an"),
     (changed("paraphrase_prompts"), "paraphrase_prompts is missing"),
-    (changed("paraphrase_prompts", []), r"paraphrase_prompts must be a list of one text or more"),
-    (changed("neighborhood_prompts", ["a", 3]), "neighborhood_prompts must be a list of one text"),
+    (changed("paraphrase_prompts", []), r"paraphrase_prompts must be a list of at least one text"),
+    (changed("neighborhood_prompts", ["a", 3]), "neighborhood_prompts must be a list of at least"),
     (changed("generation_prompts", "Messi is"), "generation_prompts must be a list of one text"),
-    (["Messi"], r"it must be an object, got \['Messi'\]"),
+    (["Messi"], r"the record must be an object, got \['Messi'\]"),
 ]
 
 
 def test_malformed_records_are_named_and_the_others_kept(tmp_path):
     entries = [entry for entry, _ in MALFORMED]
     file = written(tmp_path / "facts.json", [ENTRY, *entries, ENTRY | {"case_id": 8}])
-    with pytest.warns(UserWarning, match="malformed records are left out") as caught:
+    with pytest.warns(UserWarning, match="skipped .* malformed records") as caught:
         records = load_records(file)
     assert [record.case_id for record in records] == [7, 8]
     (warning,) = caught
     first, *lines = str(warning.message).split("\n")
-    assert first.endswith(f"{len(MALFORMED)} malformed records are left out")
+    assert first.endswith(f"skipped {len(MALFORMED)} malformed records")
     for i, (line, (_, complaint)) in enumerate(zip(lines, MALFORMED, strict=True), start=1):
         assert re.search(f"record {i}: {complaint}".replace("{}", r"\{\}"), line)
 
@@ -144,7 +144,11 @@ def test_no_usable_record_is_an_error_that_names_all(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [("{", "is no JSON file"), ('{"a": 1}', "holds a JSON dict, not a list"), ("[]", "no usable")],
+    [
+        ("{", "is not a readable JSON file"),
+        ('{"a": 1}', "holds a JSON dict, not a list"),
+        ("[]", "no usable"),
+    ],
 )
 def test_files_that_hold_no_records(tmp_path, text, match):
     file = tmp_path / "facts.json"

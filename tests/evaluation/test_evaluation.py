@@ -460,7 +460,7 @@ def test_bad_input(model):
         evaluate(model, RECORDS, lambda m, r: 3, progress=False)
     with pytest.raises(ValueError, match="records is empty"):
         evaluate(model, [], unedited)
-    with pytest.raises(ValueError, match="text_every is 0"):
+    with pytest.raises(ValueError, match="text_every must be at least 1, got 0"):
         evaluate(model, RECORDS, unedited, text_every=0)
     with pytest.raises(ValueError, match="batch_size is 0"):
         evaluate(model, RECORDS, unedited, batch_size=0)

@@ -119,8 +119,8 @@ def test_a_model_is_not_kept_alive(boot):
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
-        (PROMPTS, {"n_new": 0}, "n_new is 0; it must be at least 1"),
-        (PROMPTS, {"n_new": 2, "top_k": -1}, "top_k is -1"),
+        (PROMPTS, {"n_new": 0}, "n_new must be at least 1, got 0"),
+        (PROMPTS, {"n_new": 2, "top_k": -1}, "top_k must be at least 1, got -1"),
         (PROMPTS[:, :0], {"n_new": 2}, "tokens is empty"),
         (PROMPTS[:0], {"n_new": 2}, "tokens is empty"),
         (PROMPTS, {"n_new": 10**30}, "has room for"),

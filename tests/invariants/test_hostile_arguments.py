@@ -191,7 +191,7 @@ def bad_inputs(data, tmp_path):
         ([*with_data, "--batch-size", "0"], "batch-size"),
         ([*with_data, "--text-every", "0"], "text-every"),
         ([*with_data, "--perplexity", lost], "--perplexity"),
-        ([*with_data, "--perplexity", tmp_path / "bytes.txt"], "bytes.txt is no text in UTF-8"),
+        ([*with_data, "--perplexity", tmp_path / "bytes.txt"], "bytes.txt is not UTF-8 text"),
         ([*with_data, "--whiten", "no.txt"], "--whiten"),
         ([*with_data, "--method", "fine-tuning"], "--lr must be a number"),
         (["evaluate", "--data", data], "--layer is missing"),

@@ -1,4 +1,4 @@
-"""Edits, measured on CounterFact: records, metrics and a runner for many edits in one batch."""
+"""Evaluating edits on CounterFact: records, metrics and a runner that batches many edits."""
 
 from tl_backward.evaluation.generation import generate_texts, generate_tokens
 from tl_backward.evaluation.methods import Method, fine_tuning, gradient, shift, unedited

@@ -1,4 +1,4 @@
-"""Texts that models write, edited or not."""
+"""Text generation, with and without edits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOP_K = 5
 MAX_TOKENS = 100
 SEED = 0
 N_PROBED = 3
-"""Tokens of each prompt, and tokens after them, on which the KV cache is tried."""
+"""Number of prompt tokens, and of new tokens, for the test of the KV cache."""
 
 _cache_is_right: WeakKeyDictionary[Model, bool] = WeakKeyDictionary()
 
@@ -36,24 +36,24 @@ def generate_tokens(
 ) -> Int[Tensor, "batch longer"]:
     """Continue texts of the same length by ``n_new`` tokens each.
 
-    Some versions of transformers and TransformerLens lose the KV cache, or misread it, and write
-    nonsense without an error. So the first call for a model compares its next-token logits with the
-    cache and without, on the beginnings of these texts. Where they differ, every token comes from a
-    forward pass over the whole text: that is slower, and the same in every version.
+    Some versions of transformers and TransformerLens lose or misread the KV cache and write
+    nonsense without an error. The first call for a model therefore compares next-token logits with
+    and without the cache, on the beginnings of these texts. If they differ, every token comes from
+    a forward pass over the whole text, which is slower but correct in every version.
 
     Args:
         model: A TransformerLens model. Its hooks take part; with the cache, they see only the last
             token of a text.
         tokens: Token ids, without padding.
-        n_new: How many tokens to add; an end-of-text token does not end a text.
-        top_k: Draw from that many of the most probable tokens. Default: take the most probable one.
+        n_new: Number of tokens to add; an end-of-text token does not end a text.
+        top_k: Number of most probable tokens to sample from. Default: greedy decoding.
 
     Returns:
-        ``tokens`` and what follows them, on the model's device.
+        ``tokens`` and their continuation, on the model's device.
 
     Raises:
-        ValueError: When ``n_new`` or ``top_k`` is not positive, there is no token to continue, the
-            texts would be longer than the model's context, or training mode changes something.
+        ValueError: If ``n_new`` or ``top_k`` is not positive, there is no token to continue, the
+            texts would exceed the model's context, or training mode changes the result.
 
     Warns:
         UserWarning: Once for each model whose KV cache is not used, with the versions.
@@ -64,7 +64,7 @@ def generate_tokens(
     """
     for name, value in (("n_new", n_new), ("top_k", top_k)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise ValueError(f"{name} must be at least 1, got {value}")
     length, n_ctx = tokens.shape[1], model.cfg.n_ctx
     if not tokens.numel():
         raise ValueError("tokens is empty; pass at least one token of each text")
@@ -86,7 +86,7 @@ def generate_tokens(
 
 
 def _choose(logits: Float[Tensor, "batch d_vocab"], top_k: int) -> Int[Tensor, "batch"]:
-    """The next tokens, by the random numbers that TransformerLens's own ``generate`` uses."""
+    """Sample the next tokens, with the same random numbers as TransformerLens's ``generate``."""
     if top_k == 1:
         return logits.argmax(-1)
     least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -112,15 +112,15 @@ def _generate_with_cache(
 
 
 def _try_cache(model: Model, prompts: Int[Tensor, "batch pos"]) -> bool:
-    """Whether generation with the KV cache has the logits of whole forward passes.
+    """Whether generation with the KV cache gives the logits of whole forward passes.
 
     Warns:
-        UserWarning: When it has not.
+        UserWarning: If it does not.
     """
     try:
         with _recorded_logits(model) as cached:
             tokens = _generate_with_cache(model, prompts, N_PROBED, top_k=1)
-    except Exception as error:  # of any kind: it is TransformerLens's
+    except Exception as error:  # TransformerLens can raise anything here
         complaint = f"fails with {type(error).__name__}: {error}"
     else:
         with _recorded_logits(model) as whole:
@@ -135,7 +135,7 @@ def _try_cache(model: Model, prompts: Int[Tensor, "batch pos"]) -> bool:
     versions = ", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers"))
     warnings.warn(
         f"generation with the KV cache {complaint} in {versions}; texts are generated without it, "
-        "which is right but slower",
+        "which is correct but slower",
         stacklevel=3,
     )
     return False
@@ -143,7 +143,7 @@ def _try_cache(model: Model, prompts: Int[Tensor, "batch pos"]) -> bool:
 
 @contextmanager
 def _recorded_logits(model: Model) -> Iterator[list[Float[Tensor, "batch d_vocab"]]]:
-    """The logits of the last token in every forward pass, before any soft cap."""
+    """Record the last token's logits in every forward pass, before any soft cap."""
     logits: list[Tensor] = []
     handle = model.unembed.register_forward_hook(
         lambda module, args, output: logits.append(output[:, -1])
@@ -157,7 +157,7 @@ def _recorded_logits(model: Model) -> Iterator[list[Float[Tensor, "batch d_vocab
 def _relative_difference(
     a: Float[Tensor, "step batch d_vocab"], b: Float[Tensor, "step batch d_vocab"]
 ) -> float:
-    """Of logits up to a constant, which no probability depends on."""
+    """The relative difference of logits up to an additive constant per row."""
     a, b = (logits.double() - logits.double().mean(-1, keepdim=True) for logits in (a, b))
     return float((a - b).norm() / b.norm())
 
@@ -172,34 +172,34 @@ def generate_texts(
     batch_size: int = 64,
     prepend_bos: bool | None = None,
 ) -> list[str]:
-    """Continue each prompt, under an edit of its own, until the text has 100 tokens.
+    """Continue each prompt, under its own edit, until the text has 100 tokens.
 
-    Each next token is drawn from the five most probable ones. An end-of-text token does not end a
-    text (nor is it, or a BOS token, part of what is returned). Prompts of the same number of tokens
-    share a batch. The random numbers begin with the same seed at each call (those of the rest of
-    the program go on as if none were drawn), and who shares a batch shares them.
+    Each token is sampled from the five most probable ones. An end-of-text token does not end a
+    text; special tokens are removed from the returned texts. Prompts with the same number of tokens
+    share a batch, and thus random numbers. Every call starts from the same seed and restores the
+    program's random state.
 
     Args:
         model: A TransformerLens model in eval mode.
-        prompts: The beginnings.
-        edits: The edits that take part, by their hooks.
-        rows: For each prompt the index of its edit, or -1 for none. Default: none for all.
-        batch_size: Texts at once.
+        prompts: The prompts to continue.
+        edits: The edits, applied by hooks.
+        rows: Index of each prompt's edit, or -1 for none. Default: no edits.
+        batch_size: Maximum number of texts in a batch.
         prepend_bos: Whether prompts begin with a BOS token, which counts among the 100. Default: as
             the tokenizer does.
 
     Returns:
-        The texts, prompts included.
+        The texts, including the prompts.
 
     Raises:
-        ValueError: When ``rows`` and ``prompts`` differ in number.
+        ValueError: If ``rows`` and ``prompts`` differ in number.
 
     Warns:
         UserWarning: As :func:`generate_tokens`.
     """
-    of_prompt = [-1] * len(prompts) if rows is None else list(rows)
-    if len(of_prompt) != len(prompts):
-        raise ValueError(f"rows has {len(of_prompt)} entries, but there are {len(prompts)} prompts")
+    edit_rows = [-1] * len(prompts) if rows is None else list(rows)
+    if len(edit_rows) != len(prompts):
+        raise ValueError(f"rows has {len(edit_rows)} entries, but there are {len(prompts)} prompts")
     by_length = defaultdict(list)
     bos = prepends_bos(model, prepend_bos)
     tokens = prompt_tokens(model, prompts, bos) if prompts else []
@@ -210,15 +210,15 @@ def generate_texts(
     with Undo() as undo, undo, undo:
         occupy(model, undo)
         _seed(undo)
-        for length, of_length in sorted(by_length.items()):
-            for start in range(0, len(of_length), batch_size):
-                batch = of_length[start : start + batch_size]
+        for length, indices in sorted(by_length.items()):
+            for start in range(0, len(indices), batch_size):
+                batch = indices[start : start + batch_size]
                 written = torch.stack([tokens[i] for i in batch]).to(model.cfg.device)
                 n_new = min(MAX_TOKENS, n_ctx) - length
                 if n_new > 0:
-                    hooks = edit_hooks(model, edits, [of_prompt[i] for i in batch])
-                    with Undo() as of_batch, of_batch, of_batch:
-                        Run(of_batch).put_hooks(model, of_batch, hooks)
+                    hooks = edit_hooks(model, edits, [edit_rows[i] for i in batch])
+                    with Undo() as batch_undo, batch_undo, batch_undo:
+                        Run(batch_undo).put_hooks(model, batch_undo, hooks)
                         written = generate_tokens(model, written, n_new, top_k=TOP_K)
                 decoded = model.tokenizer.batch_decode(written.tolist(), skip_special_tokens=True)
                 for i, text in zip(batch, decoded, strict=True):
@@ -227,7 +227,7 @@ def generate_texts(
 
 
 def _seed(undo: Undo) -> None:
-    """Seed the random numbers of all devices; the states they were in come back."""
+    """Seed the random generators of all devices until undone."""
     undo.add(torch.set_rng_state, torch.get_rng_state())
     if torch.cuda.is_available():
         undo.add(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())

@@ -13,8 +13,8 @@ from tl_backward.evaluation.scoring import tokenised
 from tl_backward.sites import Model
 
 Method: TypeAlias = Callable[..., WeightEdit | None]
-"""What makes the edit for a model and a record, or None for the model as it is. One that has an
-argument ``prepend_bos`` is told whether the evaluation's texts begin with a BOS token."""
+"""Makes the edit for a model and a record, or returns None for no edit. If it has an argument
+``prepend_bos``, it is told whether the evaluation's texts begin with a BOS token."""
 
 
 def unedited(model: Model, record: Record) -> None:
@@ -28,8 +28,8 @@ def shift(
 
     Args:
         layer: As in :func:`forward_pass_shift`.
-        lr: As there.
-        options: Further arguments of it, such as ``tokens="all"`` or ``skip_if_predicted=False``.
+        lr: The same.
+        options: Its other arguments, such as ``tokens="all"`` or ``skip_if_predicted=False``.
 
     Example:
         >>> evaluate(model, records, shift(layer=22, lr=0.3))
@@ -49,8 +49,8 @@ def fine_tuning(*, lr: float, layers: int | Iterable[int] | None = None, **optio
 
     Args:
         lr: As in :func:`fine_tune`.
-        layers: As there.
-        options: Further arguments of it, such as ``weights="W_in"`` or ``max_steps=10``.
+        layers: The same.
+        options: Its other arguments, such as ``weights="W_in"`` or ``max_steps=10``.
     """
 
     def method(model: Model, record: Record, prepend_bos: bool | None = None) -> WeightEdit:
@@ -84,6 +84,6 @@ def gradient(
 
 
 def _fact(model: Model, record: Record, prepend_bos: bool | None) -> tuple[list[int], list[int]]:
-    """The tokens of the prompt and of its new target, those that the evaluation looks at."""
+    """The tokens of the prompt and of its new target, as the evaluation scores them."""
     case = tokenised(model, record.prompt, [record.target_new], prepend_bos=prepend_bos)
     return case.prefix, case.targets[0]

@@ -1,4 +1,4 @@
-"""CounterFact's metrics, from the scores of targets and from generated texts."""
+"""CounterFact's metrics, computed from target scores and generated texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tl_backward.evaluation.scoring import TargetScores
 NEW, TRUE = 0, 1
 """The targets' columns in the scores."""
 WANTED = {"efficacy": NEW, "paraphrase": NEW, "neighborhood": TRUE}
-"""Which target each kind of prompt is to be followed by."""
+"""The wanted target of each kind of prompt."""
 FAMILIES = ("success", "magnitude", "accuracy")
 
 _WORD = re.compile(r"\w+(?:[-'.,]\w+)*|[^\w\s]")
@@ -20,20 +20,21 @@ _WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 
 def prompt_metrics(kind: str, scores: TargetScores) -> dict[str, float]:
-    """Success, magnitude and accuracy, each the mean over some prompts of one kind.
+    """Success, magnitude and accuracy, each averaged over prompts of one kind.
 
-    For efficacy and paraphrases the new target is wanted, for neighbours the true one:
+    Efficacy and paraphrases want the new target, neighbours the true one:
 
-    - success: ``NLL(other) > NLL(wanted)``; a tie is none, whichever is wanted;
+    - success: ``NLL(other) > NLL(wanted)``; a tie is no success for either;
     - magnitude: ``exp(-NLL(wanted)) - exp(-NLL(other))``;
     - accuracy: every token of the wanted target is the most probable one (teacher-forced).
 
     Args:
         kind: ``"efficacy"``, ``"paraphrase"`` or ``"neighborhood"``.
-        scores: Of the new target in the first column and of the true one in the second.
+        scores: Scores of the new target (first column) and of the true one (second column).
 
     Returns:
-        The three as shares and differences of probability, as ``"efficacy_success"`` and so on.
+        The three metrics as fractions and differences of probability, keyed
+        ``"efficacy_success"`` and so on.
     """
     wanted = WANTED[kind]
     other = TRUE if wanted == NEW else NEW
@@ -50,7 +51,7 @@ def prompt_metrics(kind: str, scores: TargetScores) -> dict[str, float]:
 
 
 def harmonic_mean(values: Iterable[float]) -> float:
-    """The harmonic mean of values that are not negative: 0 as soon as one of them is."""
+    """The harmonic mean of nonnegative values; 0 if one of them is 0."""
     values = list(values)
     if any(value == 0 for value in values):
         return 0.0
@@ -60,10 +61,10 @@ def harmonic_mean(values: Iterable[float]) -> float:
 def n_gram_entropy(text: str) -> float:
     """``(2/3 H_2 + 4/3 H_3) / 2``, with the entropies of the text's word pairs and triples in bits.
 
-    Words are runs of letters and digits, also joined by one hyphen, apostrophe, full stop or comma
-    between two of them (``don't``, ``3.5``); each other character that is not a space is a word,
-    too. (The original takes ``nltk.word_tokenize``, which needs its own data and mainly differs in
-    that it splits contractions.)
+    Words are runs of letters and digits, possibly joined by single hyphens, apostrophes, full stops
+    or commas (``don't``, ``3.5``). Every other non-space character is a word of its own. (The
+    original uses ``nltk.word_tokenize``, which needs its own data; the main difference is that it
+    splits contractions.)
     """
     words = _WORD.findall(text)
     entropies = (
@@ -74,7 +75,7 @@ def n_gram_entropy(text: str) -> float:
 
 
 def _entropy(values: Iterable[object]) -> float:
-    """The entropy of the distribution of some values, in bits."""
+    """The entropy of the empirical distribution, in bits."""
     counts = Counter(values)
     shares = [count / counts.total() for count in counts.values()]
     return math.fsum(-share * math.log2(share) for share in shares)

@@ -1,4 +1,4 @@
-"""What an edit does to the perplexity of other texts."""
+"""The perplexity of texts under edits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tl_backward.sites import Model
 
 MAX_TOKENS = 256
 TOKENS_PER_PASS = 1024
-"""Tokens that go through the model at once: all logits are there for each of them."""
+"""Tokens per forward pass, which holds all logits of each token."""
 
 
 def perplexity(
@@ -28,23 +28,24 @@ def perplexity(
     *,
     prepend_bos: bool | None = None,
 ) -> Float[Tensor, "edit"]:
-    """The perplexity of texts under each of several edits, the mean over the texts.
+    """The perplexity of texts under each of several edits, averaged over the texts.
 
-    Each text is cut at 256 tokens, a BOS token included, and has ``exp`` of its mean negative
-    log-likelihood per token from the second token on. (A mean of the texts' perplexities, as of the
-    paper's order of magnitude; not one perplexity of all tokens together.)
+    Each text is truncated to 256 tokens, including a BOS token. Its perplexity is ``exp`` of the
+    mean negative log-likelihood per token, from the second token on. (This averages the texts'
+    perplexities, which gives the paper's order of magnitude; it is not one perplexity of all
+    tokens.)
 
-    Several edits go through the model in one batch, and only through the layers from the lowest
-    edited one upwards: those below are run once.
+    Several edits share a batch, and run only through the layers from the lowest edited one upwards;
+    the layers below run once.
 
     Args:
         model: A TransformerLens model in eval mode.
         texts: Texts of at least two tokens.
-        edits: The edits. Default: one without effect.
+        edits: The edits. Default: a single edit without effect.
         prepend_bos: Whether texts begin with a BOS token. Default: as the tokenizer does.
 
     Raises:
-        ValueError: When there is no text, or one has less than two tokens.
+        ValueError: If there is no text, or one has fewer than two tokens.
 
     Example:
         >>> before = perplexity(model, wikitext_lines("wiki.test.raw.txt"))
@@ -61,8 +62,8 @@ def perplexity(
     total = torch.zeros(len(edits), dtype=torch.float64)
     with_effect = [i for i, edit in enumerate(edits) if edit.factors]
     without = [i for i, edit in enumerate(edits) if not edit.factors]
-    for of_pass in _passes(sorted(tokens, key=len, reverse=True)):
-        batch = batch_of_tokens(model, of_pass)
+    for texts_of_pass in _passes(sorted(tokens, key=len, reverse=True)):
+        batch = batch_of_tokens(model, texts_of_pass)
         run = WholeRun(model, batch)
         if without:
             total[without] += _perplexities(run.logits, batch).sum()
@@ -70,13 +71,13 @@ def perplexity(
         for start in range(0, len(with_effect), at_once):
             some = with_effect[start : start + at_once]
             logits = run.edited_logits([edits[i] for i in some])
-            for i, of_edit in zip(some, logits, strict=True):
-                total[i] += _perplexities(of_edit, batch).sum()
+            for i, edited in zip(some, logits, strict=True):
+                total[i] += _perplexities(edited, batch).sum()
     return total / len(texts)
 
 
 def _passes(tokens: Sequence[Int[Tensor, "_"]]) -> Iterator[list[Int[Tensor, "_"]]]:
-    """Texts, the longest first, that fill a pass with their padding."""
+    """Groups of texts, longest first, that fill a forward pass including padding."""
     start = 0
     while start < len(tokens):
         n = max(1, TOKENS_PER_PASS // len(tokens[start]))
@@ -87,9 +88,9 @@ def _passes(tokens: Sequence[Int[Tensor, "_"]]) -> Iterator[list[Int[Tensor, "_"
 def _perplexities(
     logits: Float[Tensor, "batch pos d_vocab"], batch: Batch
 ) -> Float[Tensor, "batch"]:
-    """The perplexity of each text, the padding left out."""
+    """The perplexity of each text, without padding."""
     logits = upcast(logits[:, :-1])
-    of_next = batch.tokens[:, 1:, None].to(logits.device)
-    nll = (logits.logsumexp(-1) - logits.gather(-1, of_next).squeeze(-1)).cpu().double()
+    next_tokens = batch.tokens[:, 1:, None].to(logits.device)
+    nll = (logits.logsumexp(-1) - logits.gather(-1, next_tokens).squeeze(-1)).cpu().double()
     counted = batch.mask[:, 1:]
     return (nll.masked_fill(~counted, 0).sum(-1) / counted.sum(-1)).exp()

@@ -14,18 +14,19 @@ from tl_backward.evaluation.hub_data import load_hub_data
 
 @dataclass(frozen=True)
 class Record:
-    """A fact to rewrite, and prompts that tell what else the edit changes.
+    """A fact to rewrite, and prompts that measure the edit's side effects.
 
     Attributes:
-        case_id: The number of the record in CounterFact.
-        prompt: What the model is to continue, with the subject in its place.
-        subject: Whom or what the fact is about.
-        relation_id: Wikidata's name of the relation, such as ``"P103"``.
-        target_new: What is to follow the prompt after the edit, without a leading space.
-        target_true: What is true, and follows the prompts about neighbours.
-        paraphrase_prompts: The same fact in other words.
-        neighborhood_prompts: The same relation of other subjects that share ``target_true``.
-        generation_prompts: Beginnings of texts about the subject.
+        case_id: Number of the record in CounterFact.
+        prompt: The prompt to continue, including the subject.
+        subject: Subject of the fact.
+        relation_id: Wikidata's id of the relation, such as ``"P103"``.
+        target_new: New target of the prompt, without a leading space.
+        target_true: True target of the prompt and of the neighbourhood prompts.
+        paraphrase_prompts: Paraphrases of the fact.
+        neighborhood_prompts: Prompts with the same relation for other subjects that share
+            ``target_true``.
+        generation_prompts: Prompts for texts about the subject.
     """
 
     case_id: int
@@ -43,11 +44,11 @@ class Rewrite(NamedTuple):
     """The fact of a CounterFact entry.
 
     Attributes:
-        before: What the prompt says before the subject.
-        subject: Whom or what the fact is about.
-        after: What the prompt says after it.
-        target_new: What is to follow the prompt after the edit.
-        target_true: What is true.
+        before: The prompt before the subject.
+        subject: Subject of the fact.
+        after: The prompt after the subject.
+        target_new: New target of the prompt.
+        target_true: True target of the prompt.
     """
 
     before: str
@@ -61,27 +62,27 @@ def load_records(source: str | Path, n: int | None = None, *, split: str = "trai
     """Read CounterFact records in the original schema (Meng et al. 2022).
 
     Args:
-        source: A JSON file that holds a list of records, or else the name of a data set on the
-            Hugging Face hub, which ``datasets`` loads.
-        n: How many entries to read, from the first. Default: all.
-        split: The split of a data set on the hub.
+        source: A JSON file with a list of records, or the name of a data set on the Hugging Face
+            hub.
+        n: Number of entries to read, from the first. Default: all.
+        split: Split of a data set on the hub.
 
     Returns:
-        The well-formed ones among them, in their order.
+        The well-formed records, in order.
 
     Raises:
-        FileNotFoundError: When ``source`` ends in ``.json`` and is no file.
-        ValueError: When the file is no list in JSON, the data set cannot be loaded, ``n`` is not
-            positive, or no record is well-formed.
+        FileNotFoundError: If ``source`` ends in ``.json`` and does not exist.
+        ValueError: If the file does not hold a JSON list, the data set cannot be loaded, ``n`` is
+            not positive, or no record is well-formed.
 
     Warns:
-        UserWarning: When records are malformed; every one is named with its index and field.
+        UserWarning: If records are malformed, with the index and field of each.
 
     Example:
         >>> records = load_records("counterfact.json", n=100)
     """
     if n is not None and n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1, or None for all records")
+        raise ValueError(f"n must be at least 1, or None for all records, got {n}")
     file = Path(source)
     if file.is_file() or file.suffix == ".json":
         entries = _from_file(file)
@@ -96,7 +97,7 @@ def load_records(source: str | Path, n: int | None = None, *, split: str = "trai
     if not records:
         raise ValueError("\n  ".join([f"source: {source} holds no usable record", *complaints]))
     if complaints:
-        summary = f"{source}: {len(complaints)} malformed records are left out"
+        summary = f"{source}: skipped {len(complaints)} malformed records"
         warnings.warn("\n  ".join([summary, *complaints]), stacklevel=2)
     return records
 
@@ -105,17 +106,17 @@ def _from_file(file: Path) -> list[Any]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"source: {file} is no JSON file that can be read ({error})") from error
+        raise ValueError(f"source: {file} is not a readable JSON file ({error})") from error
     if not isinstance(entries, list):
         raise ValueError(f"source: {file} holds a JSON {type(entries).__name__}, not a list")
     return entries
 
 
 def rewrite_of(entry: Any) -> Rewrite:
-    """The fact that an entry of the original schema rewrites.
+    """The fact of an entry in the original schema.
 
     Raises:
-        ValueError: When it is malformed; the message names the field.
+        ValueError: If the entry is malformed; the message names the field.
     """
     template = _text(entry, "requested_rewrite", "prompt")
     if template.count("{}") != 1:
@@ -131,10 +132,10 @@ def rewrite_of(entry: Any) -> Rewrite:
 
 
 def _record(entry: Any) -> Record:
-    """One entry of the original schema.
+    """The record of an entry in the original schema.
 
     Raises:
-        ValueError: When it is malformed; the message names the field.
+        ValueError: If the entry is malformed; the message names the field.
     """
     rewrite = rewrite_of(entry)
     case_id = _at(entry, "case_id")
@@ -157,7 +158,7 @@ def _at(entry: Any, *path: str) -> Any:
     value = entry
     for depth, key in enumerate(path):
         if not isinstance(value, Mapping):
-            where = ".".join(path[:depth]) or "it"
+            where = ".".join(path[:depth]) or "the record"
             raise ValueError(f"{where} must be an object, got {value!r}")
         if key not in value:
             raise ValueError(f"{'.'.join(path[: depth + 1])} is missing")
@@ -168,7 +169,7 @@ def _at(entry: Any, *path: str) -> Any:
 def _text(entry: Any, *path: str) -> str:
     value = _at(entry, *path)
     if not _is_text(value):
-        raise ValueError(f"{'.'.join(path)} must be a text, got {value!r}")
+        raise ValueError(f"{'.'.join(path)} must be text, got {value!r}")
     return value
 
 
@@ -176,7 +177,7 @@ def _texts(entry: Any, field: str) -> tuple[str, ...]:
     value = _at(entry, field)
     is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
     if not is_list or not value or not all(_is_text(one) for one in value):
-        raise ValueError(f"{field} must be a list of one text or more, got {value!r}")
+        raise ValueError(f"{field} must be a list of at least one text, got {value!r}")
     return tuple(value)
 
 

@@ -1,4 +1,4 @@
-"""Many edits, evaluated on CounterFact records."""
+"""Evaluating one edit per CounterFact record."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TOGETHER = 10**9
-"""Puts records whose texts are measured before all others, so that they share batches."""
+"""Sorts records whose texts are measured before all others, so that they share batches."""
 
 
 def evaluate(
@@ -40,45 +40,45 @@ def evaluate(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Edit the model for each record by itself, and measure what the edit did.
+    """Edit the model for each record separately, and measure the effects of the edit.
 
-    The edits of a batch of records are evaluated together: each text has the edit of its own
-    record, by hooks. The model and its weights are not touched.
+    The edits of a batch of records are evaluated together, by hooks: each text has its own record's
+    edit. The model and its weights are not changed.
 
     Args:
         model: A TransformerLens model in eval mode.
         records: From :func:`load_records`.
         method: Called with the model and a record; returns the edit, bound to the model, or None
-            for none. Ready-made: :func:`shift`, :func:`fine_tuning`, :func:`gradient` and
-            :func:`unedited`. If it has an argument ``prepend_bos``, as these have, it gets it.
-        batch_size: Records whose texts are evaluated together.
-        generation: Whether to generate from each record's generation prompts and measure the n-gram
-            entropy of the texts, the mean over them.
+            for no edit. Ready-made: :func:`shift`, :func:`fine_tuning`, :func:`gradient` and
+            :func:`unedited`. If it has an argument ``prepend_bos``, as these have, it is passed.
+        batch_size: Number of records whose texts are evaluated together.
+        generation: Whether to generate from each record's generation prompts and measure the mean
+            n-gram entropy of the texts.
         perplexity_texts: Texts whose perplexity to measure under each edit, such as
             :func:`wikitext_lines`. Costs far more than the rest: a pass over all texts for each
-            edit, though through the edited and higher layers only.
-        text_every: Measure these two for every ``k``-th record only, from the first.
-        prepend_bos: Whether all texts begin with a BOS token: prompts, those to generate from, and
+            edit, though only through the edited and higher layers.
+        text_every: Measure these two for every ``k``-th record only, starting with the first.
+        prepend_bos: Whether all texts begin with a BOS token: prompts, generation prompts and
             ``perplexity_texts``. Default: as the tokenizer does.
-        path: A folder to write the table to and to resume from, as in :func:`sweep`. It knows the
-            records, method, options, model and versions that it is of, and refuses others.
+        path: A folder to write the table to and to resume from, as in :func:`sweep`. Results of
+            other records, methods, options, models or versions are refused.
         progress: Whether to show a progress bar.
 
     Returns:
-        One row for each record, in their order: ``record`` (its index), ``case_id``, ``error``
-        (None, or why there is no edit), ``edit_norm`` (Frobenius norm of the update; 0 without
-        one), ``prepend_bos`` (whether texts began with a BOS token), and the metrics as shares, not
-        in percent: ``efficacy_``, ``paraphrase_`` and ``neighborhood_`` with ``success``,
-        ``magnitude`` and ``accuracy``, the mean over the record's prompts of that kind;
-        ``ngram_entropy`` (bits) and ``perplexity`` where they were measured. A record for which the
-        method raises has its error and no metrics, but the best edit that a search found is
-        measured. Of several processes, each returns its share.
+        One row per record, in order: ``record`` (its index), ``case_id``, ``error`` (None, or why
+        there is no edit), ``edit_norm`` (Frobenius norm of the update; 0 without one),
+        ``prepend_bos`` (whether texts began with a BOS token), and the metrics as fractions, not
+        per cent: ``efficacy_``, ``paraphrase_`` and ``neighborhood_`` with ``success``,
+        ``magnitude`` and ``accuracy``, averaged over the record's prompts of that kind;
+        ``ngram_entropy`` (bits) and ``perplexity`` where measured. If the method raises, the record
+        has an error and no metrics; if a search fails, its best edit is measured nevertheless. With
+        several processes, each returns its share.
 
     Raises:
-        ValueError: For training mode where it changes something, no records, an argument that is
-            not positive, and a folder of something else.
-        TypeError: When the method returns something else than an edit or None; and as
-            :func:`sweep`, which also raises BlockingIOError.
+        ValueError: For training mode that changes the result, no records, an argument that is not
+            positive, or a folder of other results.
+        TypeError: If the method does not return an edit or None; and as :func:`sweep`, which also
+            raises BlockingIOError.
 
     Example:
         >>> results = {
@@ -91,7 +91,7 @@ def evaluate(
 
     require_eval_mode(model)
     if text_every < 1:
-        raise ValueError(f"text_every is {text_every}; it must be at least 1")
+        raise ValueError(f"text_every must be at least 1, got {text_every}")
     records = list(records)
     if not records:
         raise ValueError("records is empty; pass at least one record")
@@ -133,7 +133,7 @@ def evaluate(
 
 
 class _Task(NamedTuple):
-    """A record and its place among all."""
+    """A record and its index."""
 
     place: int
     record: Record
@@ -141,7 +141,7 @@ class _Task(NamedTuple):
 
 @dataclass
 class _Attempt:
-    """A task, its edit, its prompts as tokens (none after an error), and its row of the table."""
+    """A task, its edit, its tokenized prompts (none after an error), and its row of the table."""
 
     task: _Task
     edit: WeightEdit
@@ -150,15 +150,15 @@ class _Attempt:
 
 
 def _attempt(model: Model, task: _Task, method: Method, bos: bool) -> _Attempt:
-    """Call the method; what it raises goes into the row."""
+    """Call the method; its error, if any, goes into the row."""
     record = task.record
     row: dict[str, Any] = {"case_id": record.case_id, "error": None, "edit_norm": None}
     row["prepend_bos"] = bos
-    told = {"prepend_bos": bos} if "prepend_bos" in signature(method).parameters else {}
+    options = {"prepend_bos": bos} if "prepend_bos" in signature(method).parameters else {}
     try:
         cases = _cases(model, record, bos)
         try:
-            edit = method(model, record, **told)
+            edit = method(model, record, **options)
         except StepNotFoundError as error:
             edit, row["error"] = error.best, _described(error)
     except Exception as error:
@@ -177,7 +177,7 @@ def _described(error: Exception) -> str:
 
 
 def _cases(model: Model, record: Record, bos: bool) -> dict[str, list[Case]]:
-    """The prompts of each kind, with both targets."""
+    """The tokenized prompts of each kind, with both targets."""
     prompts = {
         "efficacy": [record.prompt],
         "paraphrase": record.paraphrase_prompts,
@@ -185,29 +185,29 @@ def _cases(model: Model, record: Record, bos: bool) -> dict[str, list[Case]]:
     }
     targets = [record.target_new, record.target_true]
     return {
-        kind: [tokenised(model, prompt, targets, prepend_bos=bos) for prompt in of_kind]
-        for kind, of_kind in prompts.items()
+        kind: [tokenised(model, prompt, targets, prepend_bos=bos) for prompt in each]
+        for kind, each in prompts.items()
     }
 
 
 def _score(model: Model, attempts: Sequence[_Attempt]) -> None:
-    """Put the metrics of all prompts into the rows."""
+    """Add the metrics of all prompts to the rows."""
     edits, cases, rows = [attempt.edit for attempt in attempts], [], []
     for row, attempt in enumerate(attempts):
-        for of_kind in attempt.cases.values():
-            cases += of_kind
-            rows += [row] * len(of_kind)
+        for kind_cases in attempt.cases.values():
+            cases += kind_cases
+            rows += [row] * len(kind_cases)
     nll, predicted = score_targets(model, cases, edits=edits, rows=rows)
     start = 0
     for attempt in attempts:
-        for kind, of_kind in attempt.cases.items():
-            part = slice(start, start + len(of_kind))
+        for kind, kind_cases in attempt.cases.items():
+            part = slice(start, start + len(kind_cases))
             attempt.row |= prompt_metrics(kind, TargetScores(nll[part], predicted[part]))
             start = part.stop
 
 
 def _generate(model: Model, attempts: Sequence[_Attempt], bos: bool) -> None:
-    """Put the n-gram entropy of what the edited models write into the rows."""
+    """Add the n-gram entropy of the edited models' texts to the rows."""
     prompts = [(row, p) for row, a in enumerate(attempts) for p in a.task.record.generation_prompts]
     texts = generate_texts(
         model,
@@ -218,5 +218,5 @@ def _generate(model: Model, attempts: Sequence[_Attempt], bos: bool) -> None:
     )
     entropies = iter(map(n_gram_entropy, texts))
     for attempt in attempts:
-        of_record = [next(entropies) for _ in attempt.task.record.generation_prompts]
-        attempt.row["ngram_entropy"] = sum(of_record) / len(of_record)
+        own = [next(entropies) for _ in attempt.task.record.generation_prompts]
+        attempt.row["ngram_entropy"] = sum(own) / len(own)

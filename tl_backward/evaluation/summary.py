@@ -1,4 +1,4 @@
-"""Tables of evaluated methods, as the paper has them."""
+"""Tables of evaluated methods, in the paper's form."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 SCORED = ("success", "accuracy")
 PERCENT = 100
 EXTRA = {"ngram_entropy": 100, "perplexity": 1}
-"""Metrics that are not always measured, and the unit in which the paper gives them."""
+"""Optional metrics, and their units in the paper."""
 
 
 def summarise(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Mean and standard deviation of each method's metrics over its records.
 
     Args:
-        results: By name of the method, what :func:`evaluate` returned.
+        results: Results of :func:`evaluate`, by name of the method.
 
     Returns:
-        One row for each method. Columns in two levels: ``("records", "measured")``, how many
-        records have metrics, ``("records", "errors")``, how many have an error (the best edit that
-        a search found counts to both), and ``("records", "bos")``, the share of records whose texts
-        began with a BOS token (all or none of one evaluation); under ``"success"``,
-        ``"magnitude"`` and ``"accuracy"`` the ``efficacy``, ``paraphrase`` and ``neighborhood`` in
-        percent, each also as ``..._std`` (of the population); with success and accuracy a
-        ``score``, the harmonic mean of the three means; under ``"text"``, if they were measured,
-        ``ngram_entropy`` in bits times 100 and ``perplexity``.
+        One row per method, with two levels of columns. ``("records", "measured")``: number of
+        records with metrics; ``("records", "errors")``: number with an error (the best edit of a
+        failed search counts in both); ``("records", "bos")``: share of records whose texts began
+        with a BOS token (all or none in one evaluation). Under ``"success"``, ``"magnitude"`` and
+        ``"accuracy"``: ``efficacy``, ``paraphrase`` and ``neighborhood`` in per cent, each with a
+        population standard deviation ``..._std``; for success and accuracy also ``score``, the
+        harmonic mean of the three means. Under ``"text"``, if measured: ``ngram_entropy`` in bits
+        times 100, and ``perplexity``.
 
     Raises:
-        ValueError: When there are no results.
+        ValueError: If there are no results.
     """
     import pandas as pd
 
@@ -81,14 +81,14 @@ def _mean_and_std(
 
 
 def table(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """:func:`summarise` to read: ``mean (std)`` of the success and accuracy families, and the rest.
+    """Format :func:`summarise` as text, with ``mean (std)`` in one cell.
 
     Args:
-        results: By name of the method, what :func:`evaluate` returned.
+        results: Results of :func:`evaluate`, by name of the method.
 
     Returns:
-        Texts, with two decimals; a dash for what was not measured, or is not known. ``("records",
-        "bos")`` is yes, no or mixed.
+        Texts with two decimals; a dash for missing values. ``("records", "bos")`` is yes, no or
+        mixed.
 
     Raises:
         ValueError: As :func:`summarise`.

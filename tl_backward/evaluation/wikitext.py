@@ -1,4 +1,4 @@
-"""WikiText-2, whose perplexity tells what an edit does elsewhere."""
+"""Lines of WikiText-2, whose perplexity measures an edit's side effects."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ N_LINES = 100
 
 
 def wikitext_lines(source: str | Path, n: int = N_LINES, *, min_characters: int = 30) -> list[str]:
-    """The first long enough lines of a text, as the paper takes them from WikiText-2-raw's test.
+    """The first lines of sufficient length, which the paper takes from WikiText-2-raw's test split.
 
     Args:
-        source: A text file with one line for each record, or else the name of a data set on the
-            Hugging Face hub, such as ``"Salesforce/wikitext"``, of whose configuration
-            ``wikitext-2-raw-v1`` the test split is loaded by ``datasets``.
-        n: How many lines.
-        min_characters: What they must have, the line break not counted.
+        source: A text file with one record per line, or the name of a data set on the Hugging Face
+            hub, such as ``"Salesforce/wikitext"``; its configuration ``wikitext-2-raw-v1`` and test
+            split are loaded.
+        n: Maximum number of lines.
+        min_characters: Minimum length of a line, without the line break.
 
     Raises:
-        FileNotFoundError: When ``source`` ends in ``.txt`` and is no file.
-        ValueError: When no line is long enough, the file is not in UTF-8, or the data set cannot
-            be loaded.
+        FileNotFoundError: If ``source`` ends in ``.txt`` and does not exist.
+        ValueError: If no line is long enough, the file is not UTF-8, or the data set cannot be
+            loaded.
 
     Example:
         >>> evaluate(model, records, method, perplexity_texts=wikitext_lines("wiki.test.raw.txt"))
@@ -32,7 +32,7 @@ def wikitext_lines(source: str | Path, n: int = N_LINES, *, min_characters: int 
         try:
             lines = file.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
-            raise ValueError(f"source: {file} is no text in UTF-8 ({error})") from error
+            raise ValueError(f"source: {file} is not UTF-8 text ({error})") from error
     else:
         lines = load_hub_data(str(source), "wikitext-2-raw-v1", split="test")["text"]
     cut = (line.rstrip("\r\n") for line in lines)
