@@ -104,7 +104,7 @@ def test_key_statistics(bridge, own, asked, tmp_path):
     )
     again = tlb.key_statistics(bridge, texts, layer=1, prepend_bos=bos, path=path)
     assert again.prepend_bos is bos
-    with pytest.raises(ValueError, match=f"prepend_bos={bos}, and texts are to begin with"):
+    with pytest.raises(ValueError, match=f"prepend_bos={bos}, but texts now begin with"):
         tlb.key_statistics(bridge, texts, layer=1, prepend_bos=not bos, path=path)
     assert tlb.key_statistics(bridge, [[3, 1]], layer=1).prepend_bos is None
 

@@ -461,9 +461,9 @@ def test_a_loss_that_is_nan_from_the_start_is_refused(boot):
         ({"prompt": "{} and {} play for"}, ValueError, "2 slots"),
         ({"target": ""}, ValueError, "targets is empty"),
         ({"layer": 3}, ValueError, "layers 0 to 2"),
-        ({"layer": 0}, ValueError, "there are none of blocks.0.mlp.W_out"),
-        ({"contexts": []}, ValueError, "contexts are empty"),
-        ({"contexts": ["The cat."]}, ValueError, "must have one {}"),
+        ({"layer": 0}, ValueError, "no entry for blocks.0.mlp.W_out"),
+        ({"contexts": []}, ValueError, "contexts is empty"),
+        ({"contexts": ["The cat."]}, ValueError, "must have exactly one {}"),
         ({"contexts": "{}"}, TypeError, "must be a list of texts"),
         ({"contexts": ["The city. " * 20 + "{}"]}, ValueError, "context of 32"),
         ({"steps": 0}, ValueError, "steps must be a whole number"),
@@ -501,7 +501,7 @@ def test_bad_input_of_memit_and_alpha_edit(boot, unchecked):
         alpha_edit(model, l2=0)
     with pytest.raises(ValueError, match="null_space: pass it, or statistics"):
         alpha_edit(model, statistics=None)
-    with pytest.raises(ValueError, match=r"null_space: there is none of blocks.0.mlp.W_out"):
+    with pytest.raises(ValueError, match=r"null_space has no projector for blocks.0.mlp.W_out"):
         alpha_edit(model, null_space={name_of(1): torch.eye(44)})
     with pytest.raises(ValueError, match="must be a symmetric"):
         alpha_edit(model, null_space=dict.fromkeys(map(name_of, (0, 1)), torch.eye(44)[:40]))
@@ -515,10 +515,10 @@ def test_bad_input_of_memit_and_alpha_edit(boot, unchecked):
 def test_statistics_of_another_model_are_refused(boot, make_family):
     model = boot("gpt2")
     other = tiny_statistics(make_family("opt"), 1)
-    with pytest.raises(ValueError, match="statistics: they are of"):
+    with pytest.raises(ValueError, match="statistics come from"):
         rome(model, statistics=other)
     narrow = tlb.KeyStatistics({name_of(1): torch.eye(28).double()}, n_tokens=9, ridge=0.0)
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="come from another model"):
         rome(model, statistics=narrow)
 
 

@@ -511,7 +511,9 @@ def test_the_layer_that_changes_least_elsewhere(unharmed, texts, lr):
 
 
 def test_a_prompt_of_one_token_needs_other_texts(model):
-    with pytest.raises(ValueError, match=r'texts: no position .* layer="auto" needs other texts'):
+    with pytest.raises(
+        ValueError, match=r'texts: every position .* layer="auto" needs other texts'
+    ):
         forward_pass_shift(model, [3], TARGET, layer="auto", lr="auto")
     assert forward_pass_shift(
         model, [3], TARGET, layer="auto", lr="auto", texts=[[1, 2, 3, 4]]
@@ -558,15 +560,15 @@ def test_the_whitened_key_changes_this_input_as_much_and_others_less(unharmed):
         ({"lr": True}, "lr must be a finite number"),
         ({"position": 5}, "position=5: prompt 0 has positions 0 to 4"),
         ({"position": [-1, 0]}, "position holds 2 positions, but there are 1 prompts"),
-        ({"position": 1, "tokens": "all"}, "position: with tokens='all'"),
+        ({"position": 1, "tokens": "all"}, "position: tokens='all' uses"),
         ({"tokens": "last"}, "tokens must be 'first' or 'all', got 'last'"),
         ({"iterations": 0}, "iterations must be a whole number of at least 1"),
         ({"iterations": 2, "lr": "auto"}, r'iterations: a search \("auto"\) makes one'),
         ({"key": "plain"}, "key must be 'input' or 'whitened'"),
-        ({"key": "whitened"}, "statistics: pass them with key='whitened'"),
+        ({"key": "whitened"}, "statistics: key='whitened' needs them"),
         ({"margin": -1.0, "lr": "auto"}, "margin must be a finite number of at least 0"),
         ({"margin": math.nan, "lr": "auto"}, "margin must be a finite number"),
-        ({"texts": ["a"]}, 'texts are for layer="auto"'),
+        ({"texts": ["a"]}, 'texts are only for layer="auto"'),
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": list(range(1, 30)) * 5}, "more than the model's context"),
         ({"target": []}, "target is empty"),
@@ -594,7 +596,7 @@ def test_bad_models():
     ("family", "message"),
     [
         ("mixtral", "blocks.0.mlp.W_out has no site"),
-        ("opt_post_norm", "writes vectors of width 28, but W_U reads such of width 18"),
+        ("opt_post_norm", "writes vectors of width 28, but W_U reads width 18"),
     ],
 )
 def test_out_of_scope(tokenizer, family, message):

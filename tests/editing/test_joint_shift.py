@@ -135,7 +135,7 @@ def test_a_search_that_fails_has_the_best_it_found(boot):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": "auto"}, "layer: with joint=True"),
+        ({"layer": "auto"}, 'layer="auto" does not work with joint=True'),
         ({"ridge": -1.0}, "ridge must be"),
         ({"ridge": 1.0, "joint": False}, "ridge is for joint=True"),
         ({"value": "mean"}, "value must be"),

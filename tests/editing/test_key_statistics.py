@@ -156,7 +156,7 @@ def test_a_file_of_other_weights_or_layers(models, tmp_path):
     ("options", "message"),
     [
         ({"layer": 77}, "layers=77: this model has layers"),
-        ({"texts": []}, "texts are empty"),
+        ({"texts": []}, "texts is empty"),
         ({"ridge": -0.1}, "ridge must be a number of at least 0"),
         ({"ridge": float("nan")}, "ridge must be a number of at least 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -175,11 +175,11 @@ def test_statistics_that_do_not_fit(models):
     model = models(MODELS[0])
     few = key_statistics(model, [[1, 2, 3]], layer=1, ridge=0.0)
     x = inputs(model, 1)[:1]
-    with pytest.raises(ValueError, match=r"statistics: there are none of blocks.0.mlp.W_out"):
+    with pytest.raises(ValueError, match=r"statistics has no entry for blocks.0.mlp.W_out"):
         few.whitened(name_of(0), x)
     with pytest.raises(ValueError, match=r"is singular with ridge=0.0; take a larger ridge"):
         few.whitened(name_of(1), x)
-    with pytest.raises(ValueError, match=r"statistics: there are none of blocks.0.mlp.W_out"):
+    with pytest.raises(ValueError, match=r"statistics has no entry for blocks.0.mlp.W_out"):
         tlb.editing.forward_pass_shift(
             model, [1, 2, 3], 5, layer=0, lr=0.1, key="whitened", statistics=few
         )
@@ -252,5 +252,5 @@ def test_statistics_are_told_by_the_models_name_but_not_by_its_maker(boot):
         got = tlb.forward_pass_shift(model, [3, 4], 5, statistics=same, **shift)
         assert torch.equal(got.factors[name_of(1)].dense(), expected.factors[name_of(1)].dense())
     other = KeyStatistics(made.second_moments, made.n_tokens, made.ridge, "maker/other")
-    with pytest.raises(ValueError, match="statistics: they are of maker/other"):
+    with pytest.raises(ValueError, match="statistics come from maker/other"):
         tlb.forward_pass_shift(model, [3, 4], 5, statistics=other, **shift)

@@ -242,7 +242,7 @@ def test_an_editor_is_saved_and_loaded_with_its_weights_in_mind(model, tmp_path)
         ({"clip": float("inf")}, "clip must be a positive"),
         ({"edit_weight": -1.0}, "edit_weight must be"),
         ({"layers": 9}, "layers 0 to 2"),
-        ({"records": []}, "records are empty"),
+        ({"records": []}, "records is empty"),
         ({"step_size_lr": 1e300}, "the loss is .*at step 1"),
     ],
 )

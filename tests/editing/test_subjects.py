@@ -31,7 +31,7 @@ def test_where_the_subject_is(prompt, subject, expected):
 
 
 def test_of_two_the_last_is_taken_and_that_is_said():
-    with pytest.warns(UserWarning, match=r"2 times, and the last is taken.*write \{\}"):
+    with pytest.warns(UserWarning, match=r"2 times; the last one is used.*write \{\}"):
         text, span = subject_in("Rome in Rome is", "Rome")
     assert text[: span.start] == "Rome in "
 

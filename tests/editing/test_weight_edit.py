@@ -344,9 +344,9 @@ def test_applied_twice_and_reverted_when_not_applied(model):
         edit.revert()
     with edit.applied():
         with_edit = weights(model)
-        with pytest.raises(RuntimeError, match="applied already"):
+        with pytest.raises(RuntimeError, match="already applied"):
             edit.apply()
-        with pytest.raises(RuntimeError, match="applied already"), edit.applied():
+        with pytest.raises(RuntimeError, match="already applied"), edit.applied():
             pass
         assert same_bits(weights(model), with_edit) and edit.is_applied
     assert same_bits(weights(model), before)
@@ -471,7 +471,7 @@ def test_without_rows_every_row_gets_all_edits(models):
 def test_rows_that_name_no_edit(models, rows):
     model = models(MODELS[0])
     edits = [random_edit(model, "blocks.1.mlp.W_out", seed=i) for i in range(2)]
-    with pytest.raises(ValueError, match="rows must hold an index of the 2 edits"):
+    with pytest.raises(ValueError, match="rows must hold the index of one of the 2 edits"):
         edit_hooks(model, edits, rows)
 
 
@@ -481,7 +481,7 @@ def test_a_batch_of_another_size_than_rows(models):
     edit = random_edit(model, "blocks.1.mlp.W_out")
     with (
         attached_hook_points(model),
-        pytest.raises(ValueError, match=r"rows are 4, but blocks.1.mlp.out.hook_in has .* of 2"),
+        pytest.raises(ValueError, match=r"rows has 4 entries, but .*out.hook_in has .* of 2"),
     ):
         logits(model, edit_hooks(model, [edit], [0, 0, -1, 0]))
     assert state(model) == before
@@ -563,7 +563,7 @@ def test_refused_by_another_model(models, tmp_path):
     edit = random_edit(model, "blocks.1.mlp.W_out")
     path = edit.save(tmp_path / "edit.safetensors")
     with edit.applied():
-        with pytest.raises(RuntimeError, match="saved for the weights without it; revert"):
+        with pytest.raises(RuntimeError, match="an applied edit cannot be saved; revert"):
             edit.save(path)
         with pytest.raises(ValueError, match=r"model: its blocks.1.mlp.W_out is not the"):
             WeightEdit.load(path, model)
@@ -579,7 +579,7 @@ def test_refused_by_another_model(models, tmp_path):
 def test_refused_in_another_precision(boot, tmp_path):
     model = boot("llama", torch.float32)
     path = random_edit(model, "blocks.1.mlp.W_out").save(tmp_path / "edit.safetensors")
-    with pytest.raises(ValueError, match="the values, the dtype or the shape are others"):
+    with pytest.raises(ValueError, match="values, dtype or shape differ"):
         WeightEdit.load(path, boot("llama", torch.bfloat16))
     assert WeightEdit.load(path, boot("llama", torch.float32)).factors
 
@@ -623,7 +623,7 @@ def test_no_edit_is_saved_while_a_later_one_is_applied(models, name, tmp_path):
     double = 2 * edit
     with edit.applied():
         for derived in (double, 2 * edit, edit + other, other + -1 * edit):
-            with pytest.raises(RuntimeError, match=r"blocks.1.mlp.W_out bears an edit that was"):
+            with pytest.raises(RuntimeError, match=r"another edit of .*W_out was applied"):
                 derived.save(path)
         upon_it = random_edit(model, "blocks.1.mlp.W_out", seed=5)
         other.save(path)

@@ -581,5 +581,5 @@ def test_vectors_of_an_edit(bridge):
     vectors, _ = step.residual_vectors()
     torch.testing.assert_close(vectors, cache["W_out.lora_B", 1].vjps)
     step = gradient_step(cache, lr=0.1, weights="W_in.lora_B", layers=1, model=bridge)
-    with pytest.raises(ValueError, match=r"W_in\.lora_B has the residual stream on neither side"):
+    with pytest.raises(ValueError, match=r"W_in\.lora_B neither reads nor writes the residual"):
         step.residual_vectors()

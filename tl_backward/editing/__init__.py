@@ -1,4 +1,4 @@
-"""Low-rank edits of weights: by hooks, or applied and undone exactly."""
+"""Low-rank weight edits, as hooks or applied in place and reverted exactly."""
 
 from tl_backward.editing._mend_training import train_mend
 from tl_backward.editing.adam import adam_fine_tune

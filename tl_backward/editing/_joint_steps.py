@@ -1,4 +1,4 @@
-"""The smallest steps of several terms, each of which has its own, searched together."""
+"""Joint search for the smallest steps of several terms, one step per term."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from tl_backward.editing._step_search import EXPONENTS, N_PARTS, N_ROUNDS
 
 N_TURNS = 6
 GROWTH = tuple(1.06**k for k in (1, 2, 4, 6, 9, 12, 16))
-"""Factors, the last of about 2.5, by which the steps of terms that fail are raised in a turn."""
+"""Factors, up to about 2.5, that raise the steps of failing terms in one turn."""
 
 Gaps: TypeAlias = Callable[[Float[Tensor, "copy term"]], Float[Tensor, "copy term"]]
 
 
 class Steps(NamedTuple):
-    """The step of each term, and how far it gets with all of them in place."""
+    """The step of each term, and its gap with all steps in place."""
 
     sizes: Float[Tensor, "term"]
     gaps: Float[Tensor, "term"]
 
 
 def smallest_steps(gaps: Gaps, n_terms: int, guess: float, margin: float) -> Steps:
-    """For each term, about the smallest step with a gap of at least ``margin``.
+    """For each term, approximately the smallest step with a gap of at least ``margin``.
 
-    All terms have their steps tried at the same time: powers of two, then parts of the interval
-    below each one's first success. Then the steps that fail with those of the others in place are
-    raised, up to six times. What the terms do to each other is taken for little.
+    The steps of all terms are tried simultaneously: powers of two, then parts of the interval below
+    each term's first success. Then steps that fail with the others in place are raised, up to six
+    times. The search assumes that terms interact little.
 
     Args:
         gaps: The gaps of all terms for each of several choices of their steps.
-        n_terms: How many terms there are.
-        guess: A step by which as much is added as is there.
+        n_terms: Number of terms.
+        guess: A step that adds as much as the output already has.
         margin: The gap to reach.
 
     Returns:
-        The choice with the most successes, of several the one with the largest worst gap.
+        The choice with the most successes; among equals, the one with the largest worst gap.
     """
     powers = guess * 2.0 ** torch.tensor(list(EXPONENTS), dtype=torch.float64)
     tried = powers[:, None].expand(-1, n_terms)
@@ -61,7 +61,7 @@ def smallest_steps(gaps: Gaps, n_terms: int, guess: float, margin: float) -> Ste
 
 
 def _settled(gaps: Gaps, sizes: Float[Tensor, "term"], margin: float) -> Steps:
-    """The steps, raised where they fail with the others in place."""
+    """Raise the steps that fail with the others in place."""
     best = steps = Steps(sizes, gaps(sizes[None])[0].double())
     for _ in range(N_TURNS):
         failing = steps.gaps < margin
@@ -77,7 +77,7 @@ def _settled(gaps: Gaps, sizes: Float[Tensor, "term"], margin: float) -> Steps:
 
 
 def _first_success(reached: Float[Tensor, "copy term"], margin: float) -> Tensor:
-    """For each term the first choice that succeeds, or else the one with the largest gap."""
+    """For each term, the first choice that succeeds, otherwise the one with the largest gap."""
     succeeds = reached >= margin
     return torch.where(succeeds.any(0), succeeds.int().argmax(0), reached.argmax(0))
 

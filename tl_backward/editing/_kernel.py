@@ -1,8 +1,8 @@
-"""The kernel that editors share: what is to be written for some keys, and nothing else.
+"""The kernel that editors share: an update that writes given changes for given keys.
 
-For keys ``K`` ``[d_in, n]``, wanted changes of the output ``R`` ``[n, d_out]``, a symmetric ``M``
-and a number ``ridge``, the update is ``dW = U R`` with ``U = M K (K^T M K + ridge I)^-1``. Without
-a ridge the output for each key changes by its own row of ``R`` alone. Only an ``n x n`` system is
+For keys ``K`` ``[d_in, n]``, desired output changes ``R`` ``[n, d_out]``, a symmetric ``M`` and a
+number ``ridge``, the update is ``dW = U R`` with ``U = M K (K^T M K + ridge I)^-1``. Without a
+ridge, the output for each key changes by exactly its own row of ``R``. Only an ``n x n`` system is
 solved.
 """
 
@@ -20,7 +20,7 @@ from tl_backward._precision import upcast_dtype
 from tl_backward.factors import GradientFactors
 
 Metric: TypeAlias = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_in"]]
-"""Multiplies every row by the symmetric matrix ``M``."""
+"""Multiplies each row by the symmetric matrix ``M``."""
 
 
 def kernel(
@@ -35,12 +35,12 @@ def kernel(
         keys: The rows of ``K^T``.
         metric: Multiplies rows by ``M``, as ``KeyStatistics.solve`` does by ``C^-1``. Default: the
             identity.
-        ridge: What is added to the diagonal of ``K^T M K``.
-        probes: The inputs whose outputs are to change by ``R``, if not the keys themselves:
+        ridge: Added to the diagonal of ``K^T M K``.
+        probes: The inputs whose outputs should change by ``R``, if not the keys themselves:
             ``U = M K (P^T M K + ridge I)^-1``.
 
     Raises:
-        ValueError: When the system is singular, as with two equal keys and no ridge.
+        ValueError: If the system is singular, as with two equal keys and no ridge.
     """
     exact = keys.to(device="cpu", dtype=torch.float64)
     asked = exact if probes is None else probes.to(exact)

@@ -1,4 +1,4 @@
-"""A low-rank change of a weight as forward hooks, which touch no weight."""
+"""A low-rank weight change as forward hooks, without changing the weight."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ForwardHooks: TypeAlias = list[tuple[str, Callable[..., Any]]]
 
 
 def with_hook_points(model: Model, sites: Iterable[WeightSite]) -> None:
-    """Give a ``HookedTransformer`` the HookPoints of these sites, if it lacks any.
+    """Add any missing HookPoints of these sites to a ``HookedTransformer``.
 
     Raises:
-        NotImplementedError: When a site has no HookPoints by nature.
+        NotImplementedError: If a site cannot have HookPoints.
     """
     points = [site.hook_points for site in sites]
     if any(hook_in not in model.hook_dict for hook_in, _ in points):
@@ -31,18 +31,18 @@ def with_hook_points(model: Model, sites: Iterable[WeightSite]) -> None:
 def low_rank_hooks(
     site: WeightSite, u: Float[Tensor, "batch n d_in"], v: Float[Tensor, "batch n d_out"]
 ) -> ForwardHooks:
-    """Hooks that note ``x`` and add ``(x u^T) v`` to ``y``, each thread for itself.
+    """Thread-safe hooks that record ``x`` and add ``(x u^T) v`` to ``y``.
 
     Gradients flow to ``u`` and ``v``.
 
     Args:
-        site: Where ``x`` and ``y`` are.
-        u: Left vectors, for every row of a batch or, with a batch of 1, for all rows.
+        site: The site of ``x`` and ``y``.
+        u: Left vectors per row of a batch or, with a batch of 1, for all rows.
         v: Right vectors, likewise.
 
     Raises:
-        NotImplementedError: When the site has no HookPoint on one side.
-        ValueError: In the forward pass, when the batch has another number of rows.
+        NotImplementedError: If the site lacks a HookPoint on one side.
+        ValueError: In the forward pass, if the batch has another number of rows.
     """
     seen = threading.local()
     placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -63,7 +63,9 @@ def low_rank_hooks(
         if len(u) > 1:
             x = x.expand(len(u), *x.shape[1:]) if len(x) == 1 else x
             if len(x) % len(u) or (x.ndim > 2 and len(x) != len(u)):
-                raise ValueError(f"rows are {len(u)}, but {site.hook_in} has a batch of {len(x)}")
+                raise ValueError(
+                    f"rows has {len(u)} entries, but {site.hook_in} has a batch of {len(x)}"
+                )
         with full_precision(x.device):
             rows = _by_edit(x.to(dtype), len(u))
             inner = einsum(rows, left, "edit row d_in, edit n d_in -> edit row n")
@@ -75,7 +77,7 @@ def low_rank_hooks(
 
 
 def _by_edit(x: Float[Tensor, "batch *pos_and_heads d"], n_edits: int) -> Float[Tensor, "_ row _"]:
-    """The inputs of each edit's part of the batch."""
+    """Group the inputs by edit."""
     if x.ndim == 2:
         return rearrange(x, "(edit row) d_in -> edit row d_in", edit=n_edits)
     return rearrange(x, "(edit b) pos ... -> edit (b pos) (...)", edit=n_edits)
@@ -85,7 +87,7 @@ def require_finite(site: WeightSite, u: Float[Tensor, "*batch n d_in"], v: Tenso
     """Raise unless all vectors of an update are finite.
 
     Raises:
-        ValueError: When one is not.
+        ValueError: If one is not.
     """
     if not (u.isfinite().all() and v.isfinite().all()):
         raise ValueError(f"edits: the update of {site.name} is not finite; check its factors")

@@ -1,4 +1,4 @@
-"""The weights that an edit or statistics on disk are for."""
+"""The weights that a saved edit or saved statistics belong to."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tl_backward.sites import Model, weight_sites
 
 
 class MadeFor(NamedTuple):
-    """The weights that a saved edit is for: the model's name, and fingerprints by site name."""
+    """The weights that a saved edit belongs to: model name, and fingerprints by site name."""
 
     model: str
     weights: dict[str, str]
 
     def merged(self, other: MadeFor) -> MadeFor:
-        """What the sum of two edits is for.
+        """The weights that the sum of two edits belongs to.
 
         Raises:
-            ValueError: When they are for other values of the same weight.
+            ValueError: If they belong to different values of the same weight.
         """
         for name in self.weights.keys() & other.weights.keys():
             if self.weights[name] != other.weights[name]:
@@ -38,6 +38,6 @@ def fingerprints(model: Model, names: list[str]) -> dict[str, str]:
 
 
 def model_name(model: Model) -> str:
-    """What TransformerLens calls the model; of one from a local folder, the folder's name."""
+    """TransformerLens's name of the model; for a local folder, the folder's name."""
     name = str(model.cfg.model_name)
     return Path(name).name if Path(name).is_absolute() else name

@@ -1,4 +1,4 @@
-"""The training of MEND's networks, on the edited model without a copy of it."""
+"""Training MEND's networks on the edited model, without a copy of the model."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ from tl_backward.sites import Model, all_parameters
 
 @runtime_checkable
 class TrainingRecord(Protocol):
-    """What training needs of a record, as :func:`tl_backward.evaluation.load_records` gives it."""
+    """The attributes that training needs, as in :func:`tl_backward.evaluation.load_records`."""
 
     @property
     def prompt(self) -> str:
-        """What the new target is to follow."""
+        """The prompt of the new target."""
 
     @property
     def target_new(self) -> str:
-        """What is to follow, without a leading space."""
+        """The new target, without a leading space."""
 
     @property
     def target_true(self) -> str:
-        """What follows the prompts about neighbours."""
+        """The target of the neighbourhood prompts."""
 
     @property
     def paraphrase_prompts(self) -> Sequence[str]:
-        """The prompt in other words."""
+        """Paraphrases of the prompt."""
 
     @property
     def neighborhood_prompts(self) -> Sequence[str]:
-        """Prompts about others, after which nothing is to change."""
+        """Prompts about other subjects, whose continuations should not change."""
 
 
 class _Text(NamedTuple):
-    """A prompt and the target that is scored after it."""
+    """A prompt and the target to score after it."""
 
     prompt: list[int]
     target: list[int]
 
 
 class _Example(NamedTuple):
-    """A record as tokens: the prompt to edit for, texts to hold after it, and others to keep."""
+    """A tokenized record: the fact to edit, texts that should change, and texts to preserve."""
 
     edit: _Text
     outer: list[_Text]
@@ -82,42 +82,42 @@ def train_mend(
 ) -> MendEditor:
     """Train an editor that turns the gradient of any fact into an edit (Mitchell et al. 2022).
 
-    At every step each record of a batch is edited on its own, and the networks are trained for two
-    things: the new target is to follow the record's prompt or one of its paraphrases, and after a
-    prompt about a neighbour little is to change. The loss is ``edit_weight * NLL + locality_weight
-    * KL(original || edited)``. The edited outputs are ``y + (x x~^T) delta~``: there is no copy of
-    the model and no second derivative, and the layers below the edited ones run without gradient.
-    Shows a progress bar when it takes longer than two seconds.
+    Each step edits every record of a batch separately, and trains the networks for two goals: the
+    new target follows the record's prompt or one of its paraphrases, and little changes after a
+    neighbourhood prompt. The loss is ``edit_weight * NLL + locality_weight * KL(original ||
+    edited)``. The edited outputs are ``y + (x x~^T) delta~``, so training needs neither a copy of
+    the model nor second derivatives, and the layers below the edited ones run without gradient.
+    Shows a progress bar after two seconds.
 
-    The defaults are those of the published code, but for ``steps``: it trains for days. A short
+    The defaults are those of the published code, except ``steps``: that code trains for days. Short
     training needs a larger ``lr``, and on a CPU a smaller ``rank``.
 
     Args:
-        model: A TransformerLens model in eval mode. It is left as it is.
-        records: CounterFact records, or others with the same attributes; not those that the editor
-            is to be measured on.
+        model: A TransformerLens model in eval mode. It is left unchanged.
+        records: CounterFact records, or others with the same attributes; not the ones used for
+            evaluation.
         layers: Layers to edit; negative ones count from the last. Default: the last three.
         weights: Kinds of weights to edit. Default: those of the MLPs.
         rank: Inner width of the networks' layers.
-        steps: How many updates of the networks.
-        batch_size: Records in each.
-        lr: The learning rate of Adam for the networks.
-        step_size_lr: The learning rate of Adam for the step sizes of the edits.
-        edit_weight: See above.
-        locality_weight: See above.
-        clip: The largest norm of the gradient of all networks together.
-        seed: Of the first parameters and of the order of the records.
+        steps: Number of updates of the networks.
+        batch_size: Number of records per update.
+        lr: Adam's learning rate for the networks.
+        step_size_lr: Adam's learning rate for the step sizes of the edits.
+        edit_weight: Weight of the NLL in the loss.
+        locality_weight: Weight of the KL divergence in the loss.
+        clip: Maximum norm of the gradient of all networks together.
+        seed: Seed of the initial parameters and of the record order.
         prepend_bos: As in ``model.to_tokens``.
 
     Returns:
         The editor, with the losses in ``editor.report``.
 
     Raises:
-        TypeError: When model or records are malformed.
+        TypeError: If the model or the records are malformed.
         ValueError: For no record, weights or layers that do not exist, settings out of range, a
-            record that is longer than the model's context, a model in training mode, and a loss
-            that is not finite.
-        NotImplementedError: When a weight has no site.
+            record longer than the model's context, a model in training mode, or a loss that is not
+            finite.
+        NotImplementedError: If a weight has no site.
         RuntimeError: Under ``torch.inference_mode``.
 
     Example:
@@ -134,7 +134,7 @@ def train_mend(
     require_ready(model, list(all_parameters(model)))
     examples = [_example(model, record, prepend_bos) for record in records]
     if not examples:
-        raise ValueError("records are empty; pass at least one")
+        raise ValueError("records is empty; pass at least one record")
     editor = MendEditor(model, sites, rank, prepend_bos, seed)
     editor.networks.requires_grad_(True)
     optimizer = torch.optim.Adam(
@@ -153,7 +153,7 @@ def train_mend(
             loss = edit_weight * edit_loss + locality_weight * locality_loss
             if not loss.isfinite():
                 raise ValueError(
-                    f"the loss is {loss.item()} at step {step}; take a smaller lr or step_size_lr"
+                    f"the loss is {loss.item()} at step {step}; use a smaller lr or step_size_lr"
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -169,7 +169,7 @@ def train_mend(
 def _losses(
     editor: MendEditor, batch: Sequence[_Example]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The edit loss and the locality loss of some examples, each under its own edit."""
+    """The edit loss and the locality loss of a batch, each example under its own edit."""
     model = editor.model
     texts = [example.outer[0] for example in batch] + [example.local[0] for example in batch]
     whole = batch_of_tokens(
@@ -190,12 +190,12 @@ def _losses(
 
 
 def _edit_hooks(editor: MendEditor, batch: Sequence[_Example]) -> ForwardHooks:
-    """Hooks that edit for each example in its own two rows: those of both halves of the texts."""
+    """Hooks that apply each example's edit in its two rows, one in each half of the batch."""
     edits = [example.edit for example in batch]
     each = editor.gradients([edit.prompt for edit in edits], [edit.target for edit in edits])
     hooks: ForwardHooks = []
     for i, site in enumerate(editor.sites):
-        xs, deltas = zip(*(of_example[site.name] for of_example in each), strict=True)
+        xs, deltas = zip(*(gradient[site.name] for gradient in each), strict=True)
         lengths = [len(x) for x in xs]
         editor.networks.observe(i, torch.cat(xs), torch.cat(deltas))
         new_xs, new_deltas = editor.networks(i, torch.cat(xs), torch.cat(deltas))
@@ -207,7 +207,7 @@ def _edit_hooks(editor: MendEditor, batch: Sequence[_Example]) -> ForwardHooks:
 def _terms(
     texts: Sequence[_Text],
 ) -> tuple[Int[Tensor, "term"], Int[Tensor, "term"], Int[Tensor, "term"], Float[Tensor, "term"]]:
-    """For each token of each target: its row, the position that predicts it, it, and its share."""
+    """Row, predicting position, token id and weight of each target token."""
     terms = [
         (row, len(prompt) - 1 + j, token, 1 / len(target))
         for row, (prompt, target) in enumerate(texts)
@@ -244,7 +244,7 @@ def _example(model: Model, record: TrainingRecord, prepend_bos: bool | None) -> 
 
 
 def _drawn(example: _Example, generator: torch.Generator) -> _Example:
-    """The example with one of its texts of each kind."""
+    """The example with one random text of each kind."""
 
     def one(texts: list[_Text]) -> list[_Text]:
         return [texts[int(torch.randint(len(texts), (), generator=generator))]]

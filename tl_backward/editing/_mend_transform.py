@@ -1,4 +1,4 @@
-"""MEND's network: from the factors of a gradient to those of an edit (Mitchell et al. 2022)."""
+"""MEND's network, which maps a gradient's factors to an edit's (Mitchell et al. 2022)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LowRankLayer(nn.Module):
     Args:
         width: Width of ``z``.
         rank: Inner width, at most ``width``.
-        n_weights: How many weights have a scale and a shift of their own.
-        generator: Of the random ``v``.
+        n_weights: Number of weights, each with its own scale and shift.
+        generator: Generator of the random ``v``.
     """
 
     def __init__(self, width: int, rank: int, n_weights: int, generator: torch.Generator) -> None:
@@ -38,24 +38,24 @@ class LowRankLayer(nn.Module):
         self.shift = nn.Parameter(torch.zeros(n_weights, width))
 
     def forward(self, z: Float[Tensor, "row width"], weight: int) -> Float[Tensor, "row width"]:
-        """The layer for one of the weights."""
+        """Apply the layer for one of the weights."""
         inner = einsum(z, self.v, "row i, inner i -> row inner")
         added = einsum(inner, self.u, "row inner, o inner -> row o") + self.bias
         return z + (added * self.scale[weight] + self.shift[weight]).clamp(min=0)
 
 
 class GradientTransform(nn.Module):
-    """New factors for the gradients of all weights of one shape.
+    """Maps gradient factors to edit factors, for all weights of one shape.
 
-    ``x`` and ``delta`` are normalised by their running means and deviations, put side by side, and
-    sent through two low-rank layers.
+    ``x`` and ``delta`` are normalised by their running means and deviations, concatenated, and
+    passed through two low-rank layers.
 
     Args:
         d_in: Width of ``x``.
         d_out: Width of ``delta``.
-        n_weights: How many weights share the network.
+        n_weights: Number of weights that share the network.
         rank: Inner width of its layers.
-        generator: Of its first parameters.
+        generator: Generator of its initial parameters.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class GradientTransform(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Float[Tensor, "row d_in"], delta: Float[Tensor, "row d_out"]) -> None:
-        """Count rows in the running means and deviations."""
+        """Update the running means and deviations."""
         rows = torch.cat([x, delta], dim=-1).to(self.mean)
         if not len(rows):
             return
@@ -88,13 +88,15 @@ class GradientTransform(nn.Module):
     def forward(
         self, x: Float[Tensor, "row d_in"], delta: Float[Tensor, "row d_out"], weight: int
     ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]:
-        """The factors of an edit from those of a gradient, for one of the weights.
+        """Map the factors of a gradient to those of an edit, for one of the weights.
 
         Raises:
-            ValueError: When less than two rows were observed.
+            ValueError: If fewer than two rows were observed.
         """
         if self.n_rows < 2:
-            raise ValueError(f"only {int(self.n_rows)} rows were observed: nothing to normalise by")
+            raise ValueError(
+                f"only {int(self.n_rows)} rows were observed; normalising needs at least two"
+            )
         deviation = (self.sum_of_squares / (self.n_rows - 1)).sqrt()
         rows = torch.cat([x, delta], dim=-1).to(self.mean)
         z = (rows - self.mean) / (deviation + EPSILON)
@@ -105,15 +107,15 @@ class GradientTransform(nn.Module):
 
 
 class MendNetworks(nn.Module):
-    """A transform for each shape of weight, and a step size, of any sign, for each weight.
+    """One transform per weight shape, and one step size, of any sign, per weight.
 
     Attributes:
-        step_sizes: By which ``delta~`` is multiplied.
+        step_sizes: Factors of ``delta~``.
 
     Args:
         shapes: ``(d_in, d_out)`` of each weight.
         rank: Inner width of the layers.
-        seed: Of the first parameters.
+        seed: Seed of the initial parameters.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], rank: int, seed: int) -> None:
@@ -132,7 +134,7 @@ class MendNetworks(nn.Module):
     def observe(
         self, i: int, x: Float[Tensor, "row d_in"], delta: Float[Tensor, "row d_out"]
     ) -> None:
-        """Count rows of the ``i``-th weight in the running means and deviations of its shape."""
+        """Update the running means and deviations of the ``i``-th weight's shape."""
         self._transform(i).observe(x, delta)
 
     def forward(

@@ -1,4 +1,4 @@
-"""The search for the step, and for the layer, of a forward pass shift."""
+"""The search for the step and the layer of a forward pass shift."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, WeightSite
 
 N_TURNS = 6
-"""How often each token of a target gets a step anew, with those of the others in place."""
+"""Maximum number of rounds in which each target token's step is searched again."""
 
 
 class Candidate(NamedTuple):
-    """A shift in some layers, the step that it is to have, and how much it changes elsewhere.
+    """A shift in some layers, its step, and its change of other predictions.
 
-    Where terms have steps of their own, ``step`` is the largest, ``unit`` has the terms in their
-    proportions, and ``of_each`` says what the steps are.
+    If terms have separate steps, ``step`` is the largest, ``unit`` holds the terms scaled relative
+    to it, and ``of_each`` lists the steps.
     """
 
     sites: Sequence[WeightSite]
@@ -43,15 +43,15 @@ class Candidate(NamedTuple):
 
 
 class ShiftSearch:
-    """Tries shifts for some facts, from one whole run on their texts.
+    """Tries shifts for some facts, starting from one whole run on their texts.
 
     Args:
         model: A TransformerLens model.
         terms: Prompts and targets.
-        sites: Where shifts may be.
-        rule: What the shifts' terms are made of.
-        margin: How far above all others the targets' logits have to come, in nats.
-        skip_if_predicted: Whether prompts whose targets are predicted get no shift.
+        sites: Candidate sites of a shift.
+        rule: How the shift's terms are built.
+        margin: Required distance of the targets' logits above all others, in nats.
+        skip_if_predicted: Whether to skip prompts whose targets are already predicted.
     """
 
     def __init__(
@@ -72,19 +72,19 @@ class ShiftSearch:
 
     @property
     def n_passes(self) -> int:
-        """Passes through all layers so far."""
+        """Number of passes through all layers so far."""
         return sum(run.n_passes for run in self._runs)
 
     @property
     def n_upper_passes(self) -> int:
-        """Passes through the layers from an edit upwards so far."""
+        """Number of passes through the layers from an edit upwards so far."""
         return sum(run.n_upper_passes for run in self._runs)
 
     def candidate(self, sites: Sequence[WeightSite], lr: float | Literal["auto"]) -> Candidate:
-        """The shift in the layers of some sites, with a given step or the smallest that does.
+        """The shift at some sites, with a given step or the smallest one that succeeds.
 
-        With a joint rule every term has a step of its own. Else each of several tokens of one
-        prompt's target has one, if that makes a smaller update than the same step for all.
+        With a joint rule every term has its own step. Otherwise, the tokens of a single prompt's
+        target have their own steps if that makes a smaller update than a common step.
         """
         unit = unit_shift(
             self._model, sites, self._terms, self._run.inputs, ~self.skipped, self._rule
@@ -107,18 +107,18 @@ class ShiftSearch:
         texts: Prompt | None,
         prepend_bos: bool | None,
     ) -> list[Candidate]:
-        """The shifts in each single layer: those that succeed first, by how little they change.
+        """The shifts in each single layer: successful ones first, smallest change first.
 
         Raises:
-            ValueError: When there is no position at which changes can be seen.
+            ValueError: If there is no position at which to measure changes.
         """
         run, mask = self._run, self._terms.elsewhere()
         if texts is not None:
             run, mask = self._run_on(texts, prepend_bos)
         if not mask.any():
             raise ValueError(
-                'texts: no position of the prompt is left that predicts no target, so layer="auto" '
-                "needs other texts to see what an edit changes"
+                'texts: every position of the prompt predicts a target, so layer="auto" needs '
+                "other texts to measure an edit's changes"
             )
         before = _log_probs(run.logits, mask)
         found = []
@@ -131,7 +131,7 @@ class ShiftSearch:
         return sorted(found, key=self._demerit)
 
     def succeeds(self, candidate: Candidate) -> bool:
-        """Whether the targets come out on top by the margin."""
+        """Whether the targets exceed all other tokens by the margin."""
         return candidate.step.gap >= self.margin
 
     def _demerit(self, candidate: Candidate) -> tuple[bool, float]:
@@ -140,16 +140,16 @@ class ShiftSearch:
         return True, -candidate.step.gap
 
     def _gaps(self, unit: WeightEdit, sizes: Sequence[float]) -> list[float]:
-        """For each size of the step, the gap of the worst target.
+        """For each step size, the gap of the worst target.
 
-        What is skipped has to stay on top, but without the margin, which it is therefore given.
+        Skipped targets must stay on top, but need no margin, so the margin is added to their gaps.
         """
         edits = [size * unit for size in sizes]
         gaps = self._terms.gaps(self._run.edited_logits(edits, self._terms.places))
         return (gaps + self.margin * self.skipped).amin(1).tolist()
 
     def _with_own_steps(self, common: Candidate) -> Candidate:
-        """Each token's step, in turn, is the smallest that lifts it, with the others in place."""
+        """In turn, set each token's step to the smallest that succeeds with the others in place."""
         sizes = [0.0] * len(self._terms.ids)
 
         def gaps(term: int, candidates: Sequence[float]) -> list[float]:
@@ -172,7 +172,7 @@ class ShiftSearch:
         return Candidate(common.sites, unit, Step(largest, worst), tuple(sizes))
 
     def _with_joint_steps(self, sites: Sequence[WeightSite], unit: WeightEdit) -> Candidate:
-        """Each term's step is about the smallest that lifts it, with the others in place."""
+        """Give each term approximately the smallest step that succeeds with the others in place."""
         wanted = (~self.skipped)[self._terms.example]
 
         def all_gaps(sizes: Float[Tensor, "term"]) -> Float[Tensor, "every_term"]:
@@ -191,19 +191,19 @@ class ShiftSearch:
         return Candidate(sites, scaled, Step(largest, worst), tuple(steps.sizes.tolist()))
 
     def _smallest(self, gaps: Callable[[Sequence[float]], list[float]], guess: float) -> float:
-        """The size of the smallest step that succeeds, which may be none."""
+        """The size of the smallest step that succeeds, possibly 0."""
         if gaps([0.0])[0] >= self.margin:
             return 0.0
         return smallest_step(gaps, guess, self.margin).size
 
     def _size(self, candidate: Candidate) -> tuple[bool, float]:
-        """What makes a candidate worse: no success, and then its gap, or the update's norm."""
+        """Sort key: success first, then the norm of the update or, without success, the gap."""
         if self.succeeds(candidate):
             return False, candidate.step.size * float(candidate.unit.norm())
         return True, -candidate.step.gap
 
     def _guess(self, sites: Sequence[WeightSite], unit: WeightEdit) -> float:
-        """The step by which a weight's outputs change as much as they are large."""
+        """The step whose change of the outputs is as large as the outputs."""
         outputs, changes = [], []
         wanted = (~self.skipped)[self._terms.example]
         at = self._terms.example[wanted], self._terms.input_at[wanted]
@@ -226,7 +226,7 @@ class ShiftSearch:
 
 
 def _scaled(edit: WeightEdit, sizes: Sequence[float]) -> WeightEdit:
-    """The edit with each of its terms times a number."""
+    """The edit with each term scaled by a number."""
     factors = {
         name: GradientFactors(g.inputs * g.inputs.new_tensor(sizes).unsqueeze(1), g.vjps)
         for name, g in edit.factors.items()

@@ -20,15 +20,15 @@ from tl_backward.sites import Model, WeightSite, unembedding
 
 
 class ShiftRule(NamedTuple):
-    """What a term of a shift is made of.
+    """How a term of a shift is built.
 
     Attributes:
-        value: What is written: ``"target"``, the target's embedding ``D^T[t]``, or ``"centred"``,
-            that less the mean of all embeddings.
-        statistics: For whitened keys; None for the inputs themselves.
-        joint: Whether the output for each prompt is to change by its own term alone.
-        ridge: With ``joint``, what is added to the diagonal of the keys' products, in units of
-            its mean.
+        value: The value to write: ``"target"``, the target's embedding ``D^T[t]``, or
+            ``"centred"``, the embedding minus the mean of all embeddings.
+        statistics: Statistics for whitened keys; None to use the inputs themselves.
+        joint: Whether the output for each prompt should change by its own term only.
+        ridge: With ``joint``, added to the diagonal of the Gram matrix of the keys, in units of its
+            mean.
     """
 
     value: Literal["target", "centred"] = "target"
@@ -47,20 +47,20 @@ def unit_shift(
 ) -> WeightEdit:
     """The shift with a step of 1: ``key^T value`` for every term.
 
-    The output for a term's own input changes by ``|x|^2 value`` and, unless the rule is joint, by
-    what the other terms add.
+    The output for a term's own input changes by ``|x|^2 value`` plus, unless the rule is joint, the
+    contributions of the other terms.
 
     Args:
         model: The model.
-        sites: Where to edit.
+        sites: The sites to edit.
         terms: The prompts and targets.
         inputs: The inputs of the sites' weights.
-        wanted: For each prompt, whether it gets its terms.
-        rule: What terms are made of.
+        wanted: Whether each prompt gets its terms.
+        rule: How terms are built.
 
     Raises:
-        ValueError: When there are no statistics of one of the sites, or joint keys are equal.
-        NotImplementedError: When the unembedding does not read what the weights write.
+        ValueError: If the statistics lack one of the sites, or joint keys are equal.
+        NotImplementedError: If the unembedding does not read the weights' output space.
     """
     chosen = wanted[terms.example].nonzero().squeeze(1)
     W_U = unembedding(model).detach()
@@ -72,7 +72,7 @@ def unit_shift(
     for site in sites:
         if values.shape[1] != site.d_out:
             raise NotImplementedError(
-                f"{site.name} writes vectors of width {site.d_out}, but W_U reads such of width "
+                f"{site.name} writes vectors of width {site.d_out}, but W_U reads width "
                 f"{values.shape[1]}: there is a projection between them"
             )
         x = inputs[site.name][terms.example, terms.input_at]
@@ -93,9 +93,9 @@ def _keys(
 def _joint_keys(
     x: Float[Tensor, "term d_in"], name: str, rule: ShiftRule
 ) -> Float[Tensor, "term d_in"]:
-    """Keys of all terms, also of those that are not wanted, whose outputs are to stay.
+    """Keys of all terms, including unwanted ones, whose outputs should not change.
 
-    Without a ridge the product of each key with its own input is ``|x|^2``, and 0 with the others.
+    Without a ridge, the product of each key with its own input is ``|x|^2``, and 0 with the others.
     """
     metric = None if rule.statistics is None else partial(rule.statistics.solve, name)
     exact = x.to(device="cpu", dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The smallest step with which an edit succeeds."""
+"""Search for the smallest step at which an edit succeeds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 EXPONENTS = range(-6, 10)
-"""Powers of two that are tried first, in one batch, in units of the guess."""
+"""Powers of two to try first, in one batch, in units of the guess."""
 N_PARTS, N_ROUNDS = 9, 2
-"""An interval is divided into so many parts, so many times."""
+"""Number of parts of a divided interval, and number of divisions."""
 LEAST_EXPONENT = -48
 
 
 class Step(NamedTuple):
-    """A step, and how far it gets: it succeeds if the gap is as large as the margin."""
+    """A step and its gap; it succeeds if the gap reaches the margin."""
 
     size: float
     gap: float
@@ -24,14 +24,14 @@ def smallest_step(
 ) -> Step:
     """The smallest step with a gap of at least ``margin``, to about 1 %.
 
-    First powers of two are tried, from ``2^-6`` to ``2^9`` times the guess, and smaller ones if all
-    of them succeed; if none does, what is around the best. Then the interval below the first
-    success is divided. Where success comes and goes with growing steps faster than that, a smaller
-    one may be missed.
+    The search tries powers of two first, from ``2^-6`` to ``2^9`` times the guess, then smaller
+    ones if all succeed, or the neighbourhood of the best if none succeeds. It then divides the
+    interval below the first success. It may miss a smaller step if success is not monotonic on this
+    scale.
 
     Args:
-        gaps: The gaps of several steps at once.
-        guess: A step by which as much is added as is there.
+        gaps: Computes the gaps of several steps at once.
+        guess: A step that adds as much as the output already has.
         margin: The gap to reach.
 
     Returns:

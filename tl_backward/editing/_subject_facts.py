@@ -19,7 +19,7 @@ from tl_backward.sites import Model
 
 ESSENCE = "{} is a"
 TOKENS_AT_ONCE = 4096
-"""Tokens that go through the model in one batch."""
+"""Maximum number of tokens per batch."""
 
 Thing = TypeVar("Thing")
 
@@ -29,9 +29,9 @@ class SubjectText:
     """A text about a subject.
 
     Attributes:
-        ids: Its tokens.
-        position: The subject's last token.
-        counted: Where the published implementations look for it, see :class:`SubjectToken`.
+        ids: Tokens of the text.
+        position: Position of the subject's last token.
+        counted: Its position in the published implementations, see :class:`SubjectToken`.
     """
 
     ids: list[int]
@@ -44,10 +44,10 @@ class SubjectFact:
     """A fact to write.
 
     Attributes:
-        plain: The prompt by itself.
+        plain: The prompt without context.
         in_contexts: The prompt in each context.
-        essence: "{subject} is a", after which little should change.
-        target: The target's tokens.
+        essence: "{subject} is a", whose continuation should hardly change.
+        target: Tokens of the target.
     """
 
     plain: SubjectText
@@ -71,23 +71,24 @@ def subject_facts(
     contexts: Sequence[str],
     prepend_bos: bool | None,
 ) -> list[SubjectFact]:
-    """The facts that prompts, targets and subjects state, in each of some contexts.
+    """Build the facts of prompts, targets and subjects, in each of several contexts.
 
-    The target's tokens follow the prompt's as they are. (The published implementations append the
-    target as text and tokenise the whole anew, which can join characters across the prompt's end.)
+    The target's tokens are appended to the prompt's tokens. (The published implementations append
+    the target as text and tokenise the whole text, which can merge characters across the prompt's
+    end.)
 
     Args:
         model: A TransformerLens model with a tokenizer.
-        prompts: Texts with their subjects, or with ``{}`` in the subjects' places.
-        targets: One for all prompts, or one for each: text (mind the leading space) or token ids.
-        subjects: One for each prompt.
+        prompts: Texts that contain their subjects, or ``{}`` in their places.
+        targets: One for all prompts, or one per prompt: text (mind the leading space) or token ids.
+        subjects: One per prompt.
         contexts: Templates with ``{}`` for the prompt.
         prepend_bos: As in ``model.to_tokens``.
 
     Raises:
-        TypeError: When prompts or subjects are no texts.
-        ValueError: When their numbers differ, a target is empty, a subject is not in its prompt, or
-            a text is longer than the model's context.
+        TypeError: If prompts or subjects are not lists of text.
+        ValueError: If their numbers differ, a target is empty, a subject is not in its prompt, or
+            a text exceeds the model's context.
 
     Warns:
         UserWarning: As :func:`subject_in` and :func:`target_tokens`.
@@ -98,7 +99,7 @@ def subject_facts(
     if len(prompts) != len(subjects):
         raise ValueError(f"there are {len(prompts)} prompts, but {len(subjects)} subjects")
     if model.tokenizer is None:
-        raise ValueError("this model has no tokenizer, which finds the subject's tokens")
+        raise ValueError("this model has no tokenizer, which is needed to find the subject")
     filled = [subject_in(*one) for one in zip(prompts, subjects, strict=True)]
     plain = [_subject_text(model, SLOT, *one, prepend_bos) for one in filled]
     after = [torch.tensor(text.ids) for text in plain]
@@ -120,7 +121,7 @@ def subject_facts(
 def batch_of_subjects(
     model: Model, texts: Sequence[SubjectText]
 ) -> tuple[Batch, Int[Tensor, "text"]]:
-    """Several texts, and the subjects' last tokens in them."""
+    """A batch of texts, and the positions of the subjects' last tokens."""
     batch = batch_of_tokens(model, [torch.tensor(text.ids) for text in texts])
     return batch, torch.tensor([text.position for text in texts])
 
@@ -131,23 +132,23 @@ def read_subjects(
     texts: Sequence[SubjectText],
     edit: WeightEdit | None = None,
 ) -> list[Float[Tensor, "text _"]]:
-    """What passes some HookPoints at the subject's last token of each text.
+    """The tensors at some HookPoints at the subject's last token of each text.
 
     Args:
         model: A TransformerLens model.
         points: Names of the HookPoints.
         texts: The texts.
-        edit: An edit that takes part by its hooks.
+        edit: An edit to apply by its hooks.
     """
     read = [
         read_at(model, points, *batch_of_subjects(model, batch), edit)
         for batch in in_batches(texts, [len(text.ids) for text in texts])
     ]
-    return [torch.cat(of_point) for of_point in zip(*read, strict=True)]
+    return [torch.cat(parts) for parts in zip(*read, strict=True)]
 
 
 def in_batches(things: Sequence[Thing], sizes: Sequence[int]) -> Iterator[list[Thing]]:
-    """Successive things with so many tokens together as go through the model at once."""
+    """Group successive things into batches of at most ``TOKENS_AT_ONCE`` tokens."""
     batch: list[Thing] = []
     total = 0
     for thing, size in zip(things, sizes, strict=True):
@@ -175,6 +176,6 @@ def _require_room(model: Model, fact: SubjectFact, prompt: str) -> None:
     longest = max(len(text.ids) for text in fact.with_target())
     if model.cfg.n_ctx is not None and longest > model.cfg.n_ctx:
         raise ValueError(
-            f"prompt {prompt!r} has {longest} tokens with its target in the longest of its "
-            f"contexts, more than the model's context of {model.cfg.n_ctx}; pass shorter contexts"
+            f"prompt {prompt!r} has {longest} tokens with its longest context and its target, more "
+            f"than the model's context of {model.cfg.n_ctx}; pass shorter contexts"
         )

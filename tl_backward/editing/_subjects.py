@@ -1,4 +1,4 @@
-"""The subject of a prompt, and the token with which it ends."""
+"""The subject of a prompt, and its last token."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SLOT = "{}"
 
 
 class Span(NamedTuple):
-    """Characters of a text."""
+    """A range of characters in a text."""
 
     start: int
     end: int
 
 
 class SubjectToken(NamedTuple):
-    """Where the last token of the subject is.
+    """The position of the subject's last token.
 
     Attributes:
         position: The token that holds the subject's last character.
-        counted: The position that follows from the numbers of tokens of prefix and subject, each
-            tokenised by itself, as the published implementations of ROME and MEMIT count. It is
-            another one where the tokenizer joins characters across the subject's ends.
+        counted: The position computed from the token counts of prefix and subject, tokenised
+            separately, as in the published implementations of ROME and MEMIT. It differs from
+            ``position`` if the tokenizer merges characters across the subject's ends.
     """
 
     position: int
@@ -34,23 +34,23 @@ class SubjectToken(NamedTuple):
 
 
 def subject_in(prompt: str, subject: str) -> tuple[str, Span]:
-    """The prompt with the subject in its slot, if it has one, and where the subject is.
+    """Fill the prompt's slot, if it has one, with the subject, and locate the subject.
 
     Args:
         prompt: Text that contains the subject, or ``{}`` in its place.
-        subject: Whom or what the fact is about. Spaces around it do not count.
+        subject: The subject of the fact. Surrounding spaces are ignored.
 
     Raises:
-        TypeError: When one of them is no text.
-        ValueError: When the subject is empty or not in the prompt, or there are several slots.
+        TypeError: If prompt or subject is not text.
+        ValueError: If the subject is empty or not in the prompt, or there are several slots.
 
     Warns:
-        UserWarning: When the subject is in the prompt several times. The last one is taken.
+        UserWarning: If the prompt contains the subject several times; the last one counts.
     """
     for argument, text in (("prompt", prompt), ("subject", subject)):
         if not isinstance(text, str):
             raise TypeError(
-                f"{argument} must be text, in which the subject can be found, got {text!r}"
+                f"{argument} must be text, so that the subject can be located, got {text!r}"
             )
     subject = subject.strip()
     if not subject:
@@ -68,8 +68,8 @@ def subject_in(prompt: str, subject: str) -> tuple[str, Span]:
         raise ValueError(f"subject {subject!r} is not in the prompt {prompt!r}")
     if len(found) > 1:
         warn_user(
-            f"subject {subject!r} is in the prompt {prompt!r} {len(found)} times, and the last is "
-            f"taken; to take another, write {SLOT} in its place"
+            f"subject {subject!r} is in the prompt {prompt!r} {len(found)} times; the last one is "
+            f"used. To use another, write {SLOT} in its place"
         )
     return prompt, Span(*found[-1].span())
 
@@ -79,17 +79,17 @@ def subject_token(
 ) -> SubjectToken:
     """The token that holds the last character of a span of a text.
 
-    A tokenizer that gives no offsets of characters leaves the count, see :class:`SubjectToken`.
+    Without character offsets from the tokenizer, the count is used; see :class:`SubjectToken`.
 
     Args:
         model: A TransformerLens model.
         text: The whole text.
         span: The subject in it.
         prepend_bos: As in ``model.to_tokens``.
-        ids: The tokens of the text.
+        ids: Tokens of the text.
 
     Raises:
-        ValueError: When no token holds that character.
+        ValueError: If no token holds that character.
     """
     counted = _count(model, text, span, prepend_bos)
     offsets = _offsets(model, text, ids)
@@ -99,14 +99,14 @@ def subject_token(
     holding = [i for i, (start, end) in enumerate(offsets) if start <= last < end]
     if not holding:
         raise ValueError(
-            f"subject: the tokenizer leaves out {text[last]!r}, the last character of "
+            f"subject: the tokenizer drops {text[last]!r}, the last character of "
             f"{text[slice(*span)]!r}"
         )
     return SubjectToken(holding[-1], counted)
 
 
 def _offsets(model: Model, text: str, ids: list[int]) -> list[Span] | None:
-    """The characters of each token, none of those that the tokenizer puts before the text."""
+    """The character range of each token, empty for tokens prepended to the text."""
     tokenizer = model.tokenizer
     if not tokenizer.is_fast:
         return None
@@ -120,12 +120,12 @@ def _offsets(model: Model, text: str, ids: list[int]) -> list[Span] | None:
 
 
 def _count(model: Model, text: str, span: Span, prepend_bos: bool | None) -> int:
-    """The tokens of the prefix, and of the subject with its leading space, less one."""
+    """Number of tokens of the prefix and of the subject with its leading space, minus one."""
     prefix, subject = text[: span.start], text[span.start : span.end]
     if not prefix.strip():
         return len(prompt_tokens(model, prefix + subject, prepend_bos, "right")[0]) - 1
     if prefix.endswith(" "):
         prefix, subject = prefix[:-1], f" {subject}"
     (before,) = prompt_tokens(model, prefix, prepend_bos, "right")
-    (of_subject,) = prompt_tokens(model, subject, False, "right")
-    return len(before) + len(of_subject) - 1
+    (within,) = prompt_tokens(model, subject, False, "right")
+    return len(before) + len(within) - 1

@@ -1,4 +1,4 @@
-"""Repeated runs of the same texts from a layer upwards, through which gradients flow."""
+"""Repeated differentiable runs of the same texts from a layer upwards."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tl_backward.sites import Model
 
 
 class UpperLayers:
-    """Some texts, whose run through the layers below the first one is kept.
+    """Texts with cached outputs of the layers below the first hooked one.
 
     Attributes:
-        logits: What the model gives at the places as it is.
+        logits: Logits of the unmodified model at the places.
 
     Args:
         model: A TransformerLens model.
         batch: Texts, padded on the right.
-        places: Where logits are needed.
-        first: The lowest block in which hooks will change something.
+        places: Texts and positions whose logits are needed.
+        first: The lowest block that hooks will change.
     """
 
     @torch.no_grad()
@@ -43,7 +43,7 @@ class UpperLayers:
     def run(
         self, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]]
     ) -> Float[Tensor, "place d_vocab"]:
-        """The logits at the places with some hooks, through which gradients flow."""
+        """The differentiable logits at the places with some hooks."""
         with ExitStack() as stack:
             below = zip(self._model.blocks, self._below, strict=False)
             for block, output in below:
@@ -51,8 +51,8 @@ class UpperLayers:
             return logits_at(self._model, self._batch, self._places, fwd_hooks)[0]
 
     def _is_reproduced(self, first: int) -> bool:
-        """Whether the outputs of the blocks below are all that the upper ones need."""
-        if len(self._below) != first:  # some run several times
+        """Whether the cached outputs of the lower blocks reproduce the whole run."""
+        if len(self._below) != first:  # some blocks run several times
             return False
         tolerance = max(torch.finfo(self.logits.dtype).eps ** 0.5, LEAST_TOLERANCE)
         return bool((self.run([]) - self.logits).norm() <= tolerance * self.logits.norm())

@@ -1,11 +1,12 @@
-"""What a layer should write at the subject's last token for the target to follow the prompt.
+"""Search for the value a layer should write at the subject's last token to predict the target.
 
-As in ROME and MEMIT: Adam on a vector ``d``, added at that token in every context, with the loss
+As in ROME and MEMIT, Adam optimises a vector ``d``, added at that token in every context, with the
+loss
 
     mean NLL of the target + kl * KL(edited || original) + decay * |d| / |v0|^2
 
-where the mean is over contexts and the target's tokens, ``v0`` is what the layer writes in the
-first context, and KL is taken at the subject's last token of "{subject} is a".
+where the mean is over contexts and the target's tokens, ``v0`` is the layer's output in the first
+context, and KL is taken at the subject's last token of "{subject} is a".
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ from tl_backward.editing._upper_layers import UpperLayers
 from tl_backward.sites import Model, all_parameters
 
 ENOUGH = 0.05
-"""A fact's search ends when its loss is below, in nats."""
+"""A fact's search ends when its loss falls below this, in nats."""
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How values are searched.
+    """Settings of the value search.
 
     Attributes:
-        steps: Forward passes at most; Adam makes one update less.
-        lr: The learning rate of Adam.
-        decay: The weight of ``|d| / |v0|^2``.
-        kl: The weight of the KL divergence.
-        clamp: The largest ``|d|``, in units of ``|v0|``.
+        steps: Maximum number of forward passes; Adam makes one update fewer.
+        lr: Adam's learning rate.
+        decay: Weight of ``|d| / |v0|^2``.
+        kl: Weight of the KL divergence.
+        clamp: Maximum ``|d|``, in units of ``|v0|``.
 
     Raises:
-        ValueError: When one of them is out of range.
+        ValueError: If one of them is out of range.
     """
 
     steps: int
@@ -70,13 +71,13 @@ class SearchSettings:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """What was found for some facts.
+    """The values found for some facts.
 
     Attributes:
-        initial: ``v0``, what is written in the first context.
+        initial: ``v0``, the layer's output in the first context.
         change: ``d``.
-        losses: For each fact the loss of every step, in nats.
-        notes: What the search ran into, in words.
+        losses: Loss of every step for each fact, in nats.
+        notes: Problems during the search, as text.
     """
 
     initial: Float[Tensor, "fact d_model"]
@@ -88,23 +89,23 @@ class Values:
 def search_values(
     model: Model, facts: Sequence[SubjectFact], point: str, layer: int, settings: SearchSettings
 ) -> Values:
-    """Search the values of several facts, many of them in one batch.
+    """Search the values of several facts in large batches.
 
-    The layers below are run once. Each fact has its own vector and ends at its own time. A fact
-    whose loss is not finite keeps the vector with the smallest loss so far.
+    The layers below run once. Each fact has its own vector and stops on its own. A fact whose loss
+    becomes non-finite keeps the vector with the smallest loss so far.
 
     Args:
         model: A TransformerLens model in eval mode.
         facts: The facts.
-        point: The HookPoint at which the vector is added, in the block ``layer``.
-        layer: The lowest block that has to run anew.
+        point: The HookPoint that adds the vector, in block ``layer``.
+        layer: The lowest block that must run again.
         settings: See :class:`SearchSettings`.
 
     Raises:
-        ValueError: When the loss of a fact is not finite without any change.
+        ValueError: If the loss of a fact is not finite before any change.
 
     Warns:
-        UserWarning: When the loss of a fact is not finite at a later step.
+        UserWarning: If the loss of a fact is not finite at a later step.
     """
     sizes = [_size(fact) for fact in facts]
     batches = in_batches(range(len(facts)), sizes)
@@ -123,9 +124,9 @@ def search_values(
 
 
 class _Batch:
-    """The texts of some facts, and where in them losses are taken.
+    """The texts of some facts, and the places of their losses.
 
-    Every fact has its contexts, followed by its target, and then the text of its subject's essence.
+    Every fact has one text per context, followed by the target, and then its essence text.
     """
 
     def __init__(self, model: Model, facts: Sequence[SubjectFact]) -> None:
@@ -159,7 +160,7 @@ class _Batch:
         original: Float[Tensor, "place d_vocab"],
         kl: float,
     ) -> Float[Tensor, "fact"]:
-        """Of each fact, the target's negative log-likelihood and ``kl`` times the divergence."""
+        """The target's negative log-likelihood plus ``kl`` times the divergence, per fact."""
         of_targets, of_essence = _log_probs(logits).split([len(self._targets), self.n_facts])
         nll = -of_targets.gather(1, self._targets.to(logits.device)[:, None]).squeeze(1)
         each = nll.new_zeros(self.n_facts).index_add(
@@ -180,7 +181,7 @@ def _found(
     layer: int,
     settings: SearchSettings,
 ) -> Values:
-    """The values of the facts of one batch, which messages call by their numbers."""
+    """The values of one batch of facts; messages refer to facts by ``numbers``."""
     batch = _Batch(model, facts)
     upper = UpperLayers(model, batch.texts, batch.places, layer)
     (seen,) = read_subjects(model, [point], [fact.in_contexts[0] for fact in facts])
@@ -202,12 +203,12 @@ def _found(
         for f in (searching & ~is_number).nonzero().flatten().tolist():
             if step == 0:
                 raise ValueError(
-                    f"prompt {numbers[f]}: the loss is {losses[f].item()} before anything is "
-                    "edited; the model does not give finite logits for this text"
+                    f"prompt {numbers[f]}: the loss is {losses[f].item()} before any edit; the "
+                    "model's logits for this text are not finite"
                 )
             notes.append(
-                f"prompt {numbers[f]}: the loss is {losses[f].item()} at step {step}; the value "
-                f"of the least loss so far, {least[f].item():.4g}, is kept"
+                f"prompt {numbers[f]}: the loss is {losses[f].item()} at step {step}; keeping the "
+                f"value with the smallest loss so far, {least[f].item():.4g}"
             )
         with torch.no_grad():
             better = searching & (losses < least)
@@ -228,7 +229,7 @@ def _found(
 
 
 def _adding(point: str, d: Float[Tensor, "fact d_model"], batch: _Batch) -> Callable[..., Any]:
-    """A hook, for one run, that adds each fact's vector at the subject's last token."""
+    """A hook for a single run that adds each fact's vector at the subject's last token."""
     n_calls = 0
 
     def add(y: Tensor, hook: Any) -> Tensor:
@@ -236,8 +237,8 @@ def _adding(point: str, d: Float[Tensor, "fact d_model"], batch: _Batch) -> Call
         n_calls += 1
         if n_calls > 1:
             raise NotImplementedError(
-                f"{point} is passed several times in one forward pass: no value can be searched "
-                "for a layer that the model uses more than once"
+                f"{point} is called several times in one forward pass; the value search does not "
+                "support layers that run more than once"
             )
         at = torch.arange(len(y)), batch.positions.to(y.device)
         added = y.clone()

@@ -1,4 +1,4 @@
-"""Weights that are changed in place, all or none of them, and put back bit for bit."""
+"""In-place weight changes: all or none of several, restored bit for bit."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tl_backward._fingerprint import fingerprint
 from tl_backward.sites import WeightSite
 
 _changes_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By weight, the tokens of the changes that it bears, oldest first."""
+"""Tokens of the changes in place on each weight, oldest first."""
 
 
 class WeightChange:
-    """What :meth:`make` adds to a weight, and :meth:`undo` takes away again.
+    """A change that :meth:`make` adds to a weight and :meth:`undo` removes.
 
-    It keeps the original values of the slices along the first axis that it changes, and a
-    fingerprint of the whole weight as it left it.
+    It keeps the original values of the changed slices along the first axis, and a fingerprint of
+    the whole changed weight.
 
     Args:
-        site: Where the weight is used.
-        update: What to add to it, of the same shape.
+        site: The site of the weight.
+        update: The change to add, in the shape of the weight.
 
     Raises:
-        NotImplementedError: When nothing can be added to the weight in place.
-        ValueError: When the update, or the weight with it, is not finite.
+        NotImplementedError: If the weight cannot be changed in place.
+        ValueError: If the update, or the updated weight, is not finite.
     """
 
     def __init__(self, site: WeightSite, update: Float[Tensor, "..."]) -> None:
@@ -58,17 +58,17 @@ class WeightChange:
 
     @torch.no_grad()
     def undo(self, parameter: Tensor) -> None:
-        """Put the original values back. Doing it twice, or before :meth:`make`, does no harm."""
+        """Restore the original values. Harmless if called twice or before :meth:`make`."""
         _write(parameter, self._slices, self._original.to(parameter.device))
         tokens = _changes_of.get(parameter, [])
         if self._token in tokens:
             tokens.remove(self._token)
 
     def require_undoable(self, parameter: Tensor) -> None:
-        """Make sure that the weight is as this change left it.
+        """Raise unless the weight is as this change left it.
 
         Raises:
-            RuntimeError: When it is not.
+            RuntimeError: If it is not.
         """
         tokens = _changes_of.get(parameter, [])
         if self._token in tokens[:-1]:
@@ -78,21 +78,21 @@ class WeightChange:
             )
         if self._token not in tokens or fingerprint(parameter) != self._fingerprint:
             raise RuntimeError(
-                f"{self.name} is not as this edit left it: something else has changed or replaced "
-                "it since; undo that first, or load the model again. Nothing was reverted"
+                f"{self.name} is not as this edit left it: something else changed or replaced it; "
+                "undo that first, or load the model again. Nothing was reverted"
             )
 
 
 class WeightChanges:
-    """The changes of several weights, which are made together and undone together.
+    """Changes of several weights, made together and undone together.
 
     Args:
-        updates: What to add to each weight, in its own layout. No weight is changed yet.
+        updates: The change of each weight, in its own layout. No weight is changed yet.
 
     Attributes:
-        are_made: Whether the weights bear all of them. An interrupt can leave some behind; undoing
-            them once more is always safe then.
-        are_disputed: Whether the weights were found to be other than these changes left them.
+        are_made: Whether all changes are in place. An interrupt can leave only some of them;
+            undoing again is always safe.
+        are_disputed: Whether a weight was found to differ from what these changes left.
 
     Raises:
         NotImplementedError, ValueError: As :class:`WeightChange`.
@@ -105,22 +105,22 @@ class WeightChanges:
         ]
 
     def make(self) -> None:
-        """Change all of the weights."""
+        """Make all changes."""
         for _, parameter, change in self._changes:
             change.make(parameter)
         self.are_made = True
 
     def undo(self) -> None:
-        """Put all of them back, those too that are back already."""
+        """Undo all changes, including those that are already undone."""
         self.are_made = False
         for _, parameter, change in reversed(self._changes):
             change.undo(parameter)
 
     def require_undoable(self) -> None:
-        """Make sure that every weight is as these changes left it, or that an interrupt left it.
+        """Raise unless every weight is as these changes, or an interrupt, left it.
 
         Raises:
-            RuntimeError: When one is not; the changes are then disputed.
+            RuntimeError: If one is not; the changes are then disputed.
         """
         if not self.are_made:
             return
@@ -129,8 +129,8 @@ class WeightChanges:
                 change.require_undoable(parameter)
                 if site.parameter is not parameter:
                     raise RuntimeError(
-                        f"the model has another tensor for {site.name} than when this edit was "
-                        "applied; load it again. Nothing was reverted"
+                        f"the model's tensor for {site.name} was replaced after this edit was "
+                        "applied; load the model again. Nothing was reverted"
                     )
         except RuntimeError:
             self.are_disputed = True
@@ -139,13 +139,13 @@ class WeightChanges:
 
 
 def _write(parameter: Tensor, slices: Int[Tensor, "_"], values: Float[Tensor, "..."]) -> None:
-    """Write values. Autocast would go on with the weights that it has cast before."""
+    """Write values, and clear the stale weights in autocast's cache."""
     parameter[slices] = values
     torch.clear_autocast_cache()
 
 
 def standing_changes(parameters: Iterable[Tensor]) -> frozenset[object]:
-    """What tells the changes that some weights bear now from all others."""
+    """The tokens of all changes that are in place on some weights."""
     return frozenset(token for p in parameters for token in _changes_of.get(p, []))
 
 
@@ -153,20 +153,20 @@ def _require_changeable(site: WeightSite, parameter: Tensor) -> None:
     how = site.recomputed
     if how is not None:
         raise NotImplementedError(
-            f"{site.name} is recomputed in every forward pass by {how.by}, so what is added to it "
-            f"would not last; {how.remedy}, or use fwd_hooks(), which touch no weight"
+            f"{site.name} is recomputed in every forward pass by {how.by}, so a change would not "
+            f"last; {how.remedy}, or use fwd_hooks(), which change no weight"
         )
     if site.feeds:
         raise NotImplementedError(
             f"{', '.join(site.feeds)} is recomputed from the parameter of {site.name} in every "
-            "forward pass, so what is added to it would change both; use fwd_hooks(), which change "
-            f"{site.name} alone, or give it a parameter of its own"
+            "forward pass, so a change would affect both; use fwd_hooks(), which affect "
+            f"{site.name} only, or give it its own parameter"
         )
     if type(parameter.data) is not Tensor or not parameter.is_floating_point():
         raise NotImplementedError(
             f"{site.name} is stored quantised ({type(parameter.data).__name__}, "
-            f"{parameter.dtype}), so nothing can be added to it in place; use fwd_hooks(), which "
-            "touch no weight"
+            f"{parameter.dtype}), so it cannot be changed in place; use fwd_hooks(), which change "
+            "no weight"
         )
     if parameter.device.type == "meta":
         raise NotImplementedError(

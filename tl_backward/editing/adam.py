@@ -1,4 +1,4 @@
-"""Fine-tuning as the papers of editors compare with it: Adam on one W_out, bounded or not."""
+"""The fine-tuning baseline of the editing papers: Adam on one W_out, bounded or not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, all_parameters
 
 ENOUGH = 0.01
-"""It ends when the mean loss is below, in nats."""
+"""Fine-tuning ends when the mean loss falls below this, in nats."""
 
 
 def adam_fine_tune(
@@ -37,32 +37,32 @@ def adam_fine_tune(
     bound: float | None = None,
     prepend_bos: bool | None = None,
 ) -> WeightEdit:
-    """Adam on the W_out of one layer until the target is nearly certain: a baseline for editors.
+    """Adam on one layer's W_out until the target is nearly certain: a baseline for editors.
 
-    The loss is the target's negative log-likelihood, mean over its tokens (teacher-forced), of
-    several prompts the sum; it ends when its mean over the prompts is below 0.01. The weight itself
-    is not touched, and the layers below run once. With a ``bound`` no element of W_out changes by
-    more, which keeps the edit small (FT+L in the papers). Adam's update has no low rank: its
-    factors are as large as W_out.
+    The loss is the target's negative log-likelihood, averaged over its tokens (teacher-forced) and
+    summed over prompts; fine-tuning ends when its mean over prompts is below 0.01. The weight
+    itself is not changed, and the layers below run once. ``bound`` limits the change of every
+    element of W_out, which keeps the edit small (FT+L in the papers). Adam's update is not
+    low-rank: its factors are as large as W_out.
 
     Args:
         model: A TransformerLens model in eval mode.
-        prompt: Text or token ids, of one prompt or of several.
-        target: What to fine-tune towards, one for all prompts or one for each in a list.
+        prompt: Text or token ids of one prompt or several.
+        target: The target to fine-tune towards, one for all prompts or a list with one per prompt.
         layer: The layer of W_out; negative ones count from the last.
-        lr: The learning rate of Adam.
-        steps: Steps at most.
-        bound: The largest change of any element. Default: none.
+        lr: Adam's learning rate.
+        steps: Maximum number of steps.
+        bound: Maximum change of any element. Default: unbounded.
         prepend_bos: As in ``model.to_tokens``. Default: the model's setting.
 
     Returns:
         The edit, not applied, with a :class:`FineTuneReport` in ``edit.report``.
 
     Raises:
-        TypeError: When model, prompt or target is malformed.
+        TypeError: If model, prompt or target is malformed.
         ValueError: For a layer that does not exist, settings out of range, a model in training
-            mode, and a loss that is not finite.
-        NotImplementedError: When the layer has no W_out, or several (mixtures of experts).
+            mode, or a loss that is not finite.
+        NotImplementedError: If the layer has no W_out, or several (mixtures of experts).
         RuntimeError: Under ``torch.inference_mode``.
 
     Example:
@@ -83,16 +83,16 @@ def adam_fine_tune(
     with frozen(all_parameters(model)):
         while True:
             logits = upper.run(low_rank_hooks(site, change.mT[None], identity[None]))
-            of_prompts = _losses(terms, logits)
-            losses.append(of_prompts.detach())
-            if not of_prompts.isfinite().all():
+            prompt_losses = _losses(terms, logits)
+            losses.append(prompt_losses.detach())
+            if not prompt_losses.isfinite().all():
                 raise ValueError(
-                    f"the loss is {of_prompts.sum().item()} after {len(losses) - 1} steps; take a "
-                    "smaller lr"
+                    f"the loss is {prompt_losses.sum().item()} after {len(losses) - 1} steps; use "
+                    "a smaller lr"
                 )
-            if of_prompts.mean() < ENOUGH or len(losses) > steps:
+            if prompt_losses.mean() < ENOUGH or len(losses) > steps:
                 break
-            (change.grad,) = torch.autograd.grad(of_prompts.sum(), change)
+            (change.grad,) = torch.autograd.grad(prompt_losses.sum(), change)
             adam.step()
             if bound is not None:
                 change.data.clamp_(-bound, bound)
@@ -100,14 +100,14 @@ def adam_fine_tune(
     report = FineTuneReport(
         len(losses) - 1,
         tuple(predicted.tolist()),
-        tuple(tuple(of_prompt) for of_prompt in torch.stack(losses, dim=1).tolist()),
+        tuple(map(tuple, torch.stack(losses, dim=1).tolist())),
     )
     factors = GradientFactors(change.detach().mT, identity)
     return WeightEdit(model, {site.name: factors} if len(losses) > 1 else {}, report)
 
 
 def _losses(terms: TargetTerms, logits: Float[Tensor, "term d_vocab"]) -> Float[Tensor, "batch"]:
-    """Of each prompt, the mean negative log-likelihood of its target's tokens."""
+    """The mean negative log-likelihood of the target's tokens, per prompt."""
     log_probs = upcast(logits).log_softmax(-1)
     nll = -log_probs.gather(1, terms.ids.to(logits.device)[:, None]).squeeze(1)
     of_prompt = terms.example.to(logits.device)

@@ -1,4 +1,4 @@
-"""AlphaEdit: MEMIT, with updates that leave the usual inputs' outputs alone (Fang et al. 2025)."""
+"""AlphaEdit: MEMIT with updates that preserve the outputs of usual inputs (Fang et al. 2025)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, WeightSite
 
 FRACTION = 0.7
-"""The share of eigenvectors that AlphaEdit keeps, about, by its authors' account."""
+"""Approximate share of eigenvectors that AlphaEdit keeps, according to its authors."""
 
 
 def alpha_edit(
@@ -41,42 +41,42 @@ def alpha_edit(
     clamp: int | float = 0.75,
     prepend_bos: bool | None = None,
 ) -> WeightEdit:
-    """Make targets follow prompts, by AlphaEdit's updates of W_out in several layers.
+    """Make targets follow prompts with AlphaEdit's updates of W_out in several layers.
 
-    As :func:`memit`, with the update ``(P K_all K_all^T + l2 I)^-1 P K R``: ``P`` projects on
-    directions that usual inputs hardly have, and ``K_all`` are the keys of these and of earlier
-    facts, whose outputs are kept. The defaults are those of the published code for Llama 3 8B
-    (layers 4 to 8 there).
+    Works as :func:`memit`, with the update ``(P K_all K_all^T + l2 I)^-1 P K R``. ``P`` projects
+    onto directions that are rare in usual inputs; ``K_all`` holds the keys of these facts and of
+    earlier ones, whose outputs are preserved. The defaults are those of the published code for
+    Llama 3 8B (layers 4 to 8 there).
 
     Args:
-        model: A TransformerLens model in eval mode, with the earlier edits in place. It is left as
-            it is: see :class:`WeightEdit`.
+        model: A TransformerLens model in eval mode, with the earlier edits in place. It is left
+            unchanged: see :class:`WeightEdit`.
         prompts: As for :func:`memit`.
-        targets: As there.
-        subjects: As there.
-        layers: As there.
-        statistics: ``C``, from :func:`key_statistics`, to get ``P`` from; None if ``null_space`` is
+        targets: The same.
+        subjects: The same.
+        layers: The same.
+        statistics: ``C``, from :func:`key_statistics`, to compute ``P``; None if ``null_space`` is
             given.
-        l2: What is added to the diagonal; a larger one makes smaller changes.
-        null_space: By site name the projectors ``P``. Default: on the 70 % of directions that the
-            inputs have least, ``statistics.null_space(name, fraction=0.7)``. The published code
-            takes ``statistics.null_space(name, threshold=0.02)``, a bound for Llama 3's inputs.
-        earlier: The edits that this function made before on this model, in the same layers.
+        l2: Added to the diagonal; a larger one makes smaller changes.
+        null_space: Projectors ``P`` by site name. Default: onto the rarest 70 % of directions,
+            ``statistics.null_space(name, fraction=0.7)``. The published code uses
+            ``statistics.null_space(name, threshold=0.02)``, a bound for Llama 3's inputs.
+        earlier: Earlier edits by this function on this model, in the same layers.
         contexts: As for :func:`memit`.
         steps: As for :func:`rome`.
-        lr: As there.
-        decay: As there.
-        kl: As there.
-        clamp: As there.
-        prepend_bos: As there.
+        lr: The same.
+        decay: The same.
+        kl: The same.
+        clamp: The same.
+        prepend_bos: The same.
 
     Returns:
         The edit, not applied, with an :class:`EditorReport` in ``edit.report``.
 
     Raises:
-        TypeError, ValueError, NotImplementedError, RuntimeError: As for :func:`memit`, for a
-            projector that is missing or does not fit, and for earlier edits without the keys of
-            these layers (sums, multiples and loaded edits have none).
+        TypeError, ValueError, NotImplementedError, RuntimeError: As for :func:`memit`; for a
+            missing or unsuitable projector; and for earlier edits without the keys of these layers
+            (sums, multiples and loaded edits have none).
 
     Warns:
         UserWarning: As for :func:`rome`.
@@ -118,13 +118,13 @@ def _projectors(
     for site in sites:
         if site.name not in null_space:
             raise ValueError(
-                f"null_space: there is none of {site.name}, only of {', '.join(null_space)}"
+                f"null_space has no projector for {site.name}, only for {', '.join(null_space)}"
             )
         P = null_space[site.name].to(device="cpu", dtype=torch.float64)
         if P.shape != (site.d_in, site.d_in) or not torch.allclose(P, P.mT):
             raise ValueError(
-                f"null_space: that of {site.name} must be a symmetric [{site.d_in}, {site.d_in}] "
-                f"matrix, got {list(P.shape)}"
+                f"null_space: the projector for {site.name} must be a symmetric "
+                f"[{site.d_in}, {site.d_in}] matrix, got {list(P.shape)}"
             )
         projectors[site.name] = P
     return projectors
@@ -133,13 +133,13 @@ def _projectors(
 def _earlier_keys(
     site: WeightSite, earlier: Sequence[WeightEdit]
 ) -> list[Float[Tensor, "fact d_in"]]:
-    """The keys of the facts of earlier edits at a site."""
+    """The keys of earlier edits' facts at a site."""
     found = []
     for i, edit in enumerate(earlier):
         if not isinstance(edit.report, EditorReport) or site.name not in edit.report.keys:
             raise ValueError(
-                f"earlier: edit {i} has no keys of {site.name} in its report; pass the very edits "
-                "that alpha_edit returned for these layers"
+                f"earlier: edit {i} has no keys of {site.name} in its report; pass the original "
+                "edits that alpha_edit returned for these layers"
             )
         found.append(edit.report.keys[site.name].to(device="cpu", dtype=torch.float64))
     return found

@@ -1,4 +1,4 @@
-"""Texts that stand before a prompt while its value is searched, so that it holds in any context."""
+"""Contexts to prepend to a prompt during the value search, so that the edit generalises."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
 def rome_contexts(model: Model) -> list[str]:
-    """The plain prompt, and ten texts each of 5 and of 10 tokens that the model writes before it.
+    """The plain prompt, and the prompt after ten generated texts each of 5 and of 10 tokens.
 
-    The same model gives the same texts each time.
+    The same model always generates the same texts.
 
     Args:
         model: A TransformerLens model with a tokenizer. Each text begins with its BOS token.
 
     Raises:
-        ValueError: When the tokenizer has neither a BOS nor an EOS token.
+        ValueError: If the tokenizer has neither a BOS nor an EOS token.
     """
     tokenizer = model.tokenizer
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise ValueError(
-            "contexts: this tokenizer has no BOS token to begin a text with; pass contexts, such "
-            'as ["{}", "The cat. {}"]'
+            "contexts: this tokenizer has no BOS token to start generation from; pass contexts, "
+            'such as ["{}", "The cat. {}"]'
         )
     generator = torch.Generator().manual_seed(SEED)
     begins = torch.full((10, 1), begin)
@@ -45,9 +45,9 @@ def rome_contexts(model: Model) -> list[str]:
 
 
 def memit_contexts(model: Model, prepend_bos: bool | None = None) -> list[list[str]]:
-    """Two kinds: the plain prompt, and five texts of ten tokens that the model writes before it.
+    """Two kinds: the plain prompt, and the prompt after five generated texts of ten tokens.
 
-    The same model gives the same texts each time.
+    The same model always generates the same texts.
 
     Args:
         model: A TransformerLens model with a tokenizer.
@@ -60,19 +60,19 @@ def memit_contexts(model: Model, prepend_bos: bool | None = None) -> list[list[s
 
 
 def checked_templates(contexts: Sequence[str]) -> list[str]:
-    """The templates of one kind.
+    """Validate the templates of one kind.
 
     Raises:
-        TypeError: When they are no list of texts.
-        ValueError: When there is none, or one has not just one slot for the prompt.
+        TypeError: If they are not a list of text.
+        ValueError: If there is none, or one does not have exactly one slot for the prompt.
     """
     if isinstance(contexts, str) or not all(isinstance(one, str) for one in contexts):
         raise TypeError(f'contexts must be a list of texts such as "The cat. {{}}", got {contexts}')
     if not contexts:
-        raise ValueError(f'contexts are empty; ["{SLOT}"] is the plain prompt alone')
+        raise ValueError(f'contexts is empty; pass ["{SLOT}"] for the plain prompt alone')
     for template in contexts:
         if template.count(SLOT) != 1:
-            raise ValueError(f"contexts: {template!r} must have one {SLOT}, for the prompt")
+            raise ValueError(f"contexts: {template!r} must have exactly one {SLOT} for the prompt")
     return list(contexts)
 
 
@@ -80,7 +80,7 @@ def checked_templates(contexts: Sequence[str]) -> list[str]:
 def _written(
     model: Model, tokens: Int[Tensor, "text pos"], n_tokens: int, generator: torch.Generator
 ) -> Int[Tensor, "text longer"]:
-    """The texts with so many more tokens, each drawn from the five most probable ones."""
+    """Continue the texts by ``n_tokens``, each sampled from the five most probable tokens."""
     special = torch.tensor(model.tokenizer.all_special_ids, dtype=torch.long)
     for _ in range(n_tokens):
         logits = model(tokens.to(model.cfg.device), return_type="logits")[:, -1].double().cpu()
@@ -92,7 +92,7 @@ def _written(
 
 
 def _templates(model: Model, texts: Sequence[Int[Tensor, "_"]] | Tensor) -> list[str]:
-    """The texts, each as a sentence before the slot."""
+    """Templates with each text as a sentence before the slot."""
     decoded = model.tokenizer.batch_decode(
         [text.tolist() for text in texts], skip_special_tokens=True
     )

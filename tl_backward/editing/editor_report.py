@@ -1,4 +1,4 @@
-"""What the editors that search a value have to say about an edit."""
+"""The report of the editors that search a value."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from tl_backward.sites import WeightSite
 
 @dataclass(frozen=True, eq=False)
 class EditorReport:
-    """What :func:`rome`, :func:`memit` or :func:`alpha_edit` did.
+    """Report of :func:`rome`, :func:`memit` or :func:`alpha_edit`.
 
     Attributes:
-        layers: The layers that are edited.
-        losses: For each fact, the loss of every step of the value search, in nats.
-        value_norms: For each fact ``|v0|``, of what the layer writes at the subject's last token.
-        change_norms: For each fact ``|d|``, of what the search adds to it.
-        keys: By site name the key of each fact, mean over its contexts.
-        positions: For each fact, the subject's last token in the prompt and in every context.
-        counted_positions: The same by the count of tokens that the published implementations use;
-            see :class:`SubjectToken`.
-        notes: What the search ran into, in words.
+        layers: Edited layers.
+        losses: Loss of every step of the value search, in nats, for each fact.
+        value_norms: ``|v0|`` of the layer's output at the subject's last token, for each fact.
+        change_norms: ``|d|`` of the change that the search adds, for each fact.
+        keys: Key of each fact, averaged over its contexts, by site name.
+        positions: Position of the subject's last token in the prompt and in every context, for each
+            fact.
+        counted_positions: The same by the token count of the published implementations; see
+            :class:`SubjectToken`.
+        notes: Problems during the search, as text.
     """
 
     layers: tuple[int, ...]
@@ -53,7 +54,7 @@ def report_of(
         value_norms=tuple(values.initial.norm(dim=-1).tolist()),
         change_norms=tuple(values.change.norm(dim=-1).tolist()),
         keys=keys,
-        positions=tuple(tuple(text.position for text in of_fact) for of_fact in texts),
-        counted_positions=tuple(tuple(text.counted for text in of_fact) for of_fact in texts),
+        positions=tuple(tuple(text.position for text in each) for each in texts),
+        counted_positions=tuple(tuple(text.counted for text in each) for each in texts),
         notes=values.notes,
     )

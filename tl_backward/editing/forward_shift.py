@@ -22,20 +22,21 @@ from tl_backward.sites import Model, WeightSite, require_eval_mode, weight_sites
 
 @dataclass(frozen=True)
 class ShiftReport:
-    """What :func:`forward_pass_shift` did.
+    """Report of :func:`forward_pass_shift`.
 
     Attributes:
-        layers: The layers that are edited.
-        lr: The step, given or found; where the terms have steps of their own, the largest.
-        skipped: For each prompt, whether nothing was done because its target was predicted.
-        n_passes: Forward passes from the bottom of the model, to its top or to the edited layer.
-        n_upper_passes: Forward passes of the layers from the edit upwards, with several steps in
-            one batch each.
-        lrs: The steps of the terms, where the search gave them steps of their own.
-        gap: With ``"auto"``, how far the logit of the worst target is above all others with the
-            edit, in nats (of a skipped one, with the margin added, which it need not have).
-        changes: With ``layer="auto"``, for each layer in which an edit succeeds, its step and how
-            much it changes elsewhere, the mean ``KL(before || after)`` in nats.
+        layers: Edited layers.
+        lr: The given or found step; the largest one if terms have their own steps.
+        skipped: Whether each prompt was skipped because its target was already predicted.
+        n_passes: Number of forward passes from the bottom of the model, to its top or to the edited
+            layer.
+        n_upper_passes: Number of forward passes of the layers from the edit upwards, each with
+            several steps in one batch.
+        lrs: The steps of the terms, if the search gave them their own steps.
+        gap: With ``"auto"``, the distance of the worst target's logit above all others with the
+            edit, in nats (for a skipped target, plus the margin that it does not need).
+        changes: With ``layer="auto"``, for each layer in which an edit succeeds, its step and its
+            change of other predictions, the mean ``KL(before || after)`` in nats.
     """
 
     layers: tuple[int, ...]
@@ -52,7 +53,7 @@ class StepNotFoundError(ValueError):
     """An ``"auto"`` search found no edit that makes the targets the most probable tokens.
 
     Attributes:
-        best: The edit that comes nearest.
+        best: The edit that comes closest.
     """
 
     def __init__(self, message: str, best: WeightEdit) -> None:
@@ -80,74 +81,73 @@ def forward_pass_shift(
     texts: Prompt | None = None,
     prepend_bos: bool | None = None,
 ) -> WeightEdit:
-    """Shift what W_out writes for a prompt towards the embedding of a target (section 6).
+    """Shift W_out's output for a prompt towards the embedding of a target (section 6).
 
-    The update is ``lr * outer(x, D^T[t])``: ``x`` is the input of W_out at a position of the
-    prompt, ``D^T[t]`` the target's column of ``W_U`` as it stands in the model. The projection of
-    W_out's output for that input on ``D^T[t]`` rises by ``lr |x|^2 |D^T[t]|^2``. Behind W_out's own
-    output nothing is taken into account: a post-norm (Gemma 2 and 3, OLMo 2, GLM-4 ...) acts on the
-    shifted output, so steps there have another scale.
+    The update is ``lr * outer(x, D^T[t])``, where ``x`` is the input of W_out at a position of the
+    prompt and ``D^T[t]`` the target's column of ``W_U`` as it is in the model. The projection of
+    W_out's output for that input onto ``D^T[t]`` rises by ``lr |x|^2 |D^T[t]|^2``. The shift
+    ignores everything after W_out's own output: a post-norm (Gemma 2 and 3, OLMo 2, GLM-4 ...) acts
+    on the shifted output, so steps have another scale there.
 
     Several prompts, or several layers, give one term each, all from the same forward pass.
 
-    With ``skip_if_predicted`` one whole forward pass is made, else one that stops as soon as
-    ``x`` is known, after ``l + 1`` of ``L`` layers.
+    With ``skip_if_predicted``, the forward pass runs through the whole model; otherwise it stops as
+    soon as ``x`` is known, after ``l + 1`` of ``L`` layers.
 
     Args:
-        model: A TransformerLens model in eval mode. It is left as it is: see :class:`WeightEdit`.
-        prompt: Text or token ids, of one prompt or of several.
-        target: What to shift towards: text (mind the leading space) or token ids, one for all
-            prompts or one for each in a list.
+        model: A TransformerLens model in eval mode. It is left unchanged: see :class:`WeightEdit`.
+        prompt: Text or token ids of one prompt or several.
+        target: The target to shift towards: text (mind the leading space) or token ids, one for all
+            prompts or a list with one per prompt.
         layer: The layer of W_out, or several; negative ones count from the last. ``"auto"`` tries
-            all of them and takes, of those in which the edit makes the targets the most probable
-            tokens, the one that changes least elsewhere: where the mean ``KL(before || after)`` of
-            the next-token distributions at all positions of ``texts`` or, without them, at the
-            prompts' positions that do not predict a target, is smallest.
-        lr: The step, positive to shift towards the target. ``"auto"`` is the smallest, to about
-            1 %, that makes every target the most probable token with all terms in place, with the
-            logit ``margin`` above the next; skipped ones have to stay on top. It is one step for
-            all terms, but of several tokens of a single prompt's target each gets its own if that
-            makes the update smaller (``edit.report.lrs``). It is searched by runs of the layers
-            from the edit upwards, several steps in one batch; where such a run does not agree with
-            a whole one, by whole ones.
-        position: Where ``x`` is taken: an index into the prompt, or one for each prompt.
-        tokens: Of a target of several tokens, take the ``"first"``, as the paper does, or
+            all layers. Among those whose edit makes the targets the most probable tokens, it
+            chooses the one with the smallest change of other predictions: the mean
+            ``KL(before || after)`` of the next-token distributions at all positions of ``texts``
+            or, without them, at the prompts' positions that predict no target.
+        lr: The step, positive to shift towards the target. ``"auto"`` finds the smallest step, to
+            about 1 %, that makes every target the most probable token with all terms in place, with
+            its logit ``margin`` above the next; skipped targets must stay on top. All terms share
+            the step, except that the tokens of a single prompt's target get their own steps if that
+            makes the update smaller (``edit.report.lrs``). The search runs the layers from the edit
+            upwards, several steps in one batch, or the whole model if such a run does not agree
+            with a whole one.
+        position: Position of ``x``: an index into the prompt, or one per prompt.
+        tokens: For a target of several tokens, use the ``"first"``, as the paper does, or
             ``"all"``: one term each, at the position that predicts it when the target is appended
             (teacher forcing).
-        iterations: How many updates to make at most, each from a pass with those before in place.
-            With ``skip_if_predicted``, prompts whose target is predicted get no more.
-        skip_if_predicted: Whether to do nothing for a prompt whose target (all of its tokens, with
-            ``tokens="all"``) is predicted; ``edit.report.skipped`` says which.
+        iterations: Maximum number of updates, each from a pass with the earlier ones in place. With
+            ``skip_if_predicted``, prompts whose target is predicted get no further updates.
+        skip_if_predicted: Whether to skip a prompt whose target (all of its tokens, with
+            ``tokens="all"``) is already predicted; see ``edit.report.skipped``.
         key: The input-side vector: ``"input"`` is ``x``; ``"whitened"`` is
-            ``|x|^2 C^-1 x / (x^T C^-1 x)``, by which the output for ``x`` itself changes as much
-            (``lr`` keeps its meaning), and for other inputs less.
+            ``|x|^2 C^-1 x / (x^T C^-1 x)``, which changes the output for ``x`` itself by the same
+            amount (``lr`` keeps its meaning), and for other inputs by less.
         statistics: For the whitened key, from :func:`key_statistics`.
-        value: What is written: ``"target"`` is the paper's ``D^T[t]``; ``"centred"`` is that less
+        value: The value to write: ``"target"`` is the paper's ``D^T[t]``; ``"centred"`` subtracts
             the mean of all columns of ``W_U``, a direction that the embeddings share and that makes
             no target more probable than others.
-        joint: Whether the keys of all terms are solved for together, so that W_out's output for
-            each prompt changes by its own ``lr |x|^2`` times its value alone, and for a skipped
-            prompt not at all; else the terms add up. With ``lr="auto"`` every term then has a step
-            of its own (``edit.report.lrs``).
-        ridge: With ``joint``, what is added to the diagonal of the matrix of the keys' products, in
-            units of its mean. It keeps keys that are nearly alike from giving large updates, at the
-            price of some mixing.
-        margin: For ``"auto"``, in nats.
-        texts: For ``layer="auto"``, as prompts. Longer ones than the model's context are cut.
+        joint: Whether to solve for the keys of all terms together, so that W_out's output for each
+            prompt changes only by its own ``lr |x|^2`` times its value, and for a skipped prompt
+            not at all; otherwise the terms add up. With ``lr="auto"``, every term then has its own
+            step (``edit.report.lrs``).
+        ridge: With ``joint``, added to the diagonal of the Gram matrix of the keys, in units of its
+            mean. It prevents large updates from nearly equal keys, at the price of some mixing.
+        margin: Required distance of the targets' logits above all others for ``"auto"``, in nats.
+        texts: For ``layer="auto"``, given as prompts; truncated to the model's context.
         prepend_bos: As in ``model.to_tokens``; the paper uses False. Default: the model's setting.
 
     Returns:
-        The edit, not applied, with a :class:`ShiftReport` in ``edit.report``. It is empty when
-        everything was skipped.
+        The edit, not applied, with a :class:`ShiftReport` in ``edit.report``. It is empty if all
+        prompts were skipped.
 
     Raises:
-        StepNotFoundError: When an ``"auto"`` search does not succeed; a ValueError that says what
-            came nearest, with that edit as its attribute ``best``.
-        TypeError: When model, prompt or target is malformed.
+        StepNotFoundError: If an ``"auto"`` search does not succeed; a ValueError with the closest
+            edit in its attribute ``best``.
+        TypeError: If model, prompt or target is malformed.
         ValueError: For a layer or position that does not exist, a step that is not finite,
-            arguments that do not go together, and training mode where it changes something.
-        NotImplementedError: When W_out has no site (mixtures of experts), or the unembedding does
-            not read what W_out writes.
+            arguments that exclude each other, or training mode that changes the result.
+        NotImplementedError: If W_out has no site (mixtures of experts), or the unembedding does not
+            read W_out's output space.
 
     Example:
         >>> edit = forward_pass_shift(model, "Lionel Messi plays for", " Paris", layer=20, lr=0.24)
@@ -160,9 +160,9 @@ def forward_pass_shift(
     if automatic and iterations != 1:
         raise ValueError('iterations: a search ("auto") makes one update; leave iterations out')
     if joint and layer == "auto":
-        raise ValueError("layer: with joint=True the layer is not searched; pass it")
+        raise ValueError('layer="auto" does not work with joint=True; pass a layer')
     if texts is not None and layer != "auto":
-        raise ValueError('texts are for layer="auto"; leave them out')
+        raise ValueError('texts are only for layer="auto"; leave them out')
     sites = weight_sites(model, "W_out", None if layer == "auto" else layer)
     require_eval_mode(model)
     if statistics is not None:
@@ -230,9 +230,9 @@ def _best(search: ShiftSearch, candidates: Sequence[Candidate]) -> WeightEdit:
     if search.succeeds(best):
         return edit
     raise StepNotFoundError(
-        f"lr, layer: no edit that was tried lifts the target {search.margin} nats above all other "
-        f"tokens; the best, lr={best.step.size:.4g} in layer {_layers(best.sites)}, leaves it "
-        f"{best.step.gap:.4g} above (the attribute `best` of this error has it). Try "
+        f"lr, layer: no edit lifts the target {search.margin} nats above all other tokens; the "
+        f"best, lr={best.step.size:.4g} in layer {_layers(best.sites)}, leaves it "
+        f"{best.step.gap:.4g} above (see the attribute `best` of this error). Try "
         'layer="auto", a smaller margin, or a fixed lr',
         edit,
     )
@@ -255,8 +255,7 @@ def _require_valid(
         raise ValueError(f"tokens must be 'first' or 'all', got {tokens!r}")
     if tokens == "all" and position != -1:
         raise ValueError(
-            "position: with tokens='all' the inputs are taken where the target is predicted; leave "
-            "position out"
+            "position: tokens='all' uses the positions that predict the target; leave position out"
         )
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a whole number of at least 1, got {iterations!r}")
@@ -264,7 +263,7 @@ def _require_valid(
         raise ValueError(f"key must be 'input' or 'whitened', got {key!r}")
     if (key == "whitened") != (statistics is not None):
         raise ValueError(
-            "statistics: pass them with key='whitened', and only with it; they are made by "
+            "statistics: key='whitened' needs them, and only key='whitened'; make them with "
             "key_statistics(model, texts, layer)"
         )
     if not math.isfinite(margin) or margin < 0:
@@ -277,10 +276,10 @@ def _rule(value: Any, statistics: KeyStatistics | None, joint: Any, ridge: Any) 
     if not 0 <= ridge < math.inf:
         raise ValueError(f"ridge must be a finite number of at least 0, got {ridge!r}")
     if ridge and not joint:
-        raise ValueError("ridge is for joint=True; leave it out")
+        raise ValueError("ridge is only for joint=True; leave it out")
     return ShiftRule(value, statistics, joint, ridge)
 
 
 def _layers(sites: Sequence[WeightSite]) -> tuple[int, ...]:
-    """The layers of some sites within the blocks."""
+    """The layers of the sites inside blocks."""
     return tuple(site.layer for site in sites if site.layer is not None)

@@ -1,4 +1,4 @@
-"""Fine-tuning in factored form: steps of plain gradient descent on some weights."""
+"""Fine-tuning in factored form: plain gradient descent on some weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tl_backward.sites.names import parse_site_name
 
 @dataclass(frozen=True)
 class FineTuneReport:
-    """What :func:`fine_tune` did.
+    """Report of :func:`fine_tune`.
 
     Attributes:
-        n_steps: Steps taken.
-        predicted: For each prompt, whether its target is predicted with the edit.
-        losses: For each prompt, the loss before the first step and after every one, in nats.
+        n_steps: Number of steps taken.
+        predicted: Whether each prompt's target is predicted with the edit.
+        losses: Loss of each prompt before the first step and after every step, in nats.
     """
 
     n_steps: int
@@ -45,24 +45,23 @@ def gradient_step(
 ) -> WeightEdit:
     """One step of gradient descent, ``-lr * dL/dW``, on some of the weights of a cache.
 
-    The loss falls for a positive ``lr``. With ``weights="W_in"`` (and ``"W_gate"``) it is the
-    imprint alone, with ``"W_out"`` the shift alone. Of several prompts it is the step on the sum
-    of their losses. For the input ``x_i`` of the step's only row, the output of W changes by
-    ``-lr |x_i|^2 delta_i`` (Eq 17), of which neuron ``j`` of the input contributes
+    A positive ``lr`` lowers the loss. With ``weights="W_in"`` (and ``"W_gate"``) the step is only
+    the imprint, with ``"W_out"`` only the shift. For several prompts it is the step on the sum of
+    their losses. If the gradient has a single row ``x_i``, the output of W for ``x_i`` changes by
+    ``-lr |x_i|^2 delta_i`` (Eq 17), to which neuron ``j`` of the input contributes
     ``-lr x_i[j]^2 delta_i`` (Eq 18).
 
     Args:
         cache: From :func:`run_with_backward_cache`.
         lr: The learning rate.
-        weights: Kinds of weights to change. Default: all that were captured; of tied embeddings,
-            both then add up to the step of the weight that they share.
-        layers: Layers to change; negative ones count from the last. Default: all that were
-            captured.
-        model: The model to bind the edit to. A cache knows none; without one, use ``edit.bind``.
+        weights: Kinds of weights to change. Default: all captured kinds; tied embeddings then add
+            up to the step of their shared weight.
+        layers: Layers to change; negative ones count from the last. Default: all captured layers.
+        model: The model to bind the edit to. A cache has no model; without one, use ``edit.bind``.
 
     Raises:
-        ValueError: When ``lr`` is not finite, a weight or layer was not captured, or the model is
-            another one.
+        ValueError: If ``lr`` is not finite, a weight or layer was not captured, or the model is not
+            the cache's.
 
     Example:
         >>> loss, cache = run_with_backward_cache(model, "Lionel Messi plays for", " Paris")
@@ -98,28 +97,28 @@ def fine_tune(
 ) -> WeightEdit:
     """Gradient descent on some weights until the target is predicted: the fine-tuning baseline.
 
-    The loss is the target's negative log-likelihood, mean over its tokens (teacher-forced), of
-    several prompts the sum. Each step is taken from the gradient with those before it in place, by
-    hooks: the weights themselves are not touched.
+    The loss is the target's negative log-likelihood, averaged over its tokens (teacher-forced) and
+    summed over prompts. Each step uses the gradient with the earlier steps in place, by hooks; the
+    weights themselves are not changed.
 
     Args:
         model: A TransformerLens model in eval mode.
-        prompt: Text or token ids, of one prompt or of several.
-        target: What to fine-tune towards, one for all prompts or one for each in a list.
+        prompt: Text or token ids of one prompt or several.
+        target: The target to fine-tune towards, one for all prompts or a list with one per prompt.
         lr: The learning rate.
-        weights: Kinds of weights to change; ``"W_in"`` is the imprint alone, ``"W_out"`` the shift
-            alone.
+        weights: Kinds of weights to change; ``"W_in"`` is only the imprint, ``"W_out"`` only the
+            shift.
         layers: Layers to change; negative ones count from the last. Default: all.
-        max_steps: Steps at most.
+        max_steps: Maximum number of steps.
         prepend_bos: As in ``model.to_tokens``. Default: the model's setting.
 
     Returns:
         The sum of all steps, not applied, with a :class:`FineTuneReport` in ``edit.report``. It is
-        empty when the target is predicted from the start.
+        empty if the target is predicted from the start.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: As :func:`run_with_backward_cache`, for an
-            ``lr`` that is not finite, and for ``max_steps`` below 1.
+        TypeError, ValueError, NotImplementedError: As :func:`run_with_backward_cache`; and for an
+            ``lr`` that is not finite, or ``max_steps`` below 1.
 
     Example:
         >>> edit = fine_tune(model, "Lionel Messi plays for", " Paris", layers=20, lr=0.3)
@@ -155,15 +154,13 @@ def fine_tune(
     edit.report = FineTuneReport(
         n_steps,
         tuple(predicted.tolist()),
-        tuple(
-            tuple(of_prompt) for of_prompt in zip(*(one.tolist() for one in losses), strict=True)
-        ),
+        tuple(zip(*(one.tolist() for one in losses), strict=True)),
     )
     return edit
 
 
 def _required(argument: str, wanted: Any, captured: set[Any]) -> set[Any]:
-    """The kinds or layers that are asked for, all of which must be there."""
+    """The requested kinds or layers, all of which must have been captured."""
     if wanted is None:
         return captured
     chosen = {wanted} if isinstance(wanted, str | int) else set(wanted)

@@ -1,4 +1,4 @@
-"""Edits as forward hooks: no weight is touched, and every row of a batch may have its own edit."""
+"""Edits as forward hooks: no weight changes, and every row of a batch may have its own edit."""
 
 from __future__ import annotations
 
@@ -25,32 +25,31 @@ def edit_hooks(
     edits: Sequence[WeightEdit],
     rows: Int[Tensor, "batch"] | Sequence[int] | None = None,
 ) -> ForwardHooks:
-    """Hooks by which each row of a batch gets an edit of its own.
+    """Hooks that give each row of a batch its own edit.
 
     ``y = x W`` becomes ``y + (x u^T) v`` with the edit's left vectors ``u`` and right vectors
-    ``v``, which is what the applied edit gives. The hooks for ``x`` and for ``y`` are at the site's
-    ``hook_in`` and ``hook_out``, also at those of sites with the same (tied) weight.
+    ``v``, the same as with the applied edit. The hooks for ``x`` and ``y`` are at the ``hook_in``
+    and ``hook_out`` of the site, and of sites with the same (tied) weight.
 
-    Hooks at one HookPoint run in the order in which they were put there: one that patches the
-    input of an edited weight belongs before these, one that patches its output behind them.
+    Hooks at one HookPoint run in the order of registration. Put hooks that patch the input of an
+    edited weight before these hooks, and hooks that patch its output after them.
 
     Args:
-        model: The model that all edits are bound to. A ``HookedTransformer`` is given the
-            HookPoints that it lacks, as by :func:`tl_backward.add_hook_points`.
+        model: The model that all edits are bound to. Missing HookPoints are added to a
+            ``HookedTransformer``, as by :func:`tl_backward.add_hook_points`.
         edits: The edits.
-        rows: For each row of the batch the index of its edit, or -1 for none. Default: all rows
-            get the sum of the edits, in batches of any size.
+        rows: Index of each row's edit, or -1 for none. Default: all rows get the sum of the edits,
+            in batches of any size.
 
     Returns:
         Pairs of a HookPoint's name and a function, for ``model.run_with_hooks(tokens,
         fwd_hooks=...)``, ``model.hooks(fwd_hooks=...)`` and :func:`run_with_backward_cache`.
 
     Raises:
-        ValueError: When an edit is of another model or of none or not finite, or ``rows`` name
-            edits that there are not; and in the forward pass, when the batch has another number of
-            rows.
-        NotImplementedError: When another weight shares a part of the memory of an edited one, and
-            for the matrices of LoRA adapters, which have no HookPoints.
+        ValueError: If an edit is not finite or not bound to this model, or ``rows`` refers to edits
+            that do not exist; and in the forward pass, if the batch has another number of rows.
+        NotImplementedError: If another weight shares part of the memory of an edited one; and for
+            the matrices of LoRA adapters, which have no HookPoints.
 
     Example:
         >>> with model.hooks(fwd_hooks=edit_hooks(model, [paris, rome], rows=[0, 0, 1, -1])):
@@ -58,35 +57,35 @@ def edit_hooks(
     """
     for edit in edits:
         if edit.model is not model:
-            raise ValueError("edits: one is bound to another model, or to none; see edit.bind()")
+            raise ValueError("edits: one is bound to another model or to none; use edit.bind()")
     index = None if rows is None else torch.as_tensor(rows, dtype=torch.long).cpu()
     if index is not None and not (
         index.ndim == 1 and len(index) and -1 <= int(index.min()) <= int(index.max()) < len(edits)
     ):
         raise ValueError(
-            f"rows must hold an index of the {len(edits)} edits, or -1, for every row of the "
-            f"batch, got {rows!r}"
+            f"rows must hold the index of one of the {len(edits)} edits, or -1, for every row of "
+            f"the batch, got {rows!r}"
         )
     at_sites = [edit.at_sites() for edit in edits]
-    sites = {name: site for of_edit in at_sites for name, (site, _) in of_edit.items()}
+    sites = {name: site for updates in at_sites for name, (site, _) in updates.items()}
     with_hook_points(model, sites.values())
     hooks: ForwardHooks = []
     for name, site in sites.items():
         empty = torch.zeros(0, site.d_in), torch.zeros(0, site.d_out)
         each = [
-            (of_edit[name][1].inputs, of_edit[name][1].vjps) if name in of_edit else empty
-            for of_edit in at_sites
+            (updates[name][1].inputs, updates[name][1].vjps) if name in updates else empty
+            for updates in at_sites
         ]
-        u, v = (_of_rows(vectors, index) for vectors in zip(*each, strict=True))
+        u, v = (_by_row(vectors, index) for vectors in zip(*each, strict=True))
         require_finite(site, u, v)
         hooks += low_rank_hooks(site, u, v)
     return hooks
 
 
-def _of_rows(
+def _by_row(
     vectors: Sequence[Float[Tensor, "_ d"]], rows: Int[Tensor, "batch"] | None
 ) -> Float[Tensor, "batch n d"]:
-    """The vectors of each row's edit, filled up with zeros; without rows, of all edits."""
+    """The vectors of each row's edit, padded with zeros; without rows, of all edits together."""
     filled = [some for some in vectors if len(some)] or vectors[:1]
     dtype = reduce(torch.promote_types, (some.dtype for some in filled))
     alike = [some.to(filled[0].device, dtype) for some in vectors]

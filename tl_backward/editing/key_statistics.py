@@ -1,4 +1,4 @@
-"""The second moment of W_out's inputs over a sample of text, and keys whitened by it."""
+"""Second moments of W_out's inputs over a sample of text, and keys whitened by them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ KIND = "KeyStatistics"
 
 @dataclass(frozen=True, eq=False)
 class KeyStatistics:
-    """Uncentred second moments of what goes into some weights.
+    """Uncentred second moments of the inputs of some weights.
 
     Attributes:
-        second_moments: By site name, ``C``, the mean of ``x^T x`` over all tokens of the sample.
-        n_tokens: How many tokens that were.
-        ridge: What is added to the diagonal of ``C`` before it is inverted, in units of its mean.
-            The published ROME and MEMIT add nothing.
-        model: The name of the model that they are of, where it is known.
-        prepend_bos: Whether the texts of the sample began with a BOS token; None if it was given
-            as token ids, or where this is not known.
+        second_moments: ``C``, the mean of ``x^T x`` over all tokens of the sample, by site name.
+        n_tokens: Number of tokens in the sample.
+        ridge: Added to the diagonal of ``C`` before inversion, in units of its mean. The published
+            ROME and MEMIT add nothing.
+        model: Name of the model, if known.
+        prepend_bos: Whether the texts of the sample began with a BOS token; None for token ids, or
+            if unknown.
 
     Example:
         >>> KeyStatistics({"blocks.5.mlp.W_out": C}, n_tokens=100_000, ridge=0.0)
@@ -57,17 +57,17 @@ class KeyStatistics:
     def whitened(self, name: str, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """The keys ``|x|^2 C^-1 x / (x^T C^-1 x)`` of some inputs.
 
-        The rank-1 update with this key adds to the weight's output for ``x`` itself just what it
-        adds with the plain key ``x``, ``|x|^2`` times the value, and as little as can be to the
-        outputs for the sample's inputs, in the mean square. It is ROME's key (there scaled to add
-        the value once), with a ridge.
+        The rank-1 update with this key adds the same to the weight's output for ``x`` itself as
+        with the plain key ``x``, ``|x|^2`` times the value, and the least possible mean square to
+        the outputs for the sample's inputs. It is ROME's key (there scaled to add the value once),
+        with a ridge.
 
         Args:
             name: The site.
             x: Inputs of its weight.
 
         Raises:
-            ValueError: When there are no statistics of this site.
+            ValueError: If there are no statistics for this site.
         """
         exact = x.to(device="cpu", dtype=torch.float64)
         keys = self.solve(name, exact)
@@ -82,7 +82,7 @@ class KeyStatistics:
             x: Inputs of its weight.
 
         Raises:
-            ValueError: When there are no statistics of this site, or ``C`` is singular.
+            ValueError: If there are no statistics for this site, or ``C`` is singular.
         """
         exact = x.to(device="cpu", dtype=torch.float64)
         return torch.cholesky_solve(exact.mT, self._factor(name)).mT
@@ -90,20 +90,20 @@ class KeyStatistics:
     def null_space(
         self, name: str, *, fraction: float | None = None, threshold: float | None = None
     ) -> Float[Tensor, "d_in d_in"]:
-        """The projector on directions that the sample's inputs hardly have, in float64.
+        """The projector onto directions that are rare in the sample's inputs, in float64.
 
-        They are the eigenvectors of ``C`` with the smallest eigenvalues; an update that passes the
-        projector leaves the outputs for such inputs nearly as they are. The ridge has no part.
+        These are the eigenvectors of ``C`` with the smallest eigenvalues; a projected update hardly
+        changes the outputs for the sample's inputs. The ridge is not used.
 
         Args:
             name: The site.
-            fraction: The share of all eigenvectors, rounded down. AlphaEdit keeps about 0.7.
-            threshold: Instead of a share, a bound: eigenvalues strictly below it count. AlphaEdit's
-                code has 0.02, for the scale of Llama 3's inputs.
+            fraction: Share of all eigenvectors to keep, rounded down. AlphaEdit keeps about 0.7.
+            threshold: Instead of a share, keep eigenvalues strictly below this bound. AlphaEdit's
+                code uses 0.02, for the scale of Llama 3's inputs.
 
         Raises:
-            ValueError: When there are no statistics of this site, both or neither of ``fraction``
-                and ``threshold`` are given, or nothing or everything would be left.
+            ValueError: If there are no statistics for this site, both or neither of ``fraction``
+                and ``threshold`` are given, or no or all eigenvectors would be kept.
         """
         if (fraction is None) == (threshold is None):
             raise ValueError("pass either fraction or threshold")
@@ -114,37 +114,37 @@ class KeyStatistics:
             n_kept = int((eigenvalues < threshold).sum())
         if not 0 < n_kept < len(eigenvalues):
             raise ValueError(
-                f"fraction={fraction}, threshold={threshold}: this keeps {n_kept} of the "
-                f"{len(eigenvalues)} eigenvectors of {name}, and there is nothing to project on or "
-                f"away; the eigenvalues are {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}"
+                f"fraction={fraction}, threshold={threshold} keeps {n_kept} of the "
+                f"{len(eigenvalues)} eigenvectors of {name}; keep some, but not all. The "
+                f"eigenvalues are {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}"
             )
         kept = eigenvectors[:, :n_kept]
         return kept @ kept.mT
 
     def require_for(self, model: Model, sites: Sequence[WeightSite]) -> None:
-        """Make sure that these are statistics of the inputs of some weights of a model.
+        """Raise unless these statistics cover the inputs of some weights of a model.
 
         Raises:
-            ValueError: When one is missing, has another width, or is of another model.
+            ValueError: If one is missing, has another width, or comes from another model.
         """
         if self.model is not None and _short(self.model) != _short(model_name(model)):
             raise ValueError(
-                f"statistics: they are of {self.model}, and this is {model_name(model)}; make "
+                f"statistics come from {self.model}, but this model is {model_name(model)}; make "
                 "them with key_statistics(model, texts, layer)"
             )
         for site in sites:
             shape = tuple(self._second_moment(site.name).shape)
             if shape != (site.d_in, site.d_in):
                 raise ValueError(
-                    f"statistics: those of {site.name} are {list(shape)}, and its inputs have "
-                    f"width {site.d_in}; they are of another model"
+                    f"statistics of {site.name} have the shape {list(shape)}, but its inputs have "
+                    f"width {site.d_in}; they come from another model"
                 )
 
     def _second_moment(self, name: str) -> Float[Tensor, "d_in d_in"]:
         if name not in self.second_moments:
             raise ValueError(
-                f"statistics: there are none of {name}, only of {', '.join(self.second_moments)}; "
-                "make them with key_statistics(model, texts, layer)"
+                f"statistics has no entry for {name}, only for {', '.join(self.second_moments)}; "
+                "make one with key_statistics(model, texts, layer)"
             )
         return self.second_moments[name]
 
@@ -159,7 +159,7 @@ class KeyStatistics:
             if failure or not pivots.min() > rounding * exact.diagonal().max():
                 raise ValueError(
                     f"statistics: the second moment of the inputs of {name} is singular with "
-                    f"ridge={self.ridge}; take a larger ridge, or more text than {self.n_tokens} "
+                    f"ridge={self.ridge}; use a larger ridge, or more text than {self.n_tokens} "
                     "tokens"
                 )
             self._factors[name] = factor
@@ -170,10 +170,10 @@ class KeyStatistics:
 
         Args:
             path: The file to write. Its folder must exist.
-            model: The model that they are of; its weights are remembered by fingerprint.
+            model: The model of the statistics; the file stores fingerprints of its weights.
 
         Raises:
-            OSError: When the file cannot be written.
+            OSError: If the file cannot be written.
         """
         tree = {
             "n_tokens": self.n_tokens,
@@ -187,12 +187,12 @@ class KeyStatistics:
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> KeyStatistics:
-        """Read statistics that :meth:`save` has written.
+        """Read statistics written by :meth:`save`.
 
         Raises:
-            FileNotFoundError: When there is no such file.
-            ValueError: When it is damaged or holds something else, or the weights that the
-                statistics are of are not those of this model.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged or holds something else, or the statistics belong to
+                other weights than this model's.
         """
         tree = tensor_files.read(Path(path), KIND)
         try:
@@ -204,15 +204,15 @@ class KeyStatistics:
         names = [site.name for site in weight_sites(model) if site.name in expected]
         if fingerprints(model, names) != expected:
             raise ValueError(
-                f"{path} has the statistics of {made_for}, and this model has other weights "
-                f"({', '.join(expected)}); revert the edits that are applied, or remove the file"
+                f"{path} has the statistics of {made_for}, but this model has other weights "
+                f"({', '.join(expected)}); revert the applied edits, or remove the file"
             )
-        of_names = {name: moments[name] for name in names}
-        return cls(of_names, n_tokens, ridge, made_for, tree.get("prepend_bos"))
+        ordered = {name: moments[name] for name in names}
+        return cls(ordered, n_tokens, ridge, made_for, tree.get("prepend_bos"))
 
 
 def _short(name: str) -> str:
-    """A model's name without who made it, which a local folder or TransformerLens may leave out."""
+    """A model's name without its author, which a local folder or TransformerLens may omit."""
     return name.rpartition("/")[2].lower()
 
 
@@ -228,26 +228,25 @@ def key_statistics(
 ) -> KeyStatistics:
     """The second moments of W_out's inputs over a sample of text, for ``key="whitened"``.
 
-    Every batch is run once, and only up to the last of the layers. Shows a progress bar when it
-    takes longer than two seconds.
+    Every batch runs once, up to the last of the layers. Shows a progress bar after two seconds.
 
     Args:
         model: A TransformerLens model in eval mode.
-        texts: Texts, or token ids of texts. Longer ones than the model's context are cut.
+        texts: Texts, or token ids of texts; truncated to the model's context.
         layer: The layer, or several.
-        ridge: What is added to the diagonal before the inverse is taken, in units of the mean of
-            the diagonal. It keeps directions that the sample hardly has from ruling the key.
-        path: A safetensors file. If it is there, the statistics are read from it, and no text is
-            run; else they are written to it.
-        batch_size: Texts in one forward pass.
+        ridge: Added to the diagonal before inversion, in units of the mean of the diagonal. It
+            keeps rare directions of the sample from dominating the key.
+        path: A safetensors file. If it exists, the statistics are read from it without running any
+            text; otherwise they are written to it.
+        batch_size: Number of texts in one forward pass.
         prepend_bos: Whether texts begin with a BOS token; token ids are taken as they are. Default:
             as the tokenizer does.
 
     Raises:
-        FileNotFoundError: When the folder of ``path`` does not exist.
+        FileNotFoundError: If the folder of ``path`` does not exist.
         ValueError: For no text, a layer that does not exist, a negative ridge, a model in training
-            mode, and a file at ``path`` that belongs to other weights or layers, or to texts that
-            began otherwise.
+            mode, or a file at ``path`` that belongs to other weights or layers, or to another
+            setting of ``prepend_bos``.
         TypeError, NotImplementedError: As :func:`weight_sites`.
 
     Example:
@@ -272,12 +271,12 @@ def key_statistics(
             )
         if bos is not None and loaded.prepend_bos is not bos:
             raise ValueError(
-                f"path: {path} has statistics with prepend_bos={loaded.prepend_bos}, and texts are "
-                f"to begin {'with' if bos else 'without'} a BOS token; pass another path"
+                f"path: {path} has statistics with prepend_bos={loaded.prepend_bos}, but texts now "
+                f"begin {'with' if bos else 'without'} a BOS token; pass another path"
             )
         return replace(loaded, ridge=ridge)
     if not every:
-        raise ValueError("texts are empty; pass at least one")
+        raise ValueError("texts is empty; pass at least one text")
     tokens = [ids[: model.cfg.n_ctx] for ids in prompt_tokens(model, every, bos)]
     tokens.sort(key=len)
     moments = {site.name: torch.zeros(site.d_in, site.d_in, dtype=torch.float64) for site in sites}

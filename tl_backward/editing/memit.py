@@ -1,4 +1,4 @@
-"""MEMIT: many facts, spread over several layers (Meng et al. 2023)."""
+"""MEMIT: many facts, written into several layers (Meng et al. 2023)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, WeightSite, require_eval_mode
 
 TOLERANCE = 0.05
-"""Relative, for half precision: a factor or a norm changes far more."""
+"""Relative tolerance for half precision; a factor or a norm changes far more."""
 
 KernelRows: TypeAlias = Callable[
     [WeightSite, Float[Tensor, "fact d_in"]], Float[Tensor, "fact d_in"]
@@ -49,41 +49,42 @@ def memit(
     clamp: int | float = 0.75,
     prepend_bos: bool | None = None,
 ) -> WeightEdit:
-    """Make targets follow prompts, by MEMIT's updates of W_out in several layers.
+    """Make targets follow prompts with MEMIT's updates of W_out in several layers.
 
-    For each fact the output ``z`` of the last of the layers is searched that makes the target
-    probable. Layer by layer, with those before edited, W_out is then changed by
-    ``(weight C + K K^T)^-1 K R``: the facts' keys ``K``, and what is missing to ``z``, divided by
-    the number of layers left, as ``R``. The defaults are those of the published code for GPT-2 XL
-    (layers 13 to 17 there).
+    For each fact, a search finds the output ``z`` of the last of the layers that makes the target
+    probable. Then, layer by layer and with the earlier layers edited, W_out changes by
+    ``(weight C + K K^T)^-1 K R``. ``K`` holds the facts' keys, and ``R`` the remaining distance to
+    ``z``, divided by the number of remaining layers. The defaults are those of the published code
+    for GPT-2 XL (layers 13 to 17 there).
 
     Args:
-        model: A TransformerLens model in eval mode. It is left as it is: see :class:`WeightEdit`.
+        model: A TransformerLens model in eval mode. It is left unchanged: see :class:`WeightEdit`.
         prompts: Texts that contain their subjects, or ``{}`` in their places.
-        targets: What is to follow, one for all prompts or one for each in a list: text (mind the
-            leading space) or token ids.
-        subjects: One for each prompt. If it is there several times, the last counts.
+        targets: One target for all prompts or a list with one per prompt: text (mind the leading
+            space) or token ids.
+        subjects: One per prompt. If the prompt contains it several times, the last one counts.
         layers: The layers of W_out; negative ones count from the last.
         statistics: ``C``, from :func:`key_statistics`, with ``ridge=0`` as in the published code.
-        weight: How much the sample of ``C`` counts, in tokens; a larger one makes smaller changes.
-        contexts: Kinds of templates with ``{}`` for the prompt. A key is the mean over the kinds of
-            the means within them; the search takes all alike, and ``z``'s beginning in the first.
-            Default: the plain prompt, and five short texts before it that the model writes, the
-            same each time. For many edits of one model make them once, by :func:`memit_contexts`.
+        weight: Weight of the sample of ``C``, in tokens; a larger one makes smaller changes.
+        contexts: Kinds of templates with ``{}`` for the prompt. A key is the mean over kinds of the
+            mean within each kind; the search weights all templates equally and takes the initial
+            ``z`` from the first. Default: the plain prompt, and the prompt after five short texts
+            that the model generates, always the same ones. For many edits of one model, generate
+            them once with :func:`memit_contexts`.
         steps: As for :func:`rome`.
-        lr: As there.
-        decay: As there.
-        kl: As there.
-        clamp: As there.
-        prepend_bos: As there.
+        lr: The same.
+        decay: The same.
+        kl: The same.
+        clamp: The same.
+        prepend_bos: The same.
 
     Returns:
         The edit, not applied, with an :class:`EditorReport` in ``edit.report``.
 
     Raises:
-        TypeError, ValueError, NotImplementedError, RuntimeError: As for :func:`rome`, and when
-            a norm or a factor changes what W_out writes before it is added to the residual stream,
-            where ``z`` is.
+        TypeError, ValueError, NotImplementedError, RuntimeError: As for :func:`rome`, and if a norm
+            or a factor changes W_out's output before it is added to the residual stream, where
+            ``z`` is.
 
     Warns:
         UserWarning: As for :func:`rome`.
@@ -117,7 +118,7 @@ def spread(
     settings: SearchSettings,
     prepend_bos: bool | None,
 ) -> WeightEdit:
-    """Search the facts' values at the last site's block, and write them layer by layer."""
+    """Search the facts' values in the last site's block, and write them layer by layer."""
     require_eval_mode(model)
     kinds = _checked_kinds(memit_contexts(model, prepend_bos) if contexts is None else contexts)
     templates = list(chain.from_iterable(kinds))
@@ -130,8 +131,8 @@ def spread(
     edit, all_keys = WeightEdit(model, {}), {}
     for i, site in enumerate(sites):
         (each,) = read_subjects(model, [site.hook_points[0]], in_contexts, edit)
-        of_kinds = rearrange(each, "(fact context) d_in -> context fact d_in", fact=len(facts))
-        means = [kind.mean(0) for kind in of_kinds.split([len(kind) for kind in kinds])]
+        by_context = rearrange(each, "(fact context) d_in -> context fact d_in", fact=len(facts))
+        means = [kind.mean(0) for kind in by_context.split([len(kind) for kind in kinds])]
         keys = all_keys[site.name] = torch.stack(means).mean(0)
         (now,) = read_subjects(model, [point], [fact.plain for fact in facts], edit)
         missing = (values.initial + values.change - now) / (len(sites) - i)
@@ -141,15 +142,15 @@ def spread(
 
 
 def _require_direct_write(model: Model, site: WeightSite, point: str, fact: SubjectFact) -> None:
-    """Make sure that a change of W_out's output is the change of the block's."""
+    """Raise unless a change of W_out's output equals the change of the block's output."""
     x, before = read_subjects(model, [site.hook_points[0], point], [fact.plain])
     trial = WeightEdit(model, {site.name: update(kernel(x), before)})
     (after,) = read_subjects(model, [point], [fact.plain], trial)
     if (after - 2 * before).norm() > TOLERANCE * before.norm():
         raise NotImplementedError(
-            f"{site.name}: what it writes is changed (by a norm or a factor) before it is added to "
-            "the residual stream, so it cannot be chosen for what is missing there; use rome, "
-            "which searches the value at W_out itself"
+            f"{site.name}: a norm or a factor changes its output before it is added to the "
+            "residual stream, so it cannot be chosen to reach a given output of the block; use "
+            "rome, which searches the value at W_out itself"
         )
 
 
@@ -160,5 +161,5 @@ def _checked_kinds(contexts: Sequence[Sequence[str]]) -> list[list[str]]:
             f'["The cat. {{}}"]], got {contexts!r}'
         )
     if not contexts:
-        raise ValueError('contexts are empty; [["{}"]] is the plain prompt alone')
+        raise ValueError('contexts is empty; pass [["{}"]] for the plain prompt alone')
     return [checked_templates(kind) for kind in contexts]

@@ -23,16 +23,16 @@ from tl_backward.sites import Model, WeightSite, weight_sites
 
 KIND = "MendEditor"
 Rows: TypeAlias = dict[str, tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]]
-"""By site name, inputs and VJPs."""
+"""Inputs and VJPs by site name."""
 
 
 @dataclass(frozen=True)
 class MendReport:
-    """How an editor was trained.
+    """Report of an editor's training.
 
     Attributes:
-        edit_losses: At each step, the edited model's negative log-likelihood of new targets, mean
-            over the batch and the targets' tokens, in nats.
+        edit_losses: The edited model's negative log-likelihood of new targets at each step,
+            averaged over the batch and the targets' tokens, in nats.
         locality_losses: At each step, ``KL(original || edited)`` where neighbours' targets are
             predicted, mean over the batch and the targets' tokens, in nats.
     """
@@ -42,25 +42,25 @@ class MendReport:
 
 
 class MendEditor:
-    """Makes edits from single forward and backward passes, by a network for each shape of weight.
+    """Makes edits from one forward and one backward pass, with a network per weight shape.
 
-    From the factors ``x`` and ``delta`` of the gradient of the target's negative log-likelihood the
-    network makes ``x~`` and ``delta~``; the edit is ``step size * sum x~^T delta~``, with a learned
-    step size for each weight, of any sign. :func:`train_mend` makes editors.
+    The network maps the factors ``x`` and ``delta`` of the gradient of the target's negative
+    log-likelihood to ``x~`` and ``delta~``. The edit is ``step size * sum x~^T delta~``, with a
+    learned step size, of any sign, per weight. :func:`train_mend` trains editors.
 
     Attributes:
-        model: The model that it edits.
-        sites: The weights that it edits.
-        networks: What was trained.
+        model: The model to edit.
+        sites: The weights to edit.
+        networks: The trained networks.
         prepend_bos: As in ``model.to_tokens``, for prompts that are texts.
         report: How it was trained; empty for one that was loaded.
 
     Args:
         model: A TransformerLens model in eval mode.
-        sites: See above.
+        sites: The weights to edit.
         rank: Inner width of the networks' layers.
-        prepend_bos: See above.
-        seed: Of the networks' first parameters.
+        prepend_bos: As in ``model.to_tokens``.
+        seed: Seed of the networks' initial parameters.
 
     Example:
         >>> editor = train_mend(model, records, layers=[27, 28, 29], rank=64, lr=1e-4, steps=500)
@@ -84,14 +84,14 @@ class MendEditor:
         self.networks.requires_grad_(False)
 
     def __call__(self, prompt: Prompt, target: Target) -> WeightEdit:
-        """An edit that makes a target follow a prompt, or each of several.
+        """An edit that makes targets follow prompts.
 
         Args:
-            prompt: Text or token ids, of one prompt or of several.
-            target: What is to follow, one for all prompts or one for each in a list.
+            prompt: Text or token ids of one prompt or several.
+            target: One target for all prompts or a list with one per prompt.
 
         Returns:
-            The edit, not applied; of several prompts, the sum of the edits of each.
+            The edit, not applied; for several prompts, the sum of their edits.
 
         Raises:
             TypeError, ValueError, NotImplementedError, RuntimeError: As
@@ -100,13 +100,13 @@ class MendEditor:
         each = self.gradients(prompt, target)
         factors = {}
         for i, site in enumerate(self.sites):
-            xs, deltas = zip(*(of_prompt[site.name] for of_prompt in each), strict=True)
+            xs, deltas = zip(*(gradient[site.name] for gradient in each), strict=True)
             new = self.networks(i, torch.cat(xs), torch.cat(deltas))
             factors[site.name] = GradientFactors(*new)
         return WeightEdit(self.model, factors)
 
     def gradients(self, prompt: Prompt, target: Target) -> list[Rows]:
-        """For each prompt the factors of the gradient, without the rows of zeros."""
+        """The factors of each prompt's gradient, without zero rows."""
         _, cache = run_with_backward_cache(
             self.model,
             prompt,
@@ -129,13 +129,13 @@ class MendEditor:
         return found
 
     def save(self, path: str | Path) -> Path:
-        """Write the editor to one safetensors file, with the weights that it is for by fingerprint.
+        """Write the editor to one safetensors file, with fingerprints of the weights it edits.
 
         Args:
             path: The file to write. Its folder must exist.
 
         Raises:
-            OSError: When the file cannot be written.
+            OSError: If the file cannot be written.
         """
         names = [site.name for site in self.sites]
         tree = {
@@ -149,12 +149,12 @@ class MendEditor:
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> MendEditor:
-        """Read an editor that :meth:`save` has written.
+        """Read an editor written by :meth:`save`.
 
         Raises:
-            FileNotFoundError: When there is no such file.
-            ValueError: When it is damaged or holds something else, or the weights that the editor
-                is for are not those of this model.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged or holds something else, or the editor belongs to
+                other weights than this model's.
         """
         tree = tensor_files.read(Path(path), KIND)
         try:
@@ -170,15 +170,15 @@ class MendEditor:
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise tensor_files.damaged(Path(path), KIND, error) from error
         raise ValueError(
-            f"{path} has an editor of {made_for}, and this model has other weights "
-            f"({', '.join(expected)}); revert the edits that are applied, or load that model"
+            f"{path} has an editor of {made_for}, but this model has other weights "
+            f"({', '.join(expected)}); revert the applied edits, or load that model"
         )
 
 
 def mlp_sites(
     model: Model, weights: str | Iterable[str] | None, layers: int | Iterable[int] | None
 ) -> list[WeightSite]:
-    """The weights to edit: by default those of the MLPs of the last three layers."""
+    """The weights to edit, by default those of the MLPs in the last three layers."""
     n_layers = model.cfg.n_layers
     chosen = range(max(0, n_layers - 3), n_layers) if layers is None else layers
     if weights is not None:

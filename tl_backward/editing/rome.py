@@ -33,49 +33,50 @@ def rome(
     clamp: int | float = 4.0,
     prepend_bos: bool | None = None,
 ) -> WeightEdit:
-    """Make a target follow a prompt, by ROME's rank-one update of one W_out.
+    """Make a target follow a prompt with ROME's rank-one update of one W_out.
 
-    At the subject's last token of the plain prompt W_out then gives just the value ``v* = v0 + d``
-    that makes the target probable: ``dW = outer(C^-1 k, v* - v) / (x . C^-1 k)``, with the input
-    ``x`` and output ``v`` there, and the mean ``k`` of the inputs in all contexts. The defaults are
-    those of the published code for GPT-2 XL (layer 17 there).
+    At the subject's last token of the plain prompt, W_out then outputs the value ``v* = v0 + d``
+    that makes the target probable. The update is ``dW = outer(C^-1 k, v* - v) / (x . C^-1 k)``,
+    with the input ``x`` and output ``v`` at that token, and the mean ``k`` of its inputs in all
+    contexts. The defaults are those of the published code for GPT-2 XL (layer 17 there).
 
     Args:
-        model: A TransformerLens model in eval mode. It is left as it is: see :class:`WeightEdit`.
+        model: A TransformerLens model in eval mode. It is left unchanged: see :class:`WeightEdit`.
         prompt: Text that contains the subject, or ``{}`` in its place.
-        target: What is to follow: text (mind the leading space) or token ids.
-        subject: Whom or what the fact is about. If it is in the prompt several times, the last
+        target: Text (mind the leading space) or token ids.
+        subject: The subject of the fact. If the prompt contains it several times, the last one
             counts.
         layer: The layer of W_out; negative ones count from the last.
         statistics: ``C``, from :func:`key_statistics`, with ``ridge=0`` as in the published code.
-            None leaves the whitening out.
-        contexts: Templates with ``{}`` for the prompt; ``v0`` is taken in the first. Default: the
-            plain prompt, and twenty short texts before it that the model writes, the same each
-            time. For many edits of one model make them once, by :func:`rome_contexts`.
-        steps: Forward passes of the search at most, of the layers from the edited one upwards;
-            Adam makes one update less. The search ends when the loss is below 0.05.
-        lr: The learning rate of Adam.
-        decay: The weight of ``|d| / |v0|^2`` in the loss.
-        kl: The weight of the KL divergence from the unedited model after "{subject} is a".
-        clamp: The largest ``|d|``, in units of ``|v0|``.
-        prepend_bos: As in ``model.to_tokens``; the published code has none for GPT-2. Default: the
+            None for no whitening.
+        contexts: Templates with ``{}`` for the prompt; the first one gives ``v0``. Default: the
+            plain prompt, and the prompt after twenty short texts that the model generates, always
+            the same ones. For many edits of one model, generate them once with
+            :func:`rome_contexts`.
+        steps: Maximum number of forward passes of the search, from the edited layer upwards; Adam
+            makes one update fewer. The search ends when the loss is below 0.05.
+        lr: Adam's learning rate.
+        decay: Weight of ``|d| / |v0|^2`` in the loss.
+        kl: Weight of the KL divergence from the unedited model after "{subject} is a".
+        clamp: Maximum ``|d|``, in units of ``|v0|``.
+        prepend_bos: As in ``model.to_tokens``; the published code uses none for GPT-2. Default: the
             model's setting.
 
     Returns:
         The edit, not applied, with an :class:`EditorReport` in ``edit.report``.
 
     Raises:
-        TypeError: When model, prompt, target, subject or contexts are malformed.
+        TypeError: If model, prompt, target, subject or contexts are malformed.
         ValueError: For a subject that is not in the prompt, an empty target, a layer that does not
             exist, settings out of range, statistics of another layer or model, a singular ``C``,
-            texts that are too long, a model in training mode or without tokenizer, and a loss that
+            texts that are too long, a model in training mode or without tokenizer, or a loss that
             is not finite from the start.
-        NotImplementedError: When the layer has no W_out, or several (mixtures of experts).
+        NotImplementedError: If the layer has no W_out, or several (mixtures of experts).
         RuntimeError: Under ``torch.inference_mode``.
 
     Warns:
-        UserWarning: When the subject is in the prompt several times, and when the loss of a later
-            step is not finite (the value of the least loss so far is kept).
+        UserWarning: If the prompt contains the subject several times; if the loss of a later step
+            is not finite (the search keeps the value with the smallest loss so far).
 
     Example:
         >>> statistics = key_statistics(model, texts, 5, ridge=0)

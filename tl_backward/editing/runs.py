@@ -1,4 +1,4 @@
-"""Forward passes that stop early, start late, or go all the way, without a backward pass."""
+"""Forward passes that stop early, start late, or run through the whole model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, Tap, WeightSite, all_modules, occupy
 
 Places: TypeAlias = tuple[Int[Tensor, "place"], Int[Tensor, "place"]]
-"""Texts and positions in them."""
+"""Indices of texts, and positions in them."""
 LEAST_TOLERANCE = 1e-4
-"""Of two runs in float64: transformers computes softmax and norms in float32."""
+"""Tolerance between two float64 runs: transformers computes softmax and norms in float32."""
 
 
 class _Stop(BaseException):
-    """Ends a forward pass of which the rest is not needed."""
+    """Ends a forward pass early."""
 
 
 def weight_inputs(
@@ -37,13 +37,13 @@ def weight_inputs(
     batch: Batch,
     edit: WeightEdit | None = None,
 ) -> dict[str, Float[Tensor, "batch pos d_in"]]:
-    """The inputs of some weights, by site name, from a forward pass that stops at the last of them.
+    """The inputs of some weights, by site name, from a forward pass that stops at the last one.
 
     Args:
         model: A TransformerLens model.
         sites: Sites in the order of the forward pass.
         batch: Texts, padded on the right.
-        edit: An edit that takes part by its hooks.
+        edit: An edit to apply by its hooks.
     """
     with Undo() as undo, undo, undo:
         recorder = _recorder(model, sites, batch, edit, undo)
@@ -52,7 +52,7 @@ def weight_inputs(
             batch.logits(model)
         except _Stop:
             return _first(recorder, sites, "x", batch)
-    raise RuntimeError(f"{sites[-1].name} took no part in the forward pass")
+    raise RuntimeError(f"the forward pass did not use {sites[-1].name}")
 
 
 def read_at(
@@ -62,14 +62,14 @@ def read_at(
     positions: Int[Tensor, "batch"],
     edit: WeightEdit | None = None,
 ) -> list[Float[Tensor, "batch _"]]:
-    """What passes some HookPoints at one position of each text, from a run that stops there.
+    """The tensors at some HookPoints at one position of each text, from a run that stops there.
 
     Args:
         model: A TransformerLens model.
         points: Names of the HookPoints.
         batch: Texts, padded on the right.
-        positions: The position in each.
-        edit: An edit that takes part by its hooks.
+        positions: The position in each text.
+        edit: An edit to apply by its hooks.
     """
     seen: dict[str, Tensor] = {}
 
@@ -89,24 +89,24 @@ def read_at(
         except _Stop:
             return [seen[point] for point in points]
     missing = ", ".join(point for point in points if point not in seen)
-    raise RuntimeError(f"nothing passed {missing}")
+    raise RuntimeError(f"the forward pass did not reach {missing}")
 
 
 class WholeRun:
-    """A forward pass on some texts, from the middle of which others can start.
+    """A forward pass on some texts whose block outputs let later passes start in the middle.
 
     Attributes:
-        logits: What it gave.
-        inputs: The inputs of the weights that were asked for, by site name.
+        logits: The logits.
+        inputs: Inputs of the given weights, by site name.
         outputs: Their outputs.
-        n_passes: How many passes through all layers there were so far.
-        n_upper_passes: How many through the upper layers.
+        n_passes: Number of passes through all layers so far.
+        n_upper_passes: Number of passes through the upper layers so far.
 
     Args:
         model: A TransformerLens model.
         batch: Texts, padded on the right.
         sites: Weights whose inputs and outputs to keep.
-        edit: An edit that takes part by its hooks, in this pass only.
+        edit: An edit to apply by its hooks, in this pass only.
     """
 
     def __init__(
@@ -133,16 +133,16 @@ class WholeRun:
     ) -> Float[Tensor, "edit *batch_and_pos d_vocab"]:
         """The logits of the same texts with each of several edits, in one batch.
 
-        At some places if they are given, ``[edit, place, d_vocab]``: only those are unembedded,
-        unless there are hooks at the unembedding.
+        With ``places``, returns ``[edit, place, d_vocab]`` and unembeds only those, unless there
+        are hooks at the unembedding.
 
-        The blocks below the lowest edited layer return what they returned in the whole run. Whether
-        that is all the upper ones need is tried once for each layer, by a copy of the texts without
-        edit in the batch; where its logits are others, the passes go through all layers.
+        The blocks below the lowest edited layer return their outputs of the whole run. The first
+        call for each layer checks that the upper blocks need nothing else, with an unedited copy of
+        the texts in the batch; if its logits differ, passes run through all layers.
         """
         layers = [site.layer or 0 for e in edits for site, _ in e.at_sites().values()]
         first = min(layers, default=0)
-        if len(self._block_outputs) != len(self._model.blocks):  # some run several times
+        if len(self._block_outputs) != len(self._model.blocks):  # some blocks run several times
             first = 0
         if first == 0 or self._agrees.get(first) is False:
             self.n_passes += 1
@@ -191,7 +191,7 @@ def logits_at(
 ) -> Float[Tensor, "copies place d_vocab"]:
     """The logits at some places of each copy of a batch, from one forward pass.
 
-    Only those are unembedded, unless there are hooks at the unembedding.
+    Unembeds only these places, unless there are hooks at the unembedding.
     """
     with Undo() as undo, undo, undo:
         occupy(model, undo)
@@ -217,7 +217,7 @@ def _recorder(
     edit: WeightEdit | None,
     undo: Undo,
 ) -> Recorder:
-    """What keeps the inputs and outputs of some weights, in a run with an edit."""
+    """A recorder of the inputs and outputs of some weights, in a run with an edit."""
     occupy(model, undo)
     set_grad_enabled(False, undo)
     run = Run(undo)
@@ -233,7 +233,7 @@ def _recorder(
 def _first(
     recorder: Recorder, sites: Sequence[WeightSite], end: str, batch: Batch
 ) -> dict[str, Float[Tensor, "batch pos _"]]:
-    """What passed the sites, of those that are used several times the first time."""
+    """The recorded inputs or outputs, from the first use of each site."""
     return {site.name: by_text(recorder.values((site.name, end))[0], len(batch)) for site in sites}
 
 
@@ -243,14 +243,14 @@ def _stop(*_: Any) -> None:
 
 @contextmanager
 def returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """The module with a forward pass that computes nothing and returns ``output``."""
+    """Context in which the module's forward pass returns ``output`` without computing."""
     with Undo() as undo, undo, undo:
         _return_at_once(module, output, Run(undo), undo)
         yield
 
 
 def _return_at_once(module: nn.Module, output: Any, run: Run, undo: Undo) -> None:
-    """Give a module a forward pass that returns ``output`` in a run, and computes nothing."""
+    """Make a module's forward pass return ``output`` during a run, without computing."""
     attributes, forward = vars(module), module.forward
     undo.add(_put_back, attributes, {n: attributes[n] for n in ("forward",) if n in attributes})
     attributes["forward"] = lambda *args, **kwargs: (

@@ -1,4 +1,4 @@
-"""Prompts with targets, and for each target token the position that predicts it."""
+"""Prompts with targets, and the position that predicts each target token."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from tl_backward.sites import Model
 
 
 class TargetTerms:
-    """Every token of every target is one term.
+    """The terms of an edit, one per target token.
 
-    With ``which="all"`` the texts of the batch are the prompts and all but the last token of their
-    targets (teacher forcing).
+    With ``which="all"``, the texts of the batch are the prompts followed by all but the last token
+    of their targets (teacher forcing).
 
     Attributes:
         batch: The texts, with the tokens of their targets.
         prompt: The prompts as token ids without padding; several in a list.
-        example: For each term, its text.
-        ids: Its token.
-        predicting: The position that predicts it.
-        input_at: The position where inputs of weights are taken for it.
+        example: Index of each term's text.
+        ids: Token of each term.
+        predicting: Position that predicts each term's token.
+        input_at: Position of the weights' inputs for each term.
 
     Args:
         model: A TransformerLens model.
         prompt: One prompt or several.
-        target: One target for all of them, or one for each.
-        position: Where inputs are taken, for all prompts or for each.
-        which: Whether the first token of each target counts, or all.
+        target: One target for all prompts, or one per prompt.
+        position: Position of the inputs, for all prompts or one per prompt.
+        which: Whether to use the first token of each target, or all.
         prepend_bos: As in ``model.to_tokens``.
 
     Raises:
@@ -69,11 +69,11 @@ class TargetTerms:
 
     @property
     def places(self) -> Places:
-        """Where each term is predicted."""
+        """The text and position that predict each term."""
         return self.example, self.predicting
 
     def gaps(self, logits: Float[Tensor, "copies term d_vocab"]) -> Float[Tensor, "copies batch"]:
-        """The :meth:`term_gaps` by prompt: of a target with several tokens, that of the worst."""
+        """The worst of the :meth:`term_gaps` of each prompt."""
         gaps = self.term_gaps(logits)
         worst = gaps.new_full((len(gaps), len(self.batch)), torch.inf)
         return worst.scatter_reduce(1, self.example.expand(len(gaps), -1), gaps, "amin")
@@ -81,21 +81,21 @@ class TargetTerms:
     def term_gaps(
         self, logits: Float[Tensor, "copies term d_vocab"]
     ) -> Float[Tensor, "copies term"]:
-        """How far above all others the targets' tokens are: logit minus the largest other."""
+        """The logit of each target token minus the largest other logit."""
         at = upcast(logits.cpu())
         ids = self.ids.expand(len(at), -1).unsqueeze(-1)
         largest_other = at.scatter(-1, ids, -torch.inf).amax(-1)
         return at.gather(-1, ids).squeeze(-1) - largest_other
 
     def elsewhere(self) -> Bool[Tensor, "batch pos"]:
-        """The positions that predict no target."""
+        """True at positions that predict no target."""
         mask = self.batch.mask.clone()
         mask[self.example, self.predicting] = False
         return mask
 
 
 def _positions(position: int | Sequence[int], lengths: list[int]) -> Int[Tensor, "batch"]:
-    """One position for each prompt, counted from its beginning."""
+    """One position per prompt, counted from its beginning."""
     each = [position] * len(lengths) if isinstance(position, int) else list(position)
     if len(each) != len(lengths):
         raise ValueError(

@@ -36,30 +36,30 @@ KIND = "WeightEdit"
 
 
 class WeightEdit:
-    """What is added to some weights of a model, as a sum of outer products ``u^T v``.
+    """An update to add to some weights of a model, as a sum of outer products ``u^T v``.
 
-    It changes nothing until it is asked to: by :meth:`apply`, which changes the weights that the
-    forward pass uses and that :meth:`revert` restores bit for bit, or by :meth:`fwd_hooks`, which
-    touch no weight. An edit of a weight that two sites share (tied embeddings) acts in both.
+    Creating an edit changes nothing. :meth:`apply` changes the weights of the forward pass, and
+    :meth:`revert` restores them bit for bit. :meth:`fwd_hooks` have the same effect without
+    changing weights. An edit of a weight that two sites share (tied embeddings) acts in both.
 
     Attributes:
-        model: The model that it is bound to; None for one that was loaded or made without.
-        factors: By site name the update that is *added* to ``W`` in the orientation
-            ``[d_in, d_out]``: left vectors ``u`` in ``.inputs``, right vectors ``v`` in ``.vjps``.
-        report: What the function that made the edit has to say about it; None for others.
-        made_for: The weights that a loaded edit is for; None for others.
+        model: The model that the edit is bound to; None if it was loaded or made without one.
+        factors: The update *added* to ``W``, shape ``[d_in, d_out]``, by site name: left vectors
+            ``u`` in ``.inputs``, right vectors ``v`` in ``.vjps``.
+        report: Report of the function that made the edit, if any.
+        made_for: The weights that a loaded edit belongs to; None for others.
 
     Args:
-        model: A TransformerLens model, or None to :meth:`bind` it later.
+        model: A TransformerLens model, or None to :meth:`bind` the edit later.
         factors: The factors by site name, with or without a batch axis.
         report: See above.
         made_for: See above.
-        sites: The sites of the factors and those tied to them, where they are known already; the
-            model is not searched for them then.
+        sites: The sites of the factors and those tied to them, if already known; avoids surveying
+            the model.
 
     Raises:
-        TypeError: When the model is no TransformerLens model.
-        ValueError: When the model has no such site, or its shape or its weights are others.
+        TypeError: If ``model`` is not a TransformerLens model.
+        ValueError: If the model lacks a site, or its shape or weights differ.
 
     Example:
         >>> (site,) = weight_sites(model, "W_out", layers=5)
@@ -104,7 +104,7 @@ class WeightEdit:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the weights bear the edit now."""
+        """Whether the edit is currently applied."""
         return self._changes is not None
 
     def bind(self, model: Model) -> WeightEdit:
@@ -116,15 +116,15 @@ class WeightEdit:
         return WeightEdit(model, self.factors, self.report, self.made_for)
 
     def apply(self) -> None:
-        """Add the update to the weights, in place: to all of them, or on an error to none.
+        """Add the update to the weights in place: to all of them, or on an error to none.
 
-        Half-precision weights are added to in float32 and rounded once.
+        For half-precision weights, the sum is computed in float32 and rounded once.
 
         Raises:
-            RuntimeError: When it is applied already.
-            NotImplementedError: When a weight is quantised, offloaded, or recomputed in every
-                forward pass from other parameters; :meth:`fwd_hooks` work for it.
-            ValueError: When the edit is bound to no model, or an update is not finite, or too large
+            RuntimeError: If the edit is already applied.
+            NotImplementedError: If a weight is quantised, offloaded, or recomputed in every forward
+                pass from other parameters; :meth:`fwd_hooks` work for it.
+            ValueError: If the edit is bound to no model, or an update is not finite or too large
                 for the weight's dtype.
         """
         changes = self._new_changes()
@@ -133,26 +133,26 @@ class WeightEdit:
             changes.make()
 
     def revert(self) -> None:
-        """Restore the weights bit for bit, as they were before :meth:`apply`.
+        """Restore the weights of before :meth:`apply` bit for bit.
 
-        Edits of the same weight are reverted in the reverse order of their application, edits of
+        Revert edits of the same weight in the reverse order of their application, and edits of
         different weights in any order.
 
         Raises:
-            RuntimeError: When it is not applied, when a later edit of one of the weights is still
-                there, or when something else has changed one since. Nothing is reverted then.
+            RuntimeError: If the edit is not applied, a later edit of one of the weights is still in
+                place, or something else changed a weight. Nothing is reverted then.
         """
         if self._changes is None:
-            raise RuntimeError("this edit is not applied; apply() comes first")
+            raise RuntimeError("this edit is not applied; call apply() first")
         self._changes.require_undoable()
         with self._none_on_error(), self._none_on_error(), self._none_on_error():
             self._undo()
 
     @contextmanager
     def applied(self) -> Iterator[WeightEdit]:
-        """The model with the edit applied, and reverted at the end, also after an exception.
+        """Context with the edit applied; reverts it on exit, also after an exception.
 
-        An interrupt while the end checks the weights ends the check: they are put back unchecked.
+        An interrupt during the check of the weights on exit restores them unchecked.
 
         Raises:
             RuntimeError, NotImplementedError, ValueError: As :meth:`apply` and :meth:`revert`.
@@ -168,18 +168,18 @@ class WeightEdit:
                     self.revert()
 
     def fwd_hooks(self) -> ForwardHooks:
-        """Hooks that have the effect of the edit and touch no weight.
+        """Hooks with the effect of the edit that change no weight.
 
-        They work for frozen and quantised weights, in generation, and together with other hooks;
-        those at the very HookPoints of an edited weight belong before them when they patch its
-        input, and behind them when they patch its output. On a ``HookedTransformer`` the HookPoints
-        that it lacks are added, as by :func:`tl_backward.add_hook_points`.
+        They work for frozen and quantised weights, in generation, and together with other hooks. At
+        the HookPoints of an edited weight, put hooks that patch its input before these hooks, and
+        hooks that patch its output after them. Missing HookPoints are added to a
+        ``HookedTransformer``, as by :func:`tl_backward.add_hook_points`.
 
         Returns:
             Pairs of a HookPoint's name and a function.
 
         Raises:
-            ValueError: When the edit is bound to no model.
+            ValueError: If the edit is bound to no model.
 
         Example:
             >>> model.run_with_hooks(tokens, fwd_hooks=edit.fwd_hooks())
@@ -199,24 +199,24 @@ class WeightEdit:
         """Frobenius norm of the update over all weights together.
 
         Raises:
-            ValueError: When the edit is bound to no model, which knows which weights are tied.
+            ValueError: If the edit is bound to no model, which determines the tied weights.
         """
         groups = [g for name, (_, g) in self.at_sites().items() if self._is_first_of_its_ties(name)]
         norms = [g.norm().cpu() for g in groups]
         return stable_norm(torch.stack(norms)) if norms else torch.tensor(0.0)
 
     def residual_vectors(self) -> tuple[Float[Tensor, "entry d_model"], list[str]]:
-        """The edit's vectors on the side of the residual stream, and labels, for ``lens.read``.
+        """The edit's vectors in the residual stream, and labels, for ``lens.read``.
 
-        Left ones of weights that read the stream, right ones of those that write to it. As numbers
-        go to the other side (see :meth:`__mul__`), these are the vectors that the edit was made of:
-        a shift's right vectors are target embeddings, to be read at their top, and a gradient
-        step's are VJPs with their raw sign, to be read at their bottom. All unembeddings may have a
-        direction in common that hides the target; subtract ``model.W_U.mean(1)`` then.
+        These are the left vectors of weights that read the stream, and the right vectors of weights
+        that write to it. Scaling acts on the other side (see :meth:`__mul__`), so they keep their
+        original sign and size: a shift's are target embeddings, to be read at the top; a gradient
+        step's are VJPs with raw sign, to be read at the bottom. If a direction that all
+        unembeddings share hides the target, subtract ``model.W_U.mean(1)``.
 
         Raises:
-            ValueError: When the edit is empty, or one of its weights has the residual stream on
-                neither side (``W_in.lora_B``, ``W_out.lora_A``).
+            ValueError: If the edit is empty, or one of its weights neither reads nor writes the
+                residual stream (``W_in.lora_B``, ``W_out.lora_A``).
 
         Example:
             >>> lens.read(*edit.residual_vectors()).top_tokens()
@@ -224,18 +224,18 @@ class WeightEdit:
         vectors, labels = [], []
         for name, g in self.factors.items():
             _require_beside_the_stream(name)
-            of_site = g.inputs if _is_read_by_input(name) else g.vjps
-            vectors += [upcast(one) for one in of_site]
-            labels += [f"{name} term {i}" for i in range(len(of_site))]
+            terms = g.inputs if _is_read_by_input(name) else g.vjps
+            vectors += [upcast(term) for term in terms]
+            labels += [f"{name} term {i}" for i in range(len(terms))]
         if not vectors:
             raise ValueError("this edit is empty: there is nothing to read")
         return torch.stack(vectors), labels
 
     def __add__(self, other: WeightEdit) -> WeightEdit:
-        """Both edits at once.
+        """The sum of two edits.
 
         Raises:
-            ValueError: When they are of different models, or were saved for different weights.
+            ValueError: If they belong to different models, or were saved for different weights.
         """
         if not isinstance(other, WeightEdit):
             return NotImplemented
@@ -257,13 +257,13 @@ class WeightEdit:
         return edit
 
     def __mul__(self, scalar: int | float | Float[Tensor, ""]) -> WeightEdit:
-        """The edit times a number, which goes to the vectors that :meth:`residual_vectors` omits.
+        """The edit times a number; scales the vectors that :meth:`residual_vectors` omits.
 
         Raises:
-            ValueError: When the number is not finite.
+            ValueError: If the number is not finite.
         """
         if isinstance(scalar, Real | Tensor) and not math.isfinite(scalar):
-            raise ValueError(f"an edit can be multiplied by a finite number only, got {scalar}")
+            raise ValueError(f"an edit can only be multiplied by a finite number, got {scalar}")
         factors = {
             name: g * scalar if _is_read_by_input(name) else (g.T * scalar).T
             for name, g in self.factors.items()
@@ -273,7 +273,7 @@ class WeightEdit:
     __rmul__ = __mul__
 
     def save(self, path: str | Path) -> Path:
-        """Write the edit to one safetensors file, with the weights that it is for by fingerprint.
+        """Write the edit to one safetensors file, with fingerprints of the weights it edits.
 
         Args:
             path: The file to write. Its folder must exist.
@@ -282,18 +282,18 @@ class WeightEdit:
             The same path.
 
         Raises:
-            RuntimeError: While the edit is applied, or another one that one of the weights did not
-                bear when this edit was made.
-            ValueError: When it is bound to no model.
-            OSError: When the file cannot be written.
+            RuntimeError: If the edit is applied, or another edit of its weights was applied after
+                this one was made.
+            ValueError: If the edit is bound to no model.
+            OSError: If the file cannot be written.
         """
         if self._changes is not None:
-            raise RuntimeError("an edit is saved for the weights without it; revert() it first")
+            raise RuntimeError("an applied edit cannot be saved; revert() it first")
         for name, borne in self._borne.items():
             if not self._standing_changes(name) <= borne:
                 raise RuntimeError(
-                    f"{name} bears an edit that was applied after this one was made, and an edit "
-                    "is saved for the weights without it; revert() the other one first"
+                    f"another edit of {name} was applied after this one was made, so its "
+                    "fingerprint would be wrong; revert() the other edit first"
                 )
         model = self._require_model()
         tree = {
@@ -307,17 +307,17 @@ class WeightEdit:
 
     @classmethod
     def load(cls, path: str | Path, model: Model | None = None) -> WeightEdit:
-        """Read an edit that :meth:`save` has written.
+        """Read an edit written by :meth:`save`.
 
         Args:
             path: The file.
-            model: The model to bind it to. Without one, only the factors can be used until
+            model: The model to bind the edit to. Without one, only the factors are available until
                 :meth:`bind`.
 
         Raises:
-            FileNotFoundError: When there is no such file.
-            ValueError: When the file holds no edit or is damaged, and when the model has other
-                sites, shapes or weights than the one that the edit was saved for.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file holds no edit or is damaged, or the model's sites, shapes or
+                weights differ from those that the edit was saved for.
 
         Example:
             >>> edit.save("messi.safetensors")
@@ -335,11 +335,11 @@ class WeightEdit:
         return cls(model, factors, made_for=made_for)
 
     def at_sites(self) -> dict[str, tuple[WeightSite, GradientFactors]]:
-        """Where the edit acts: its sites and those with the same weight, each with its update.
+        """The sites of the edit and those with the same weight, each with its update.
 
         Raises:
-            ValueError: When the edit is bound to no model.
-            NotImplementedError: When another weight shares a part of the memory of one of these.
+            ValueError: If the edit is bound to no model.
+            NotImplementedError: If another weight shares part of the memory of one of these.
         """
         self._require_model()
         found: dict[str, tuple[WeightSite, GradientFactors]] = {}
@@ -352,25 +352,25 @@ class WeightEdit:
         return found
 
     def _with(self, factors: dict[str, GradientFactors]) -> WeightEdit:
-        """An edit of the same sites with other factors."""
+        """A copy of this edit with other factors."""
         edit = copy.copy(self)
         edit.factors, edit.report, edit._changes = factors, None, None
         return edit
 
     def _updates(self) -> Iterator[tuple[WeightSite, Tensor]]:
-        """By weight, what is added to it, in its own layout."""
+        """The update of each weight, in its own layout."""
         for name, (site, g) in self.at_sites().items():
             if self._is_first_of_its_ties(name):
                 yield site, site.to_parameter_layout(g.dense())
 
     def _sites_in_memory_of(self, name: str) -> tuple[WeightSite, ...]:
-        """The site, and all others whose weight changes with its weight."""
+        """The site, and all sites whose weight shares its memory."""
         site = self._sites[name]
         others = (self._sites[other] for other in site.in_storage_with)
         return site, *(other for other in others if shares_memory(site, other))
 
     def _is_first_of_its_ties(self, name: str) -> bool:
-        """Whether this site stands for the weight that it edits and may share with others."""
+        """Whether this site is the first of the edit's sites that share its weight."""
         sharing = (
             first for first, sites in self._sharers.items() if name in [site.name for site in sites]
         )
@@ -380,19 +380,19 @@ class WeightEdit:
         return standing_changes(site.parameter for site in self._sharers[name])
 
     def _new_changes(self) -> WeightChanges:
-        """The edit as changes that are not made yet."""
+        """The edit as weight changes, not yet made."""
         if self._changes is not None and self._changes.are_made:
-            raise RuntimeError("this edit is applied already; revert() it first, or apply 2 * edit")
+            raise RuntimeError("this edit is already applied; revert() it first, or apply 2 * edit")
         if self._changes is not None:
             self._undo()
         return WeightChanges(self._updates())
 
     @contextmanager
     def _none_on_error(self) -> Iterator[None]:
-        """Undo the edit when something is raised, unless its weights are disputed.
+        """Undo the edit on an exception, unless its weights are disputed.
 
-        Three of these within each other leave no line where an interrupt, or a second one that
-        interrupts the undoing, would leave a changed weight behind.
+        With three nested contexts there is no line where an interrupt, or a second one during the
+        undoing, leaves a changed weight behind.
         """
         try:
             yield
@@ -418,22 +418,22 @@ class WeightEdit:
                 raise ValueError(f"factors: this model has no site {name!r}; see weight_sites()")
             if g.shape != (site.d_in, site.d_out):
                 raise ValueError(
-                    f"factors: {name} is [{site.d_in}, {site.d_out}] in this model, and the edit "
-                    f"has {list(g.shape)}"
+                    f"factors: {name} is [{site.d_in}, {site.d_out}] in this model, but "
+                    f"{list(g.shape)} in the edit"
                 )
         if self.made_for is None:
             return
         for name, expected in self.made_for.weights.items():
             if fingerprint(self._sites[name].parameter) != expected:
                 raise ValueError(
-                    f"model: its {name} is not the one that this edit was saved for (that of "
-                    f"{self.made_for.model}): the values, the dtype or the shape are others; "
-                    "revert the edits that are applied, or load that model as it was"
+                    f"model: its {name} is not the one that this edit was saved for (from "
+                    f"{self.made_for.model}): values, dtype or shape differ; revert the applied "
+                    "edits, or load that model as it was"
                 )
 
 
 def _seen_from(other: WeightSite, site: WeightSite, update: GradientFactors) -> GradientFactors:
-    """The update of one site's weight as the same update of a weight in the same memory."""
+    """One site's update, expressed for another site whose weight shares the memory."""
     if other is site or is_same_matrix(site, other):
         return update
     if is_transposed(site, other):
@@ -443,7 +443,7 @@ def _seen_from(other: WeightSite, site: WeightSite, update: GradientFactors) -> 
 
 
 def _is_read_by_input(name: str) -> bool:
-    """Whether the side of the residual stream is the weight's input."""
+    """Whether the weight's input is in the residual stream."""
     kind = parse_site_name(name).kind
     return reads_stream(kind) or kind == "W_U"
 
@@ -451,4 +451,6 @@ def _is_read_by_input(name: str) -> bool:
 def _require_beside_the_stream(name: str) -> None:
     kind = parse_site_name(name).kind
     if not (reads_stream(kind) or writes_stream(kind) or kind in ("W_E", "W_pos", "W_U")):
-        raise ValueError(f"{name} has the residual stream on neither side, so it cannot be read")
+        raise ValueError(
+            f"{name} neither reads nor writes the residual stream, so it has no readout"
+        )
