@@ -53,5 +53,5 @@ def test_compiled_in_place(model, part):
 
 
 def test_a_compiled_copy_is_refused_by_name(model):
-    with pytest.raises(TypeError, match=r"pass what was compiled, model\._orig_mod"):
+    with pytest.raises(TypeError, match=r"pass the original model, model\._orig_mod"):
         tlb.run_with_backward_cache(torch.compile(model), TOKENS, TARGET)

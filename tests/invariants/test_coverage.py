@@ -14,7 +14,7 @@ from tl_backward.sites.transformer_bridge import named_parameters
 
 TOKENS, TARGET = torch.tensor([[3, 9, 1, 17, 5, 11, 2, 8, 30]]), 5
 BIAS = re.compile(r"bias: its gradient is cache\.bias_gradient\('(?P<site>.*)'\)")
-NOT_IN_USE = re.compile("used no more|replaced by a processed")
+NOT_IN_USE = re.compile("no longer used|replaced by a processed")
 WITHOUT_GRADIENT = re.compile(r"indexer|correction_bias|expert_bias|z_L_init")
 """What only chooses experts or positions, or runs under ``torch.no_grad()`` (hrm_text)."""
 

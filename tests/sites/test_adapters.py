@@ -265,7 +265,7 @@ def test_one_of_two_is_active(two):
     cache = assert_exact(bridge)
     assert cache["W_out.lora_A.french-2", 1].shape == (44, 4)
     assert set(reasons(bridge)) == {"lora_A.default", "lora_B.default"}
-    assert "'default' is not active; see set_adapter()" in reasons(bridge)["lora_A.default"]
+    assert "'default' is not active; see peft's set_adapter()" in reasons(bridge)["lora_A.default"]
     with pytest.raises(NotImplementedError, match=r"W_out\.lora_A has no site: .* is not active"):
         tlb.weight_sites(bridge, "W_out.lora_A")
 
@@ -337,15 +337,15 @@ OTHERS = {
     "DoRA": (config(target_modules=WRAPPED, use_dora=True), "DoraLinearVariant"),
     "IA3": (
         peft.IA3Config(target_modules=WRAPPED, feedforward_modules=WRAPPED),
-        "no plain LoRA \\(ia3 Linear\\)",
+        "not plain LoRA \\(ia3 Linear\\)",
     ),
-    "LoHa": (peft.LoHaConfig(target_modules=WRAPPED, r=2), "no plain LoRA \\(loha Linear\\)"),
+    "LoHa": (peft.LoHaConfig(target_modules=WRAPPED, r=2), "not plain LoRA \\(loha Linear\\)"),
     "AdaLoRA": (
         peft.AdaLoraConfig(target_modules=WRAPPED, total_step=9),
-        "no plain LoRA \\(adalora SVDLinear\\)",
+        "not plain LoRA \\(adalora SVDLinear\\)",
     ),
-    "VeRA": (peft.VeraConfig(target_modules=WRAPPED, r=2), "no plain LoRA \\(vera Linear\\)"),
-    "OFT": (peft.OFTConfig(target_modules=WRAPPED), "no plain LoRA \\(oft Linear\\)"),
+    "VeRA": (peft.VeraConfig(target_modules=WRAPPED, r=2), "not plain LoRA \\(vera Linear\\)"),
+    "OFT": (peft.OFTConfig(target_modules=WRAPPED), "not plain LoRA \\(oft Linear\\)"),
 }
 
 
@@ -392,7 +392,7 @@ def test_adapters_that_embedding_and_unembedding_share(tokenizer):
     shared = bridge.embed.original_component.lora_embedding_B["default"]
     own = bridge.unembed.original_component.lora_A["default"].weight
     assert shared is not own and shared.data_ptr() == own.data_ptr()
-    with pytest.raises(NotImplementedError, match="shares its numbers with an adapter of embed"):
+    with pytest.raises(NotImplementedError, match="shares memory with an adapter of embed"):
         tlb.weight_sites(bridge, "W_U.lora_A")
 
 
@@ -404,7 +404,7 @@ def test_trained_copies(tokenizer):
     assert tlb.weight_sites(bridge, "W_U")[0].parameter is copied
     assert_exact(bridge)
     covered = tlb.coverage(bridge).set_index("parameter").reason
-    assert "another is in use" in covered["lm_head.original_module.weight"]
+    assert "another copy is in use" in covered["lm_head.original_module.weight"]
     with peft_model.disable_adapter():
         assert tlb.weight_sites(bridge, "W_U")[0].parameter is not copied
         assert_exact(bridge)

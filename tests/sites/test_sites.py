@@ -192,7 +192,7 @@ def test_coverage_has_every_parameter(tokenizer):
         ("mamba", {"weights": "W_V"}, "SSMMixerBridge 'mixer' instead"),
         ("jamba", {"weights": "W_Q", "layers": 0}, r"blocks\.0\.attn\.W_Q.*'mixer' instead"),
         ("recurrent_gemma", {"weights": "W_out"}, "names no part of its RecurrentGemmaDecoder"),
-        ("opt", {"weights": "W_pos"}, "OPTLearnedPositionalEmbedding is no plain look-up"),
+        ("opt", {"weights": "W_pos"}, "OPTLearnedPositionalEmbedding is not a plain lookup"),
     ],
 )
 def test_weights_without_a_site_are_refused_by_name(tokenizer, family, arguments, message):

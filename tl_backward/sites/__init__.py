@@ -1,7 +1,7 @@
-"""Where the weights of a TransformerLens model are, one file per model class.
+"""The weight sites of TransformerLens models, one module per model class.
 
-This package is the only place that knows which model classes there are; everything above it
-works with :class:`WeightSite` and the functions here.
+Only this package knows the model classes; everything else works with :class:`WeightSite` and the
+functions here.
 """
 
 from __future__ import annotations
@@ -69,18 +69,17 @@ def weight_sites(
     weights: str | Iterable[str] | None = None,
     layers: int | Iterable[int] | None = None,
 ) -> list[WeightSite]:
-    """The weight matrices of a model, each with the points where its input and output pass.
+    """The weight matrices of a model, each with the hook points of its input and output.
 
     Args:
         model: A TransformerLens ``TransformerBridge`` or ``HookedTransformer``.
-        weights: Kinds, such as ``"W_out"`` or ``("W_in", "W_gate")``. Default: all there are.
+        weights: Kinds, such as ``"W_out"`` or ``("W_in", "W_gate")``. Default: all available.
         layers: Layer indices; negative ones count from the last. Default: all.
 
     Raises:
-        TypeError: When ``model`` is no TransformerLens model.
-        ValueError: When a weight or layer does not exist; the message lists what does.
-        NotImplementedError: When a weight or layer that was asked for has no site; the message
-            says why.
+        TypeError: If ``model`` is not a TransformerLens model.
+        ValueError: If a weight or layer does not exist; the message lists those that do.
+        NotImplementedError: If a requested weight or layer has no site; the message says why.
 
     Example:
         >>> [site.name for site in weight_sites(model, "W_out", layers=-1)]
@@ -90,7 +89,7 @@ def weight_sites(
 
 
 def find_sites(model: Model) -> FoundSites:
-    """Every weight matrix of a model, surveyed once.
+    """Survey all weight matrices of a model.
 
     Raises:
         TypeError, NotImplementedError: As :func:`weight_sites`.
@@ -104,35 +103,35 @@ def find_sites(model: Model) -> FoundSites:
 
 
 def require_model(model: Model) -> None:
-    """Refuse what has no sites.
+    """Raise unless ``model`` is a supported TransformerLens model.
 
     Raises:
-        TypeError: When ``model`` is no TransformerLens model of a decoder-only language model.
+        TypeError: If ``model`` is not a TransformerLens model of a decoder-only language model.
     """
     _backend(model)
 
 
 def left_padding_obstacle(model: Model) -> str | None:
-    """Why texts that are padded on the left would not get what they get alone; None if they do."""
+    """Why left-padded texts get other results than the texts alone; None if they get the same."""
     return _backend(model).left_padding_obstacle(model)
 
 
 def lazy_hook_points(model: Model) -> list[str]:
-    """The HookPoints of the residual stream that TransformerLens passes only if they have hooks."""
+    """The residual-stream HookPoints that TransformerLens calls only if they have hooks."""
     return _backend(model).lazy_hook_points(model)
 
 
 def end_of_stream(model: Model) -> nn.Module | None:
-    """Where the residual stream ends, if not at the last block's own HookPoint."""
+    """The end of the residual stream, if not at the last block's own HookPoint."""
     return _backend(model).end_of_stream(model)
 
 
 def residual_points(model: Model) -> dict[str, nn.Module]:
-    """The HookPoints of the residual stream and of what is added to it, by TransformerLens's names.
+    """The HookPoints of the residual stream and of additions to it, by TransformerLens's names.
 
-    ``hook_embed``, and of every block ``hook_resid_pre``, ``hook_resid_mid`` (not where attention
-    and MLP are parallel) and ``hook_mlp_out``, and ``hook_resid_post`` of the last. A name that the
-    model does not have is left out.
+    These are ``hook_embed``, every block's ``hook_resid_pre``, ``hook_resid_mid`` (unless attention
+    and MLP are parallel) and ``hook_mlp_out``, and the last block's ``hook_resid_post``. Names that
+    the model lacks are left out.
     """
     n_layers, points = model.cfg.n_layers, model.hook_dict
     last = f"blocks.{n_layers - 1}.hook_resid_post"
@@ -147,15 +146,15 @@ def residual_points(model: Model) -> dict[str, nn.Module]:
 
 
 def coverage(model: Model) -> pd.DataFrame:
-    """Every parameter of a model: its site, or why it has none.
+    """Every parameter of a model with its site, or the reason why it has none.
 
     Args:
         model: A TransformerLens model.
 
     Returns:
-        One row per parameter with the columns ``parameter``, ``shape`` (as it is stored), ``site``
-        (several names, joined by ``+``, where tied weights share it) and ``reason``: why there is
-        none, or why the gradient of the parameter is not that of the site alone.
+        One row per parameter with the columns ``parameter``, ``shape`` (as stored), ``site``
+        (several names, joined by ``+``, if tied weights share it) and ``reason``: why it has no
+        site, or why its gradient is not the site's alone.
 
     Raises:
         TypeError, NotImplementedError: For other models, as :func:`weight_sites`.
@@ -176,7 +175,7 @@ def coverage(model: Model) -> pd.DataFrame:
 
 
 def all_parameters(model: Model) -> Iterator[Tensor]:
-    """Every parameter of the model, once."""
+    """Every parameter of the model, each once."""
     owned = (p for _, module in all_modules(model) for p in module._parameters.values())
     return iter({id(p): p for p in owned if p is not None}.values())
 
@@ -187,26 +186,26 @@ def all_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
 
 
 def require_eval_mode(model: Model) -> None:
-    """Make sure that the model computes what it computes in eval mode.
+    """Raise if training mode changes the model's output.
 
-    Training mode is no obstacle by itself: it matters where something is active that depends on it.
+    Training mode itself is allowed if nothing active depends on it.
 
     Raises:
-        ValueError: When it does; the message names what is active and where.
+        ValueError: If something active depends on it; the message says what and where.
     """
     effects = training_mode_effects(all_modules(model))
     if effects:
         more = f" and {len(effects) - 3} more" if len(effects) > 3 else ""
         raise ValueError(
-            "the model is in training mode, which changes what it computes: "
+            "the model is in training mode, which changes its output: "
             f"{', '.join(effects[:3])}{more}; call model.eval() first"
         )
 
 
 def occupy(model: Model, undo: Undo) -> None:
-    """Take a turn at a model, with every HookPoint that its sites name, until it is undone.
+    """Take a turn at a model, with all HookPoints of its sites attached, until undone.
 
-    Other threads wait for their turn. HookPoints that the model lacked go again.
+    Other threads wait for their turn. Undoing removes HookPoints that the model lacked.
     """
     backend = _backend(model)
     take_turn(model, undo)
@@ -215,17 +214,17 @@ def occupy(model: Model, undo: Undo) -> None:
 
 @contextmanager
 def attached_hook_points(model: Model) -> Iterator[None]:
-    """The model, occupied for a block of code."""
+    """Context with the model occupied."""
     with Undo() as undo, undo, undo:
         occupy(model, undo)
         yield
 
 
 def unembedding(model: Model) -> Float[Tensor, "d_model d_vocab"]:
-    """The matrix that makes the logits, as :func:`unembed` uses it.
+    """The unembedding matrix, as used by :func:`unembed`.
 
     Raises:
-        NotImplementedError: When a LoRA adapter adds to what it does.
+        NotImplementedError: If a LoRA adapter adds to its output.
     """
     return _backend(model).unembedding(model)
 
@@ -233,7 +232,7 @@ def unembedding(model: Model) -> Float[Tensor, "d_model d_vocab"]:
 def unembed(
     model: Model, vectors: Float[Tensor, "rows d_model"], apply_ln: bool = True
 ) -> Float[Tensor, "rows d_vocab"]:
-    """Vectors through the model's own final norm and unembedding (Eq 7, before the softmax)."""
+    """Apply the model's own final norm and unembedding (Eq 7, before the softmax)."""
     return _backend(model).unembed(model, vectors, apply_ln)
 
 
@@ -244,7 +243,7 @@ def _backend(model: Model) -> Backend:
             return backend
     hint = "load one with TransformerBridge.boot_transformers(...)"
     if hasattr(model, "_orig_mod"):
-        hint = "pass what was compiled, model._orig_mod, which runs uncompiled here"
+        hint = "pass the original model, model._orig_mod, which runs uncompiled here"
     elif isinstance(model, nn.Module) and hasattr(model, "config"):
         inner = "model.get_base_model()" if hasattr(model, "get_base_model") else "model"
         hint = f"wrap it with TransformerBridge.boot_transformers(..., hf_model={inner})"

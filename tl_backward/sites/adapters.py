@@ -1,6 +1,6 @@
-"""Layers of ``peft``: the matrix inside them, and the two matrices of each LoRA adapter beside it.
+"""``peft`` layers: their base matrix, and the two matrices of each LoRA adapter.
 
-Nothing here imports ``peft``: a model has such layers only where it is imported already.
+Nothing here imports ``peft``: a model has such layers only if ``peft`` is already imported.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class AdapterMatrix(NamedTuple):
     """One of the two matrices of a LoRA adapter, ``y + scaling * (x A) B``.
 
     Attributes:
-        kind: ``"lora_A"`` or ``"lora_B"``, and the adapter's name where it is not ``default``.
-        module: The linear layer that holds it; None where there is none, in an embedding.
+        kind: ``"lora_A"`` or ``"lora_B"``, followed by the adapter's name unless it is ``default``.
+        module: The linear layer that holds it; None in an embedding, which has none.
         weight: Its parameter.
-        unused: Why the forward pass does not multiply by it now; None where it does.
+        unused: Why the forward pass currently does not use it; None if it does.
     """
 
     kind: str
@@ -29,18 +29,18 @@ class AdapterMatrix(NamedTuple):
 
 
 def adapted(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, Any]]:
-    """Those of the modules that are layers of ``peft``, with their paths."""
+    """The ``peft`` layers among the modules, with their paths."""
     return [one for one in modules if _is_adapted(one[1])] if "peft" in sys.modules else []
 
 
 def _is_adapted(module: object) -> bool:
-    """Whether a module is a layer that ``peft`` has put around another one."""
+    """Whether a module is a ``peft`` layer around another layer."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
 def base_layer(module: Any) -> Any:
-    """The layer inside one of ``peft`` whose weight is in use, and any other module itself."""
+    """The layer in use inside a ``peft`` layer; any other module itself."""
     if _has_copies(module):
         copies, active = module.modules_to_save, module.active_adapters
         unused = module.disable_adapters or not active or any(one not in copies for one in active)
@@ -49,7 +49,7 @@ def base_layer(module: Any) -> Any:
 
 
 def unused_copies(module: Any) -> list[nn.Module]:
-    """The layers that are not in use where ``peft`` trains copies (``modules_to_save``)."""
+    """The unused layers if ``peft`` trains copies of a layer (``modules_to_save``)."""
     if not _has_copies(module):
         return []
     every = [module.original_module, *module.modules_to_save.values()]
@@ -57,21 +57,21 @@ def unused_copies(module: Any) -> list[nn.Module]:
 
 
 def _has_copies(module: object) -> bool:
-    """Whether a module is one of which ``peft`` trains a copy for each adapter."""
+    """Whether ``peft`` trains a copy of the module for each adapter."""
     wrappers = sys.modules.get("peft.utils.other")
     return wrappers is not None and isinstance(module, wrappers.ModulesToSaveWrapper)
 
 
 def applied_adapters(module: Any) -> list[str]:
-    """The adapters that the forward pass of a module adds to what its base layer computes."""
+    """The adapters that the module's forward pass adds to its base layer's output."""
     if not _is_adapted(module) or module.disable_adapters or module.merged:
         return []
-    there = {name for held in module.adapter_layer_names for name in getattr(module, held)}
-    return [name for name in module.active_adapters if name in there]
+    available = {name for held in module.adapter_layer_names for name in getattr(module, held)}
+    return [name for name in module.active_adapters if name in available]
 
 
 def not_plain_lora(module: Any) -> str | None:
-    """Why a layer of ``peft`` does not compute ``x W + scaling * (x A) B``; None if it does."""
+    """Why a ``peft`` layer does not compute ``x W + scaling * (x A) B``; None if it does."""
     if not _is_adapted(module):
         return None
     lora = sys.modules["peft.tuners.lora.layer"]
@@ -79,17 +79,17 @@ def not_plain_lora(module: Any) -> str | None:
         module.base_layer
     ):
         package = type(module).__module__.split(".")[2]
-        return f"it is in a layer of peft that is no plain LoRA ({package} {type(module).__name__})"
+        return f"it is in a peft layer that is not plain LoRA ({package} {type(module).__name__})"
     for name in applied_adapters(module):
         variant = getattr(module, "lora_variant", {}).get(name)
         if variant is not None or module.use_dora.get(name):
             kind = "DoRA" if variant is None else type(variant).__name__
-            return f"its adapter {name!r} of peft is no plain LoRA ({kind})"
+            return f"its peft adapter {name!r} is not plain LoRA ({kind})"
     return None
 
 
 def adapter_matrices(layer: Any, weight: str) -> Iterator[AdapterMatrix]:
-    """The matrices of every LoRA adapter beside the weight of this name."""
+    """The matrices of every LoRA adapter of the weight with this name."""
     lora = sys.modules.get("peft.tuners.lora.layer")
     if lora is None or not isinstance(layer, lora.LoraLayer):
         return
@@ -114,4 +114,4 @@ def _why_unused(module: Any, adapter: str, weight: str) -> str:
         return f"no adapter is applied while {module.merged_adapters[0]!r} is merged into {weight}"
     if module.disable_adapters:
         return "the adapters are disabled"
-    return f"the adapter {adapter!r} is not active; see set_adapter() of peft"
+    return f"the adapter {adapter!r} is not active; see peft's set_adapter()"

@@ -1,9 +1,9 @@
-"""The HookPoints that a ``HookedTransformer`` lacks around its weights: added, passed, removed.
+"""The HookPoints that a ``HookedTransformer`` lacks around its weights: added, called, removed.
 
-While they are there, the modules around a weight are of subclasses of their own classes, as
-``torch.nn.utils.parametrize`` makes them. These pass the HookPoints and leave the computing to
-TransformerLens. No torch hook is involved, so the order in which a user's hooks run, forward and
-backward, is the order in which the tensors pass.
+While HookPoints are added, the modules around a weight get subclasses of their own classes, as
+``torch.nn.utils.parametrize`` makes them. The subclasses call the HookPoints and leave the
+computation to TransformerLens. They use no torch hooks, so a user's hooks run in the order of the
+tensors, forward and backward.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from tl_backward._turns import take_turn
 from tl_backward._undo import Undo
 
-_attached_for_a_while: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The models whose added HookPoints go again."""
+_temporarily_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose added HookPoints will be removed."""
 
 
 def add_hook_points(model: Any) -> None:
-    """Give the model the HookPoints that it lacks, under the names they have on a bridge.
+    """Add the HookPoints that the model lacks, under their names on a bridge.
 
     These are ``blocks.L.attn.{q,k,v,o}``, ``blocks.L.mlp.{in,gate,out}``, ``embed``, ``pos_embed``
     and ``unembed``, each with ``.hook_in`` and ``.hook_out``; ``embed.hook_in`` sees the token ids
-    and ``pos_embed.hook_in`` the positions (-1 for padding). No number that the model computes
-    changes. Adding them twice is harmless; `remove_hook_points` takes them away.
+    and ``pos_embed.hook_in`` the positions (-1 for padding). The model's results do not change.
+    Adding them twice is harmless; `remove_hook_points` removes them.
 
     Raises:
         NotImplementedError: For weights quantised to 4 bits.
@@ -39,18 +39,18 @@ def add_hook_points(model: Any) -> None:
     with Undo() as undo, undo, undo:
         take_turn(model, undo)
         attach_hook_points(model, undo)
-        _attached_for_a_while.discard(model)
+        _temporarily_attached.discard(model)
 
 
 def remove_hook_points(model: Any) -> None:
-    """Take away what `add_hook_points` added, with the hooks on it, and nothing else."""
+    """Remove the HookPoints that `add_hook_points` added, with their hooks, and nothing else."""
     with Undo() as undo, undo, undo:
         take_turn(model, undo)
         undo.add(_detach, model)
 
 
 def attach_hook_points(model: Any, undo: Undo) -> None:
-    """Add the HookPoints that the model lacks until they are undone, if they are not there yet.
+    """Add the HookPoints that the model lacks, until undone.
 
     Raises:
         NotImplementedError: For weights quantised to 4 bits.
@@ -59,7 +59,7 @@ def attach_hook_points(model: Any, undo: Undo) -> None:
     if _passing(model.embed):
         return
     undo.add(_detach_again, model)
-    _attached_for_a_while.add(model)
+    _temporarily_attached.add(model)
     present = dict(model.named_modules())
     for module, passing in _passings(model):
         _mix_in(passing, module)
@@ -74,13 +74,13 @@ def attach_hook_points(model: Any, undo: Undo) -> None:
 
 
 def _detach_again(model: Any) -> None:
-    if model in _attached_for_a_while:
+    if model in _temporarily_attached:
         _detach(model)
-        _attached_for_a_while.discard(model)
+        _temporarily_attached.discard(model)
 
 
 def _detach(model: Any) -> None:
-    """Take the added HookPoints away, all of them or those that are there."""
+    """Remove all added HookPoints that are present."""
     for module in [*model.modules()]:
         module.__dict__.pop("neighbour", None)
         if passing := _passing(module):
@@ -94,7 +94,7 @@ def _detach(model: Any) -> None:
 
 
 def refuse_quantized(model: Any) -> None:
-    """Raise where weights are packed in 4 bits."""
+    """Raise if weights are packed in 4 bits."""
     if model.cfg.load_in_4bit:
         raise NotImplementedError(
             "this HookedTransformer holds weights quantised to 4 bits (cfg.load_in_4bit), which "
@@ -103,32 +103,32 @@ def refuse_quantized(model: Any) -> None:
 
 
 def reads_positions(model: Any) -> bool:
-    """Whether ``W_pos`` takes part in the forward pass."""
+    """Whether the forward pass uses ``W_pos``."""
     return model.cfg.positional_embedding_type in ("standard", "shortformer")
 
 
 def is_dense(mlp: Any) -> bool:
-    """Whether an MLP is no mixture of experts."""
+    """Whether an MLP is not a mixture of experts."""
     return has_matrix(mlp, "W_in")
 
 
 def has_matrix(module: nn.Module, kind: str) -> bool:
-    """Whether there is such a weight, as a parameter or recomputed from others."""
+    """Whether a module has such a weight, stored or recomputed."""
     return isinstance(getattr(module, kind, None), Tensor)
 
 
 @dataclass(frozen=True, eq=False)
 class _Passing:
-    """What a module gets while the added HookPoints are there.
+    """The changes to a module while the added HookPoints are present.
 
-    Another thread may run the model while they come or go. So every method does without those that
-    are not there, and none asks the module for its class.
+    Another thread may run the model while HookPoints are added or removed. So every method copes
+    with missing HookPoints, and none checks the module's class.
 
     Attributes:
-        name: The method of its class that is replaced.
-        method: What replaces it: a function of the module, its own method, and the arguments.
-        added: Submodules: HookPoints, or pairs of them.
-        beside: Submodules, each with the added HookPoint that is passed before or behind it.
+        name: The method of the module's class to replace.
+        method: Its replacement: a function of the module, the original method, and the arguments.
+        added: New submodules: HookPoints, or pairs of them.
+        beside: Existing submodules, each with the added HookPoint to call before or after it.
     """
 
     name: str
@@ -145,10 +145,10 @@ def _mix_in(passing: _Passing, module: Any) -> None:
     module.__class__ = _mixed(passing, module.__class__)
     for name in passing.added:
         module.add_module(name, _hook_point() if name in ("hook_in", "hook_out") else _ends())
-    for name, (before_or_behind, point) in passing.beside.items():
+    for name, (before_or_after, point) in passing.beside.items():
         submodule: Any = module.get_submodule(name)
         vars(submodule)["neighbour"] = module.get_submodule(point)
-        submodule.__class__ = _mixed(before_or_behind, submodule.__class__)
+        submodule.__class__ = _mixed(before_or_after, submodule.__class__)
 
 
 @cache
@@ -174,7 +174,7 @@ def _ends() -> nn.Module:
 
 
 def _through(point: Any, x: Tensor) -> Tensor:
-    """``x`` through a HookPoint, if it is there."""
+    """Pass ``x`` through a HookPoint, if present."""
     return x if point is None else point(x)
 
 
@@ -183,13 +183,13 @@ def _leave(module: nn.Module, name: str, x: Tensor) -> Tensor:
 
 
 def _enter(module: nn.Module, name: str, x: Tensor) -> Tensor:
-    """``x`` through a HookPoint whose hooks may edit it in place, though others read ``x`` too."""
+    """Pass ``x`` through a HookPoint; hooks get a copy, so in-place edits do not affect others."""
     point = _added(module, name)
     return _through(point, x.clone() if point is not None and point.fwd_hooks else x)
 
 
 def _added(module: nn.Module, name: str) -> Any:
-    """An added HookPoint, if it is there."""
+    """An added HookPoint, if present."""
     parent, _, end = name.rpartition(".")
     holder = module._modules.get(parent) if parent else module
     return None if holder is None else holder._modules.get(end)
@@ -199,12 +199,12 @@ def _before(self: Any, own: Any, x: Tensor) -> Tensor:
     return own(_through(vars(self).get("neighbour"), x))
 
 
-def _behind(self: Any, own: Any, x: Tensor) -> Tensor:
+def _after(self: Any, own: Any, x: Tensor) -> Tensor:
     return _through(vars(self).get("neighbour"), own(x))
 
 
 BEFORE = _Passing("__call__", _before)
-BEHIND = _Passing("__call__", _behind)
+AFTER = _Passing("__call__", _after)
 
 
 def _linear(self: Any, own: Any, x: Tensor) -> Tensor:
@@ -216,9 +216,9 @@ def _normed_embed(self: Any, own: Any, tokens: Tensor) -> Tensor:
 
 
 def _pos_embed(self: Any, own: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """TransformerLens works the positions out inside, from the padding and the tokens before.
+    """Expose the positions that TransformerLens computes internally.
 
-    Its own lookup tells them, in a table of the numbers from 1 on; padding gives 0.
+    Its own lookup returns them from a table of the numbers from 1 on; padding gives 0.
     """
     numbers = torch.arange(1, len(self.W_pos) + 1, device=self.W_pos.device).unsqueeze(-1)
     stand_in = SimpleNamespace(W_pos=numbers)
@@ -254,10 +254,10 @@ def _gated_mlp(self: Any, own: Any, x: Tensor) -> Tensor:
 
 
 class _Branches:
-    """Stands for the one input of a gated MLP, of which every product takes the next tensor.
+    """Stand-in for the input of a gated MLP; each product takes the next of its tensors.
 
-    So TransformerLens's own forward, whichever operations it uses, multiplies ``W_gate`` and then
-    ``W_in`` by tensors of their own.
+    TransformerLens's own forward pass, whichever operations it uses, thus multiplies separate
+    tensors by ``W_gate`` and then by ``W_in``.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -291,14 +291,14 @@ ATTENTION = _Passing(
         "hook_q": (BEFORE, "q.hook_out"),
         "hook_k": (BEFORE, "k.hook_out"),
         "hook_v": (BEFORE, "v.hook_out"),
-        "hook_z": (BEHIND, "o.hook_in"),
+        "hook_z": (AFTER, "o.hook_in"),
     },
 )
 MLP = _Passing(
     "forward",
     _mlp,
     ("in", "out"),
-    {"hook_pre": (BEFORE, "in.hook_out"), "hook_post": (BEHIND, "out.hook_in")},
+    {"hook_pre": (BEFORE, "in.hook_out"), "hook_post": (AFTER, "out.hook_in")},
 )
 GATED_MLP = _Passing(
     "forward",
@@ -307,13 +307,13 @@ GATED_MLP = _Passing(
     {
         "hook_pre": (BEFORE, "gate.hook_out"),
         "hook_pre_linear": (BEFORE, "in.hook_out"),
-        "hook_post": (BEHIND, "out.hook_in"),
+        "hook_post": (AFTER, "out.hook_in"),
     },
 )
 
 
 def _passings(model: Any) -> Iterator[tuple[nn.Module, _Passing]]:
-    """The modules around the weights, and what each of them gets."""
+    """The modules around the weights, and the changes to each."""
     yield model.embed, NORMED_EMBED if "ln" in model.embed._modules else LINEAR
     if reads_positions(model):
         yield model.pos_embed, POS_EMBED

@@ -1,4 +1,4 @@
-"""``HookedTransformer``: bare parameters, between HookPoints that are added around them."""
+"""``HookedTransformer``: bare parameters between added HookPoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MLP_PROJECTIONS = {"W_gate": "gate", "W_in": "in", "W_out": "out"}
 
 
 def accepts(model: object) -> bool:
-    """Whether the model is a ``HookedTransformer``; there are none from TransformerLens 4 on."""
+    """Whether the model is a ``HookedTransformer``, which TransformerLens 4 no longer has."""
     try:
         from transformer_lens import HookedTransformer
     except ImportError:
@@ -47,7 +47,7 @@ def accepts(model: object) -> bool:
 
 
 def survey(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
-    """Every weight matrix of the model: its site, or what keeps it from having one."""
+    """Every weight matrix of the model: its site, or why it has none."""
     refuse_quantized(model)
     return told_apart(_matrices(model))
 
@@ -83,7 +83,7 @@ def _behind_post_norm(site: WeightSite, block: Any) -> WeightSite:
 
 
 def _norms_afterwards(block: Any) -> bool:
-    """Whether ``ln1`` and ``ln2`` stand behind attention and MLP (OLMo 2 and 3)."""
+    """Whether ``ln1`` and ``ln2`` follow attention and MLP (OLMo 2 and 3)."""
     try:
         from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
     except ImportError:
@@ -107,7 +107,7 @@ def reasons(model: Any) -> dict[int, str]:
         if end == "b_in" and has_matrix(module, "W_gate"):
             point = f"{path}.out.hook_in"
             found[id(parameter)] = (
-                f"bias behind the gate: its gradient is the sum of the VJPs at {point}"
+                f"bias after the gate: its gradient is the sum of the VJPs at {point}"
             )
         elif end.removeprefix("_").startswith("b_") and weight in names:
             found[id(parameter)] = f"bias: its gradient is cache.bias_gradient({weight!r})"
@@ -119,17 +119,17 @@ def reasons(model: Any) -> dict[int, str]:
 
 
 def lazy_hook_points(model: Any) -> list[str]:
-    """Nothing: the model passes every HookPoint."""
+    """None: the model calls every HookPoint."""
     return []
 
 
 def end_of_stream(model: Any) -> nn.Module | None:
-    """Where the residual stream ends, if not at the last block's own HookPoint."""
+    """None: the residual stream ends at the last block's own HookPoint."""
     return None
 
 
 def left_padding_obstacle(model: Any) -> str | None:
-    """Nothing: positions and attention leave padding out."""
+    """None: positions and attention ignore padding."""
     return None
 
 
@@ -139,7 +139,7 @@ def modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def unembedding(model: Any) -> Float[Tensor, "d_model d_vocab"]:
-    """The matrix that makes the logits."""
+    """The unembedding matrix."""
     return model.W_U
 
 
@@ -156,7 +156,7 @@ def unembed(
 
 
 def _lookup_site(model: Any, path: str, kind: str) -> WeightSite:
-    """A table whose rows are looked up: its input is the one-hot row of each index."""
+    """An embedding table; its input is the one-hot row of each index."""
     module = model.get_submodule(path)
 
     def one_hot(indices: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_in"]:
@@ -170,13 +170,13 @@ def _lookup_site(model: Any, path: str, kind: str) -> WeightSite:
 def _matrix_site(
     model: Any, path: str, kind: str, layer: int | None, projection: str, **fields: Any
 ) -> WeightSite:
-    """A weight that is stored as ``[d_in, d_out]``."""
+    """A weight stored as ``[d_in, d_out]``."""
     d_in, d_out = getattr(model.get_submodule(path), kind).shape
     return _site(model, path, kind, kind, layer, projection, d_in, d_out, **fields)
 
 
 def _attention_site(model: Any, layer: int, kind: str) -> WeightSite | UnsupportedWeight:
-    """A weight with an axis of heads; with grouped queries, keys and values have fewer of them."""
+    """A weight with a head axis; with grouped queries, keys and values have fewer heads."""
     path = f"blocks.{layer}.attn"
     attention = model.get_submodule(path)
     stored = f"_{kind}" if has_matrix(attention, f"_{kind}") else kind
@@ -188,7 +188,7 @@ def _attention_site(model: Any, layer: int, kind: str) -> WeightSite | Unsupport
     name = f"{path}.{kind}"
     for setting in PER_HEAD[kind] if stored == kind else (*PER_HEAD[kind], UNGROUPED):
         if getattr(attention.cfg, setting):
-            reason = f"cfg.{setting} treats every head by itself; set it to False"
+            reason = f"cfg.{setting} computes every head separately; set it to False"
             return UnsupportedWeight(name, kind, layer, reason, getattr(attention, stored))
     projection = f".{ATTENTION_PROJECTIONS[kind]}"
     layout = partial(rearrange, pattern=pattern, h=heads)

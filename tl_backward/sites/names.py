@@ -1,4 +1,4 @@
-"""The parts of a site's name."""
+"""Parsing site names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SiteName(NamedTuple):
 
 
 def parse_site_name(name: str) -> SiteName:
-    """The parts of a site's name.
+    """Parse a site's name.
 
     Raises:
         ValueError: When it is no site's name.

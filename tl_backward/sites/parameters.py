@@ -1,4 +1,4 @@
-"""Which of a model's parameters have a site, and why the others have none."""
+"""The parameters of a model with their sites, or the reasons why they have none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def coverage_table(
     sites: Iterable[WeightSite],
     reasons: dict[int, str],
 ) -> pd.DataFrame:
-    """One row per parameter; ``reasons`` are those that are known already, by ``id``."""
+    """One row per parameter; ``reasons`` holds the known reasons, by ``id``."""
     import pandas as pd
 
     by_parameter: dict[int, list[str]] = {}

@@ -1,7 +1,7 @@
-"""What TransformerLens's weight processing has done to a model, told from its weights.
+"""Detecting TransformerLens's weight processing from the weights.
 
-Neither model class remembers all of it, so the weights are asked: a step whose mark they bear is
-named, whoever made it.
+Neither model class records all of it. A step is named if the weights show its effect, whatever
+caused it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 from tl_backward.sites.protocols import Model
 
 CENTERED = 1e-4
-"""Mean of a centred row, at most, in units of its standard deviation."""
+"""Maximum mean of a centred row, in units of its standard deviation."""
 
 
 def weights_processing(model: Model) -> str:
     """The processing steps that the weights show, or ``"raw"``.
 
-    Named as the arguments of ``HookedTransformer.from_pretrained`` and
+    Steps are named after the arguments of ``HookedTransformer.from_pretrained`` and
     ``TransformerBridge.enable_compatibility_mode``: ``fold_ln``, ``center_writing_weights``,
-    ``center_unembed``, ``fold_value_biases``. A model whose norms have no gain shows no folding. A
-    bridge outside compatibility mode is raw, whatever its weights look like.
+    ``center_unembed``, ``fold_value_biases``. Folding is not detectable if norms have no gain. A
+    bridge outside compatibility mode is always raw.
     """
     if not getattr(model, "compatibility_mode", True):
         return "raw"
@@ -52,7 +52,7 @@ def _gain_is_folded(model: Any) -> bool:
 
 
 def _read(owner: Any, name: str) -> Tensor | None:
-    """A weight by TransformerLens's name; its latent attention refuses those that it lacks."""
+    """A weight by TransformerLens's name, or None; latent attention raises for missing ones."""
     try:
         return getattr(owner, name, None)
     except NotImplementedError:

@@ -1,4 +1,4 @@
-"""What this package needs of a model, and of the module that knows a model class."""
+"""The interfaces of a model, and of a backend that knows one model class."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
         @property
         def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-            """The unembedding; a bridge makes a copy each time."""
+            """The unembedding; a bridge copies it on each access."""
 
         def __call__(self, input: Tensor, **kwargs: Any) -> Any:
             """Run the model forward."""
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
         def hooks(
             self, fwd_hooks: Sequence[Any] = ..., bwd_hooks: Sequence[Any] = ...
         ) -> AbstractContextManager[Any]:
-            """The model with hooks on it."""
+            """Context with hooks on the model."""
 
         def generate(self, input: Any, **kwargs: Any) -> Any:
             """Continue a text."""
 
 else:
-    Model = Any  # a check at runtime would compute the model's properties
+    Model = Any  # a runtime check would compute the model's properties
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """A module that knows one model class; these are its functions."""
+    """The functions of a module that knows one model class."""
 
     def accepts(self, model: object) -> bool:
         """Whether the model is of this class."""
@@ -60,30 +60,30 @@ class Backend(Protocol):
         """Every weight matrix in the order of the forward pass: its site, or why it has none."""
 
     def named_parameters(self, model: Any) -> Iterator[NamedParameter]:
-        """Every parameter, once."""
+        """Every parameter, each once."""
 
     def reasons(self, model: Any) -> dict[int, str]:
-        """Why parameters have no site, by ``id``, as far as the class knows."""
+        """Class-specific reasons why parameters have no site, by ``id``."""
 
     def modules(self, model: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Every module that takes part in the forward pass, with its name."""
+        """Every module of the forward pass, with its name."""
 
     def attach_hook_points(self, model: Any, undo: Undo) -> None:
-        """Add every HookPoint that the model's sites name and it lacks, until they are undone."""
+        """Add the HookPoints of the sites that the model lacks, until undone."""
 
     def lazy_hook_points(self, model: Any) -> list[str]:
-        """The HookPoints of the residual stream that the model calls only if they have hooks."""
+        """The residual-stream HookPoints that the model calls only if they have hooks."""
 
     def end_of_stream(self, model: Any) -> nn.Module | None:
-        """Where the residual stream ends, if not at the last block's own HookPoint."""
+        """The end of the residual stream, if not at the last block's own HookPoint."""
 
     def left_padding_obstacle(self, model: Any) -> str | None:
-        """Why texts padded on the left differ from the texts alone; None if they do not."""
+        """Why left-padded texts get other results than the texts alone; None if the same."""
 
     def unembedding(self, model: Any) -> Float[Tensor, "d_model d_vocab"]:
-        """The matrix that makes the logits, if one alone does."""
+        """The unembedding, if it is a single matrix."""
 
     def unembed(
         self, model: Any, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
     ) -> Float[Tensor, "rows d_vocab"]:
-        """Vectors through the final norm and the unembedding."""
+        """Apply the final norm and the unembedding."""

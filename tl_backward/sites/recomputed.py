@@ -1,4 +1,4 @@
-"""Weights that a module computes anew in every forward pass, from parameters of other names."""
+"""Weights that a module recomputes in every forward pass from other parameters."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 ENDINGS = ("orig", "g", "v")
-"""What the hooks of ``torch.nn.utils`` add to the name of a weight for the parameters behind it."""
+"""Suffixes that ``torch.nn.utils`` adds to a weight's name for its source parameters."""
 
 
 class Recomputation(NamedTuple):
-    """How a weight comes about.
+    """How a weight is recomputed.
 
     Attributes:
         by: What computes it.
-        remedy: What makes its present value a parameter again.
+        remedy: The call that makes its current value a parameter again.
         sources: The parameters that it is computed from.
     """
 
@@ -29,7 +29,7 @@ class Recomputation(NamedTuple):
 
 
 def recomputation(module: nn.Module, name: str) -> Recomputation | None:
-    """How ``module.name`` comes about, if not as a tensor that is stored under this name."""
+    """How ``module.name`` is recomputed; None if it is stored under this name."""
     if name in module._parameters or name in module._buffers:
         return None
     if parametrize.is_parametrized(module, name):
@@ -49,7 +49,7 @@ def recomputation(module: nn.Module, name: str) -> Recomputation | None:
 
 
 def _hook_of(module: nn.Module, name: str) -> tuple[str, str] | None:
-    """The forward pre-hook that sets the weight, and what removes it."""
+    """The forward pre-hook that sets the weight, and the call that removes it."""
     hooks = module._forward_pre_hooks.values()
     for hook in hooks:
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:

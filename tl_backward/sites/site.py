@@ -1,4 +1,4 @@
-"""Where a weight matrix sits between two points of the forward pass."""
+"""Weight sites: the places of weight matrices in the forward pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tl_backward.sites.recomputed import Recomputation, recomputation
 
 FORKED_INPUT = ("use_split_qkv_input", "use_attn_in")
 PER_HEAD = {**dict.fromkeys(("W_Q", "W_K", "W_V"), FORKED_INPUT), "W_O": ("use_attn_result",)}
-"""The settings of TransformerLens under which a weight is not used as one ``y = x W``."""
+"""TransformerLens settings under which a weight is not used as a single ``y = x W``."""
 
 RESIDUAL_HOOKS = {"W_O": "hook_attn_out", "W_out": "hook_mlp_out"}
-"""Where, in its block, that which a weight writes enters the residual stream."""
+"""HookPoint in the block where a weight's output enters the residual stream."""
 
 
 class Tap(NamedTuple):
@@ -40,31 +40,30 @@ class Tap(NamedTuple):
 
 
 def unchanged(tensor: Tensor) -> Tensor:
-    """The tensor itself."""
+    """Return the tensor itself."""
     return tensor
 
 
 @dataclass(frozen=True, eq=False)
 class WeightSite:
-    """One weight matrix ``W`` of a model, used as ``y = x W``, and where ``x`` and ``y`` are.
+    """One weight matrix ``W`` of a model, used as ``y = x W``, and the places of ``x`` and ``y``.
 
     Attributes:
-        name: ``"blocks.5.mlp.W_out"``, unique in the model.
-        kind: ``"W_out"``.
-        layer: ``5``, or ``None`` outside the blocks.
-        hook_in: Name of the HookPoint that ``x`` passes; ``None`` where there is none, within a
-            LoRA layer.
-        hook_out: Name of the HookPoint that ``y`` passes, with what LoRA adapters add to it;
-            ``None`` where there is none.
+        name: Unique name, e.g. ``"blocks.5.mlp.W_out"``.
+        kind: Kind of weight, e.g. ``"W_out"``.
+        layer: Layer, e.g. ``5``, or ``None`` outside the blocks.
+        hook_in: Name of the HookPoint of ``x``; ``None`` if there is none, inside a LoRA layer.
+        hook_out: Name of the HookPoint of ``y``, including the output of LoRA adapters; ``None`` if
+            there is none.
         d_in: Width of ``x``.
         d_out: Width of ``y``.
-        hook_residual: Name of the HookPoint that ``y`` passes behind a post-norm, on its way into
-            the residual stream; ``None`` where ``y`` goes there as it is, or not at all.
+        hook_residual: Name of the HookPoint of ``y`` after a post-norm, where it enters the
+            residual stream; ``None`` if ``y`` enters it unchanged, or not at all.
         tied_to: Names of other sites with the same parameter (tied embeddings). Each site has its
             own factors; the gradient of the parameter is the sum over all of them, each in the
             layout of its own site.
-        feeds: Names of other sites whose weights are recomputed from this parameter or from its
-            memory, so that a change of it in place changes them, too.
+        feeds: Names of other sites whose weights are recomputed from this parameter or its memory,
+            so that an in-place change also changes them.
     """
 
     name: str
@@ -81,16 +80,16 @@ class WeightSite:
     holder: tuple[nn.Module, str] = field(repr=False)
     """The module that uses the weight, and the weight's name there."""
     layout: Callable[[Tensor], Tensor] = field(repr=False)
-    """The view of a ``[d_in, d_out]`` matrix that is shaped like the parameter."""
+    """Views a ``[d_in, d_out]`` matrix in the shape of the parameter."""
     encode: Callable[[Tensor], Tensor] = field(repr=False, default=unchanged)
-    """What makes ``x`` of that which is read: one-hot rows of token ids."""
+    """Converts the tensor that is read to ``x``, e.g. token ids to one-hot rows."""
     padding_row: int | None = field(repr=False, default=None)
-    """The row of ``W`` that PyTorch leaves out of the gradient: that of a padding token."""
+    """The row of ``W``, for a padding token, that PyTorch excludes from the gradient."""
     hook_residual: str | None = None
     residual_tap: Callable[[], Tap] | None = field(repr=False, default=None)
-    """Where ``y`` is read behind the post-norm."""
+    """Where ``y`` is read after the post-norm."""
     hook_out_scale: float = field(repr=False, default=1.0)
-    """What the hooks of ``hook_out`` see is this many times ``y`` (not 1 for Granite's W_E)."""
+    """Hooks of ``hook_out`` see ``y`` times this factor (not 1 for Granite's W_E)."""
     tied_to: tuple[str, ...] = ()
     feeds: tuple[str, ...] = ()
     in_storage_with: tuple[str, ...] = field(repr=False, default=())
@@ -114,24 +113,23 @@ class WeightSite:
     def parameter(self) -> Tensor:
         """The live tensor that the forward pass multiplies by, in its own layout.
 
-        Where a library stores it quantised as a tensor subclass (torchao), the gradient is the one
-        with respect to its dequantised value. Where :attr:`recomputed` says that it is computed
-        from other parameters, it is its present value: no parameter itself, and of pruning and
-        other hooks as old as the last forward pass.
+        If a library stores it quantised as a tensor subclass (torchao), the gradient is with
+        respect to the dequantised value. If it is :attr:`recomputed`, this is its current value and
+        not a parameter; with pruning and other hooks it dates from the last forward pass.
         """
         module, name = self.holder
         return getattr(module, name)
 
     @property
     def recomputed(self) -> Recomputation | None:
-        """How the weight is computed anew in each forward pass; None where it is stored."""
+        """How the weight is recomputed in each forward pass; None if it is stored."""
         return recomputation(*self.holder)
 
     def to_parameter_layout(self, matrix: Float[Tensor, "d_in d_out"]) -> Tensor:
-        """A matrix in the orientation ``[d_in, d_out]`` as a tensor shaped like ``parameter``.
+        """View a ``[d_in, d_out]`` matrix in the shape of ``parameter``.
 
         Raises:
-            ValueError: When the matrix is not ``[d_in, d_out]``.
+            ValueError: If the matrix is not ``[d_in, d_out]``.
         """
         if tuple(matrix.shape) != (self.d_in, self.d_out):
             raise ValueError(
@@ -141,7 +139,7 @@ class WeightSite:
 
 
 class UnsupportedWeight(NamedTuple):
-    """A weight matrix, or the place of one, that has no site, and why."""
+    """A weight matrix, or the place of one, without a site, and the reason."""
 
     name: str
     kind: str
@@ -153,7 +151,7 @@ class UnsupportedWeight(NamedTuple):
 def final_norm(
     model: Model, vectors: Float[Tensor, "rows d_model"]
 ) -> Float[Tensor, "rows d_model"]:
-    """Vectors through the final norm, its statistics computed anew; nothing, if there is none."""
+    """Apply the final norm, with the vectors' own statistics; the identity if there is none."""
     if model.cfg.normalization_type is None:
         return vectors
     return model.ln_final(vectors.unsqueeze(0)).squeeze(0)
@@ -164,8 +162,8 @@ class FoundSites:
     """The weight matrices of a model.
 
     Attributes:
-        sites: Those with a site, in the order of the model.
-        unsupported: Those without.
+        sites: The weights with a site, in model order.
+        unsupported: The weights without a site.
         n_layers: Number of layers of the model.
     """
 
@@ -178,7 +176,7 @@ class FoundSites:
         weights: str | Iterable[str] | None = None,
         layers: int | Iterable[int] | None = None,
     ) -> list[WeightSite]:
-        """The sites of some kinds and layers, in the order of the model.
+        """The sites of some kinds and layers, in model order.
 
         Raises:
             ValueError, NotImplementedError: As :func:`tl_backward.weight_sites`.
@@ -190,10 +188,10 @@ class FoundSites:
             return one.kind in kinds and (wanted is None or one.layer in wanted)
 
         selected = [site for site in self.sites if is_wanted(site)]
-        in_the_way = [one for one in self.unsupported if is_wanted(one)]
-        asked_for = weights is not None and (wanted is not None or not selected)
-        if asked_for and in_the_way:
-            name, *_, reason, _ = in_the_way[0]
+        missing = [one for one in self.unsupported if is_wanted(one)]
+        is_explicit = weights is not None and (wanted is not None or not selected)
+        if is_explicit and missing:
+            name, *_, reason, _ = missing[0]
             raise NotImplementedError(f"{name} has no site: {reason}")
         if not selected:
             raise ValueError(f"layers={layers!r} have none of the weights {', '.join(kinds)}")
@@ -215,10 +213,10 @@ def _kinds(
 
 
 def layer_numbers(n_layers: int, layers: int | Iterable[int] | None) -> set[int] | None:
-    """The layers that are asked for, counted from the first; None for all.
+    """The requested layers as nonnegative indices; None for all.
 
     Raises:
-        ValueError: When there is no such layer.
+        ValueError: If a layer does not exist.
     """
     if layers is None:
         return None

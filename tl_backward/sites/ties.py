@@ -1,4 +1,4 @@
-"""Sites that share a parameter, or the memory of several, and how they see it."""
+"""Sites that share a parameter or memory, and how their matrices lie in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tl_backward.sites.site import UnsupportedWeight, WeightSite
 
 
 class Axis(NamedTuple):
-    """Equal steps along one side of ``W`` ``[d_in, d_out]``, and the steps in memory they are."""
+    """Equal steps along one side of ``W`` ``[d_in, d_out]``, and their stride in memory."""
 
     side: int
     size: int
@@ -24,7 +24,7 @@ class Axis(NamedTuple):
 
 
 def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
-    """The same sites, knowing of each other where they share a parameter or its memory."""
+    """The same sites, with references to sites that share a parameter or its memory."""
     sites = list(sites)
     computed = {site.name: how for site in sites if (how := site.recomputed)}
     stored = {site.name: site.parameter for site in sites if site.name not in computed}
@@ -55,9 +55,9 @@ def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
 def told_apart(
     found: Iterable[WeightSite | UnsupportedWeight],
 ) -> Iterator[WeightSite | UnsupportedWeight]:
-    """The same, but no sites for those of one module under several names.
+    """Replace the sites of a module with several names by :class:`UnsupportedWeight`.
 
-    What passes the module does not tell by which name it was called.
+    A tensor that passes the module does not show by which name it was called.
     """
     found = list(found)
     names: dict[tuple[int, str], list[str]] = defaultdict(list)
@@ -81,7 +81,7 @@ def told_apart(
 
 
 def shares_memory(one: WeightSite, other: WeightSite) -> bool:
-    """Whether a change of one weight in place changes the other."""
+    """Whether an in-place change of one weight changes the other."""
     p, q = one.parameter, other.parameter
     if _is_same(p, q):
         return True
@@ -99,29 +99,29 @@ def shares_memory(one: WeightSite, other: WeightSite) -> bool:
 
 
 def is_same_matrix(one: WeightSite, other: WeightSite) -> bool:
-    """Whether two sites that share memory have the same ``W``, element by element."""
+    """Whether two sites that share memory have the same ``W``, elementwise."""
     return _starts_alike(one, other) and _axes(one) == _axes(other)
 
 
 def is_transposed(one: WeightSite, other: WeightSite) -> bool:
-    """Whether of two sites that share memory one has the other's ``W`` transposed."""
-    turned = sorted(axis._replace(side=1 - axis.side) for axis in _axes(other))
-    return _starts_alike(one, other) and _axes(one) == turned
+    """Whether one of two sites that share memory has the other's ``W`` transposed."""
+    transposed = sorted(axis._replace(side=1 - axis.side) for axis in _axes(other))
+    return _starts_alike(one, other) and _axes(one) == transposed
 
 
 def rearranged(
     matrix: Float[Tensor, "d_in d_out"], site: WeightSite, other: WeightSite
 ) -> Float[Tensor, "other_d_in other_d_out"]:
-    """What a matrix that is added to one weight adds to another in the same memory.
+    """The change of one weight that results from adding a matrix to another in the same memory.
 
     Raises:
-        NotImplementedError: When they share a part of their memory only.
+        NotImplementedError: If they share only part of their memory.
     """
     p, q = site.parameter, other.parameter
     if not _starts_alike(site, other) or _merged(_memory(site)) != _merged(_memory(other)):
         raise NotImplementedError(
-            f"{site.name} and {other.name} share a part of their memory, so that an edit of the "
-            "one changes the other in part; give one of them a parameter of its own"
+            f"{site.name} and {other.name} share part of their memory, so an edit of one changes "
+            "part of the other; give one of them its own parameter"
         )
     stored = matrix.new_empty_strided(p.shape, p.stride())
     stored.copy_(site.to_parameter_layout(matrix))
@@ -131,7 +131,7 @@ def rearranged(
 
 
 def _storage(parameter: Tensor) -> object:
-    """The same for tensors that may share memory."""
+    """A key that is equal for tensors that may share memory."""
     if type(parameter.data) is Tensor and parameter.device.type != "meta":
         return parameter.device, parameter.untyped_storage().data_ptr() or id(parameter)
     return id(parameter)
@@ -146,7 +146,7 @@ def _is_same(p: Tensor, q: Tensor) -> bool:
 
 
 def _extent(parameter: Tensor) -> tuple[int, int]:
-    """Where in its storage the parameter begins and ends, in elements."""
+    """Begin and end of the parameter in its storage, in elements."""
     first = int(parameter.storage_offset())
     steps = zip(parameter.shape, parameter.stride(), strict=True)
     return first, first + 1 + sum(int((size - 1) * stride) for size, stride in steps)
@@ -158,7 +158,7 @@ def _starts_alike(one: WeightSite, other: WeightSite) -> bool:
 
 
 def _axes(site: WeightSite) -> list[Axis]:
-    """How ``W`` lies in memory, as few axes as can be."""
+    """The layout of ``W`` in memory, with as few axes as possible."""
     matrix = torch.empty(site.d_in, site.d_out, device="meta")
     laid, parameter = site.to_parameter_layout(matrix), site.parameter
     axes = [
@@ -172,21 +172,21 @@ def _axes(site: WeightSite) -> list[Axis]:
 
 
 def _memory(site: WeightSite) -> list[Axis]:
-    """The memory of ``W``, whatever its sides."""
+    """The memory of ``W``, regardless of its sides."""
     return [Axis(0, size, stride, stride) for _, size, _, stride in _axes(site)]
 
 
 def _merged(axes: Sequence[Axis]) -> list[Axis]:
-    """The same axes, those joined that follow each other without a gap."""
+    """Merge axes that follow each other without a gap."""
     merged: list[Axis] = []
     for axis in sorted(axes, key=lambda axis: (axis.side, axis.step)):
-        if merged and axis == _behind(merged[-1], axis.size):
+        if merged and axis == _next_axis(merged[-1], axis.size):
             merged[-1] = merged[-1]._replace(size=merged[-1].size * axis.size)
         else:
             merged.append(axis)
     return merged
 
 
-def _behind(axis: Axis, size: int) -> Axis:
-    """The axis of this size that goes on where one step further the other would."""
+def _next_axis(axis: Axis, size: int) -> Axis:
+    """The axis of this size that continues another without a gap."""
     return Axis(axis.side, size, axis.size * axis.step, axis.size * axis.stride)

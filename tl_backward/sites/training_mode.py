@@ -1,4 +1,4 @@
-"""What a model computes differently in training mode than in eval mode."""
+"""Detecting whether training mode changes a model's output."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 SETTING = re.compile("drop|jitter|noise")
-"""What a number is called that changes a forward pass in training mode."""
+"""Names of numbers that change a forward pass in training mode."""
 NAMES_ITS_SETTINGS = ("peft", "transformer_lens", "transformers")
-"""Packages in which training mode changes a result only where such a number is positive."""
+"""Packages in which training mode matters only if such a number is positive."""
 NOT_FORWARD = ("__init__", "__init_subclass__", "eval", "train")
 
 
 def training_mode_effects(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
-    """What training mode changes now, one description for each cause.
+    """The active effects of training mode, one description per cause.
 
-    Dropout, stochastic depth, noise, batch statistics and checkpointing. The module that a
-    TransformerLens component wraps counts as being in the mode of the component, which may do that
-    module's computation itself.
+    Effects are dropout, stochastic depth, noise, batch statistics and checkpointing. A module that
+    a TransformerLens component wraps counts as being in the component's mode, because the component
+    may do its computation.
     """
     places: dict[tuple[str, str], dict[str, None]] = {}
     for path, module in modules:
@@ -65,11 +65,11 @@ def _causes(module: nn.Module) -> Iterator[str]:
 
 
 class _Code(NamedTuple):
-    """What the methods of a class say that read ``self.training``.
+    """Information on the methods of a class that read ``self.training``.
 
     Attributes:
-        settings: The settings that they name beside it.
-        depends_on_mode: Whether one names no setting, so that only the mode decides.
+        settings: The settings that these methods also use.
+        depends_on_mode: Whether one of them uses no setting, so that only the mode matters.
     """
 
     settings: tuple[str, ...]
@@ -92,7 +92,7 @@ def _code_of(cls: Any) -> _Code:
 
 
 def _names_in(function: Any) -> list[str]:
-    """The names that a function uses, with those it wraps or defines."""
+    """The names used by a function and the functions it wraps or defines."""
     names: list[str] = []
     waiting = [function]
     while waiting:

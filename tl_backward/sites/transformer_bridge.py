@@ -1,8 +1,8 @@
-"""``TransformerBridge``: the wrapped Hugging Face modules hold the weights and do the products.
+"""``TransformerBridge``: the wrapped Hugging Face modules hold and multiply by the weights.
 
-A site is a module that computes ``x W + b`` (a linear layer, or the look-up of an embedding) in a
-place that TransformerLens names. ``x`` and ``y`` are taken at that module itself: the bridge's own
-HookPoints before and after it may show their hooks a reshaped copy.
+A site is a module that computes ``x W + b`` (a linear layer, or an embedding lookup) in a place
+that TransformerLens names. ``x`` and ``y`` are read at that module itself, because the bridge's own
+HookPoints may show their hooks a reshaped copy.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ PROJECTIONS = {
 }
 LOOKUPS = {"W_E": "embed", "W_pos": "pos_embed"}
 SEES_PADDING = ("DeepseekV4ForCausalLM", "FalconH1ForCausalLM", "OpenAIGPTLMHeadModel")
-"""Models of attention that do not leave out what the attention mask is 0 for."""
+"""Attention models that do not ignore tokens with an attention mask of 0."""
 
 
 def accepts(model: object) -> bool:
     """Whether the model is a ``TransformerBridge``.
 
     Raises:
-        NotImplementedError: When it is one of something else than a decoder-only language model.
+        NotImplementedError: If it wraps something other than a decoder-only language model.
     """
     try:
         from transformer_lens.model_bridge import TransformerBridge
@@ -70,16 +70,16 @@ def accepts(model: object) -> bool:
         if is_so:
             raise NotImplementedError(
                 f"this TransformerBridge wraps {kind} ({type(model.original_model).__name__}); "
-                "supported are decoder-only language models"
+                "only decoder-only language models are supported"
             )
     return True
 
 
 def survey(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
-    """Every weight matrix of the model: its site, or what keeps it from having one.
+    """Every weight matrix of the model: its site, or why it has none.
 
     Raises:
-        NotImplementedError: When the bridge leaves an adapter of ``peft`` out of its forward pass.
+        NotImplementedError: If the bridge leaves a ``peft`` adapter out of its forward pass.
     """
     _require_adapters_at_work(model)
     return told_apart(_matrices(model))
@@ -103,18 +103,18 @@ def _matrices(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
 def _apart_from_embedding(
     found: WeightSite | UnsupportedWeight, embed: Any
 ) -> WeightSite | UnsupportedWeight:
-    """A site whose parameter is not also, under another name, an adapter of the embedding."""
+    """Refuse a site whose parameter is also, under another name, an adapter of the embedding."""
     adapters = adapter_matrices(getattr(embed, "original_component", None), "embed.W_E")
     if isinstance(found, WeightSite):
         storages = {one.weight.untyped_storage().data_ptr() for one in adapters}
         if storages and found.parameter.untyped_storage().data_ptr() in storages:
-            reason = "it shares its numbers with an adapter of embed.W_E, to which edits go too"
+            reason = "it shares memory with an adapter of embed.W_E, so edits would change both"
             return UnsupportedWeight(found.name, found.kind, None, reason, found.parameter)
     return found
 
 
 def _require_adapters_at_work(model: Any) -> None:
-    """Refuse what would be the gradient of another model than the one with the adapters."""
+    """Refuse models whose forward pass leaves out or would merge adapters."""
     found = adapted(modules(model))
     if not found:
         return
@@ -125,7 +125,7 @@ def _require_adapters_at_work(model: Any) -> None:
         if merged and module.disable_adapters:
             raise NotImplementedError(
                 f"the adapter {merged[0]!r} of {name} is merged and disabled, so the next forward "
-                "pass would change the weight; call unmerge_adapter() of peft first"
+                "pass would change the weight; call peft's unmerge_adapter() first"
             )
         why = copied.get(id(module)) if applied or merged else None
         why = why or (bypassed.get(id(module)) if applied else None)
@@ -143,16 +143,16 @@ def _by_part(unused: Iterable[tuple[nn.Module, str]]) -> dict[int, str]:
 
 
 def _copied(model: Any) -> Iterator[tuple[nn.Module, str]]:
-    """The modules of which the bridge uses copies of the weights."""
+    """The modules whose weights the bridge uses as copies."""
     for block in model._modules.get("blocks") or ():
         for name, part in block._modules.items():
             fused = part._modules.get("qkv") if name == "attn" else None
             if fused is not None:
-                yield fused, "split into W_Q, W_K and W_V by the bridge, and used no more"
+                yield fused, "split into W_Q, W_K and W_V by the bridge, and no longer used"
             original = getattr(part, "original_component", None)
             fused = getattr(original, getattr(part, "fused_attr", ""), None)
             if fused is not None:
-                yield fused, "split into W_gate and W_in by the bridge, and used no more"
+                yield fused, "split into W_gate and W_in by the bridge, and no longer used"
         mlp = block._modules.get("mlp")
         for kind, projection in PROJECTIONS["mlp"].items():
             if hasattr(mlp, f"_processed_{kind}") and projection in mlp._modules:
@@ -170,7 +170,7 @@ def _bypassed(model: Any) -> Iterator[tuple[nn.Module, str]]:
                 if component is not None and setting is not None:
                     yield component, f"used head by head with cfg.{setting}"
                 elif component is not None and _multiplies_by_itself(parent):
-                    yield component, "multiplied by without its module in compatibility mode"
+                    yield component, "used without calling its module in compatibility mode"
 
 
 def _lookup(kind: str, path: str, component: Any) -> Iterator[WeightSite | UnsupportedWeight]:
@@ -178,7 +178,7 @@ def _lookup(kind: str, path: str, component: Any) -> Iterator[WeightSite | Unsup
     whole, module = component.original_component, base_layer(component.original_component)
     reason = not_plain_lora(whole)
     if reason is None and not _lookup_scale(module):
-        reason = f"its {type(module).__name__} is no plain look-up"
+        reason = f"its {type(module).__name__} is not a plain lookup"
     if reason is not None:
         yield UnsupportedWeight(name, kind, None, reason, module.weight)
     else:
@@ -222,7 +222,7 @@ def _projection(
 
 
 def _obstacle(kind: str, projection: str, block: Any, parent: Any, component: Any) -> str | None:
-    """What in the block's own structure keeps this kind of weight from having a site."""
+    """Why the block's structure gives this kind of weight no site; None if it does."""
     if parent is None:
         return _in_its_place(block)
     module = type(parent.original_component).__name__
@@ -230,20 +230,20 @@ def _obstacle(kind: str, projection: str, block: Any, parent: Any, component: An
         return f"its {module} is a mixture of experts, whose weights are stacked in one parameter"
     setting = _treats_heads_apart(parent, kind)
     if setting is not None:
-        return f"cfg.{setting} treats every head by itself; set it to False"
+        return f"cfg.{setting} computes every head separately; set it to False"
     if component is None and kind != "W_gate":
         return f"its {module} has no {projection!r} projection of its own"
     return None
 
 
 def _treats_heads_apart(parent: Any, kind: str) -> str | None:
-    """The setting by which attention uses a weight head by head; None if there is none."""
+    """The setting that makes attention use a weight head by head, if any."""
     config = getattr(parent, "config", None)
     return next((one for one in PER_HEAD.get(kind, ()) if getattr(config, one, False)), None)
 
 
 def _in_its_place(block: Any) -> str | None:
-    """What a block without attention, or without an MLP, has instead of it."""
+    """The replacement in a block without attention or without an MLP."""
     parts = {
         name: module
         for name, module in block._modules.items()
@@ -271,11 +271,11 @@ def _linear(
 def _adapters(
     name: str, kind: str, layer: int | None, path: str, component: Any
 ) -> Iterator[WeightSite | UnsupportedWeight]:
-    """The matrices of the LoRA adapters beside a weight."""
-    of_all = not_plain_lora(component.original_component)
+    """The matrices of a weight's LoRA adapters."""
+    shared_reason = not_plain_lora(component.original_component)
     for matrix in adapter_matrices(component.original_component, name):
         full, whole_kind = f"{name}.{matrix.kind}", f"{kind}.{matrix.kind}"
-        reason = of_all or matrix.unused
+        reason = shared_reason or matrix.unused
         if reason is not None or matrix.module is None:
             yield UnsupportedWeight(full, whole_kind, layer, str(reason), matrix.weight)
         else:
@@ -310,7 +310,7 @@ def _site(
 
 
 def _in_compatibility_mode(site: WeightSite, mlp: Any, component: Any) -> WeightSite:
-    """A processed gated MLP multiplies by its weights without calling the modules."""
+    """Adapt a site to a processed gated MLP, which uses weights without calling their modules."""
     if not _multiplies_by_itself(mlp):
         return site
     site = replace(site, y_tap=lambda: Tap(component.hook_out, "input"))
@@ -327,12 +327,12 @@ def _in_compatibility_mode(site: WeightSite, mlp: Any, component: Any) -> Weight
 
 
 def _multiplies_by_itself(mlp: Any) -> bool:
-    """Whether an MLP is a processed gated one, which does not call the modules of its weights."""
+    """Whether an MLP is a processed gated MLP, which does not call the modules of its weights."""
     return getattr(mlp, "_use_processed_weights", False) and _is_gated(mlp)
 
 
 def _behind_post_norm(site: WeightSite, block: Any) -> WeightSite:
-    """Where TransformerLens takes what a part of the block writes from the norm behind it."""
+    """Add the residual tap if TransformerLens reads the part's output after a post-norm."""
     hook = RESIDUAL_HOOKS[site.kind.partition(".")[0]] if writes_stream(site.kind) else ""
     norm = block._modules.get(str(block.hook_aliases.get(hook)).partition(".")[0])
     if not hasattr(norm, "hook_normalized"):
@@ -366,14 +366,14 @@ def _is_moe(mlp: Any) -> bool:
 
 
 def _is_sparse(mlp: Any) -> bool:
-    """Whether this layer of a mixture-of-experts model really has experts."""
+    """Whether this layer of a mixture-of-experts model has experts."""
     return _is_moe(mlp) and hasattr(mlp.original_component, "experts")
 
 
 def _not_affine(module: nn.Module) -> str | None:
     """Why a module does not compute ``x W + b`` with a plain ``W``; None if it does.
 
-    Modules of unknown type are tried on one vector.
+    Modules of unknown type are tested on one vector.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -395,7 +395,7 @@ def _not_affine(module: nn.Module) -> str | None:
 
 
 def _lookup_scale(module: nn.Module) -> float | None:
-    """The ``s`` of an embedding that returns ``s`` times a row of its weight; None for others."""
+    """The factor ``s`` of an embedding that returns ``s`` times a row of its weight, or None."""
     if type(module) is nn.Embedding:
         return 1.0
     first_argument = next(iter(inspect.signature(module.forward).parameters), None)
@@ -409,7 +409,7 @@ def _lookup_scale(module: nn.Module) -> float | None:
 
 
 def _one_hot(module: nn.Embedding, ids: Int[Tensor, "..."]) -> Float[Tensor, "... d_vocab"]:
-    """The rows ``x`` for which the embedding is ``x W``."""
+    """The rows ``x`` for which the embedding's output is ``x W``."""
     scale = _lookup_scale(module) or 0.0
     return nn.functional.one_hot(ids, module.num_embeddings).to(module.weight.dtype) * scale
 
@@ -429,7 +429,7 @@ def reasons(model: Any) -> dict[int, str]:
     """Why parameters have no site, by ``id``: those of which a processed copy is in use."""
     unused = [*_copied(model)]
     for _, module in modules(model):
-        why = "peft has copies of this layer for its adapters, and another is in use"
+        why = "peft has copies of this layer for its adapters, and another copy is in use"
         unused += [(copy, why) for copy in unused_copies(module)]
     return {id(parameter): why for module, why in unused for parameter in module.parameters()}
 
@@ -439,7 +439,7 @@ def attach_hook_points(model: Any, undo: Undo) -> None:
 
 
 def lazy_hook_points(model: Any) -> list[str]:
-    """HookPoints that are passed only if they have hooks: of what a model scales (Granite)."""
+    """HookPoints that are called only if they have hooks, at scaled contributions (Granite)."""
     names = []
     if getattr(model._modules.get("embed"), "_output_contribution_scale", 1.0) != 1.0:
         names.append("hook_embed")
@@ -450,27 +450,27 @@ def lazy_hook_points(model: Any) -> list[str]:
 
 
 def end_of_stream(model: Any) -> nn.Module | None:
-    """Where the residual stream ends, if not at the last block's own HookPoint.
+    """The end of the residual stream, if not at the last block's own HookPoint.
 
-    The blocks of openai-gpt return lists, of which TransformerLens passes nothing through it.
+    The blocks of openai-gpt return lists, so TransformerLens never calls that HookPoint.
     """
     is_openai_gpt = type(model.original_model).__name__ == "OpenAIGPTLMHeadModel"
     return model.unembed.hook_in if is_openai_gpt else None
 
 
 def left_padding_obstacle(model: Any) -> str | None:
-    """Why texts that are padded on the left would not get what they get alone; None if they do."""
+    """Why left-padded texts get other results than the texts alone; None if they get the same."""
     kind = type(model.original_model).__name__
     blocks = model._modules.get("blocks")
     if kind in SEES_PADDING or not blocks or any("attn" not in b._modules for b in blocks):
-        return f"a {kind} does not leave out padding on the left of a text"
+        return f"a {kind} does not ignore padding on the left of a text"
     return None
 
 
 def modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the model that is wrapped, and of the bridge, each once, with its path.
+    """Every module of the bridge and the wrapped model, each once, with its path.
 
-    A bridge has thousands; ``named_modules``, which recurses, takes three times as long.
+    A bridge has thousands; the recursive ``named_modules`` takes three times as long.
     """
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model), ("", model.original_model)]
@@ -485,16 +485,16 @@ def modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def unembedding(model: Any) -> Float[Tensor, "d_model d_vocab"]:
-    """The matrix that makes the logits.
+    """The unembedding matrix.
 
     Raises:
-        NotImplementedError: When an adapter of ``peft`` adds to what it does.
+        NotImplementedError: If a ``peft`` adapter adds to its output.
     """
     applied = applied_adapters(model.unembed.original_component)
     if applied:
         raise NotImplementedError(
-            f"unembed.W_U has the adapter {applied[0]!r} beside it, so no single matrix makes the "
-            "logits; call merge_adapter() of peft"
+            f"unembed.W_U has the adapter {applied[0]!r}, so no single matrix computes the logits; "
+            "call peft's merge_adapter()"
         )
     return model.W_U
 
@@ -502,7 +502,7 @@ def unembedding(model: Any) -> Float[Tensor, "d_model d_vocab"]:
 def unembed(
     model: Any, vectors: Float[Tensor, "rows d_model"], apply_ln: bool
 ) -> Float[Tensor, "rows d_vocab"]:
-    """Final norm, unembedding and output transform, as ``logit_readout`` of TL 4.3 applies them."""
+    """Apply final norm, unembedding and output transform, as ``logit_readout`` of TL 4.3 does."""
     W_U = unembedding(model)
     vectors = vectors.to(device=W_U.device, dtype=W_U.dtype)
     if apply_ln:
