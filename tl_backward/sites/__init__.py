@@ -17,17 +17,18 @@ from tl_backward._turns import take_turn
 from tl_backward._undo import Undo
 from tl_backward.sites import hooked_transformer, transformer_bridge
 from tl_backward.sites.hook_points import add_hook_points, remove_hook_points
+from tl_backward.sites.mixture import Mixture
 from tl_backward.sites.parameters import coverage_table
 from tl_backward.sites.processing import weights_processing
 from tl_backward.sites.protocols import Backend, Model
 from tl_backward.sites.site import (
     FoundSites,
-    Tap,
     UnsupportedWeight,
     WeightSite,
     final_norm,
     layer_numbers,
 )
+from tl_backward.sites.tap import Tap
 from tl_backward.sites.ties import with_ties
 from tl_backward.sites.training_mode import training_mode_effects
 
@@ -38,6 +39,7 @@ RESIDUAL_POINTS = ("hook_resid_pre", "hook_resid_mid", "hook_mlp_out")
 
 __all__ = [
     "FoundSites",
+    "Mixture",
     "Model",
     "Tap",
     "WeightSite",

@@ -19,16 +19,17 @@ from tl_backward.sites.hook_points import (
     reads_positions,
     refuse_quantized,
 )
+from tl_backward.sites.hooked_experts import hooked_expert_sites
 from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
     RESIDUAL_HOOKS,
-    Tap,
     UnsupportedWeight,
     WeightSite,
     final_norm,
     unchanged,
 )
+from tl_backward.sites.tap import Tap
 from tl_backward.sites.ties import told_apart
 
 UNGROUPED = "ungroup_grouped_query_attention"
@@ -65,9 +66,8 @@ def _matrices(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
                 yield _behind_post_norm(
                     _matrix_site(model, f"blocks.{layer}.mlp", kind, layer, f".{projection}"), block
                 )
-            elif mlp is not None and not is_dense(mlp):
-                name = f"blocks.{layer}.mlp.{kind}"
-                yield UnsupportedWeight(name, kind, layer, "its MLP is a mixture of experts")
+        if mlp is not None and not is_dense(mlp):
+            yield from hooked_expert_sites(mlp, layer)
     yield _matrix_site(model, "unembed", "W_U", None, "")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 READ_BY_INPUT = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
 """Kinds that read the residual stream: their inputs ``x_i`` are vectors of it (Eq 9)."""
+ROUTERS = ("W_router", "W_shared_gate")
+"""Kinds of a mixture of experts that read it, too: what a token's experts are chosen by, and what
+the output of those that all tokens share is multiplied by."""
 READ_BY_VJP = ("W_O", "W_out")
 """Kinds that write to it: their VJPs ``delta_i`` are vectors of it (Eq 10)."""
 
@@ -11,7 +14,7 @@ READ_BY_VJP = ("W_O", "W_out")
 def reads_stream(kind: str) -> bool:
     """Whether the input of a weight is the residual stream: of ``W_in``, and ``W_in.lora_A``."""
     weight, _, adapter = kind.partition(".")
-    return weight in READ_BY_INPUT and adapter.partition(".")[0] in ("", "lora_A")
+    return weight in READ_BY_INPUT + ROUTERS and adapter.partition(".")[0] in ("", "lora_A")
 
 
 def writes_stream(kind: str) -> bool:

@@ -14,10 +14,12 @@ class SiteName(NamedTuple):
     Attributes:
         layer: The layer; None outside the blocks.
         kind: The kind of weight.
+        expert: The expert; None for what is of none.
     """
 
     layer: int | None
     kind: str
+    expert: int | None = None
 
 
 def parse_site_name(name: str) -> SiteName:
@@ -28,14 +30,17 @@ def parse_site_name(name: str) -> SiteName:
 
     Example:
         >>> parse_site_name("blocks.5.mlp.W_out")
-        SiteName(layer=5, kind='W_out')
+        SiteName(layer=5, kind='W_out', expert=None)
+        >>> parse_site_name("blocks.5.mlp.experts.3.W_out").expert
+        3
         >>> parse_site_name("embed.W_E").layer is None
         True
     """
     found = _NAME.fullmatch(name)
     if found is None:
         raise ValueError(f"{name!r} is no site's name, such as 'blocks.5.mlp.W_out'")
-    return SiteName(layer_of(name), found["kind"])
+    expert = re.search(r"\.experts\.(\d+)\.", name)
+    return SiteName(layer_of(name), found["kind"], int(expert[1]) if expert else None)
 
 
 def layer_of(name: str) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
@@ -29,22 +29,23 @@ def coverage_table(
     """One row per parameter; ``reasons`` holds the known reasons, by ``id``."""
     import pandas as pd
 
-    by_parameter: dict[int, list[str]] = {}
-    by_module: dict[int, str] = {}
+    by_parameter: dict[int, dict[str, list[WeightSite]]] = {}
+    by_module: dict[int, WeightSite] = {}
     behind: dict[int, str] = {}
     for site in sites:
         module, _ = site.holder
-        by_module.setdefault(id(module), site.name)
+        by_module.setdefault(id(module), site)
         how = site.recomputed
         if how is None:
-            by_parameter.setdefault(id(site.parameter), []).append(site.name)
+            of_parameter = by_parameter.setdefault(id(site.stored_in[0]), {})
+            of_parameter.setdefault(_without_expert(site), []).append(site)
             continue
         for source in how.sources:
             behind[id(source)] = f"{site.name} is recomputed from it by {how.by}"
 
     def rows() -> Iterator[dict[str, object]]:
         for name, module, parameter in parameters:
-            site_names = by_parameter.get(id(parameter), [])
+            site_names = [*map(_names, by_parameter.get(id(parameter), {}).values())]
             reason = behind.get(id(parameter))
             if reason is None and not site_names:
                 reason = reasons.get(id(parameter))
@@ -59,17 +60,35 @@ def coverage_table(
     return pd.DataFrame(rows(), columns=["parameter", "shape", "site", "reason"])
 
 
-def _reason(name: str, module: nn.Module, parameter: Tensor, by_module: dict[int, str]) -> str:
+def _without_expert(site: WeightSite) -> str:
+    """What the names of all experts' sites of a kind have in common."""
+    if site.expert is None:
+        return site.name
+    return site.name.replace(f".experts.{site.expert}.", ".experts.{}.")
+
+
+def _names(sites: Sequence[WeightSite]) -> str:
+    """The name of a site, or of those of several experts in one."""
+    experts = [site.expert for site in sites if site.expert is not None]
+    if len(experts) < 2:
+        return sites[0].name
+    return _without_expert(sites[0]).format(f"{min(experts)}-{max(experts)}")
+
+
+def _reason(
+    name: str, module: nn.Module, parameter: Tensor, by_module: dict[int, WeightSite]
+) -> str:
     kind = type(module).__name__
     beside = by_module.get(id(module))
-    if beside and parameter.ndim == 1:
-        return f"bias: its gradient is cache.bias_gradient({beside!r})"
+    if beside and beside.index is ... and parameter.ndim == 1:
+        return f"bias: its gradient is cache.bias_gradient({beside.name!r})"
+    if beside and beside.index is not ... and name.endswith("bias"):
+        where = _without_expert(beside).rpartition(".")[0].format("e")
+        return (
+            f"biases of experts: cache.bias_gradient('{where}.W_out') is a part of their gradient"
+        )
     if "Norm" in kind or ".ln" in name:
         return f"gain or bias of a norm ({kind})"
-    if "experts" in name:
-        return f"weights of experts, stacked or shared ({kind}): no site yet"
-    if "outer" in kind or "Gating" in kind:
-        return f"router of a mixture of experts ({kind}): no site yet"
     if isinstance(module, nn.Conv1d):
         return "convolution: no site yet"
     return f"part of a {kind} that TransformerLens does not name: no site yet"

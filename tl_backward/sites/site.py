@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_backward._integers import is_integer
+from tl_backward.sites.mixture import Mixture
 from tl_backward.sites.protocols import Model
 from tl_backward.sites.recomputed import Recomputation, recomputation
+from tl_backward.sites.tap import Tap
 
 FORKED_INPUT = ("use_split_qkv_input", "use_attn_in")
 PER_HEAD = {**dict.fromkeys(("W_Q", "W_K", "W_V"), FORKED_INPUT), "W_O": ("use_attn_result",)}
@@ -19,24 +21,6 @@ PER_HEAD = {**dict.fromkeys(("W_Q", "W_K", "W_V"), FORKED_INPUT), "W_O": ("use_a
 
 RESIDUAL_HOOKS = {"W_O": "hook_attn_out", "W_out": "hook_mlp_out"}
 """HookPoint in the block where a weight's output enters the residual stream."""
-
-
-class Tap(NamedTuple):
-    """A module and the side of it at which a tensor passes.
-
-    At a HookPoint the tensor passes outside of the hooks on it. At any other module it passes
-    inside of them, where the module itself takes its input and gives its output.
-    """
-
-    module: nn.Module
-    side: Literal["input", "output"]
-
-    @property
-    def is_outside_of_hooks(self) -> bool:
-        """Whether it is at a HookPoint."""
-        from transformer_lens.hook_points import HookPoint
-
-        return isinstance(self.module, HookPoint)
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -52,7 +36,10 @@ class WeightSite:
         name: Unique name, e.g. ``"blocks.5.mlp.W_out"``.
         kind: Kind of weight, e.g. ``"W_out"``.
         layer: Layer, e.g. ``5``, or ``None`` outside the blocks.
-        hook_in: Name of the HookPoint of ``x``; ``None`` if there is none, inside a LoRA layer.
+        expert: Expert of a mixture, e.g. ``3``; ``None`` elsewhere. ``x`` and ``y`` are then of the
+            tokens routed to it.
+        hook_in: Name of the HookPoint of ``x``; ``None`` if there is none, inside a LoRA layer or
+            an expert.
         hook_out: Name of the HookPoint of ``y``, including the output of LoRA adapters; ``None`` if
             there is none.
         d_in: Width of ``x``.
@@ -94,6 +81,13 @@ class WeightSite:
     feeds: tuple[str, ...] = ()
     in_storage_with: tuple[str, ...] = field(repr=False, default=())
     """Names of other sites whose parameters may share memory with this one, tied or not."""
+    expert: int | None = None
+    index: Any = field(repr=False, default=...)
+    """What part of the parameter that ``holder`` names is this weight; ``...`` if all of it."""
+    mixture: Mixture | None = field(repr=False, default=None)
+    """The experts that this weight is one of."""
+    has_inner_output: bool = field(repr=False, default=False)
+    """Whether the module goes on computing with ``y``, as a router with its logits."""
 
     @property
     def hook_points(self) -> tuple[str, str]:
@@ -103,9 +97,13 @@ class WeightSite:
             NotImplementedError: When there is none on one side.
         """
         if self.hook_in is None or self.hook_out is None:
+            why = (
+                "has no HookPoint on both sides of it"
+                if self.expert is None
+                else "is a matrix of one expert, and no HookPoint shows what goes in and out there"
+            )
             raise NotImplementedError(
-                f"{self.name} has no HookPoint on both sides of it, so hooks cannot change it; "
-                "apply() the edit to the weight"
+                f"{self.name} {why}, so hooks cannot change it; apply() the edit to the weight"
             )
         return self.hook_in, self.hook_out
 
@@ -115,10 +113,20 @@ class WeightSite:
 
         If a library stores it quantised as a tensor subclass (torchao), the gradient is with
         respect to the dequantised value. If it is :attr:`recomputed`, this is its current value and
-        not a parameter; with pruning and other hooks it dates from the last forward pass.
+        not a parameter; with pruning and other hooks it dates from the last forward pass. If the
+        weights of several experts are stacked in one parameter, it is a view of this expert's part.
+        """
+        stack, index = self.stored_in
+        return stack if index is ... else stack[index]
+
+    @property
+    def stored_in(self) -> tuple[Tensor, Any]:
+        """The parameter that holds the weight, and the weight's index in it.
+
+        ``parameter[index]`` is :attr:`parameter`; the index is ``...`` for a whole parameter.
         """
         module, name = self.holder
-        return getattr(module, name)
+        return getattr(module, name), self.index
 
     @property
     def recomputed(self) -> Recomputation | None:

@@ -27,8 +27,8 @@ def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
     """The same sites, with references to sites that share a parameter or its memory."""
     sites = list(sites)
     computed = {site.name: how for site in sites if (how := site.recomputed)}
-    stored = {site.name: site.parameter for site in sites if site.name not in computed}
-    storages = {name: _storage(parameter) for name, parameter in stored.items()}
+    stored = {site.name: site for site in sites if site.name not in computed}
+    storages = {name: _storage(site.stored_in[0]) for name, site in stored.items()}
     inside: dict[object, list[str]] = defaultdict(list)
     fed: dict[object, list[str]] = defaultdict(list)
     for name, storage in storages.items():
@@ -36,20 +36,50 @@ def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
     for name, how in computed.items():
         for storage in {_storage(source) for source in how.sources}:
             fed[storage].append(name)
+    parameters: dict[str, Tensor] = {}
+    overlapping: dict[str, list[str]] = {}
+    for names in inside.values():
+        of_stacks = {id(stored[name].stored_in[0]) for name in names}
+        if len(names) > 1 and not (len(of_stacks) == 1 and _are_parts([stored[n] for n in names])):
+            parameters |= (of_storage := {name: stored[name].parameter for name in names})
+            overlapping |= _overlapping(of_storage)
 
     def related(site: WeightSite) -> WeightSite:
-        storage = storages.get(site.name)
-        if storage is None or (len(inside[storage]) == 1 and storage not in fed):
+        others = overlapping.get(site.name, [])
+        feeds = fed.get(storages.get(site.name), [])
+        if not others and not feeds:
             return site
-        others = tuple(name for name in inside[storage] if name != site.name)
+        tied = [name for name in others if _is_same(parameters[site.name], parameters[name])]
         return replace(
             site,
-            tied_to=tuple(name for name in others if _is_same(stored[site.name], stored[name])),
-            in_storage_with=others,
-            feeds=tuple(fed.get(storage, ())),
+            tied_to=tuple(tied),
+            in_storage_with=tuple(others),
+            feeds=tuple(feeds),
         )
 
     return [related(site) for site in sites]
+
+
+def _are_parts(sites: Sequence[WeightSite]) -> bool:
+    """Whether some sites are different parts of one parameter, as the matrices of experts are."""
+    indices = [repr(site.index) for site in sites if site.index is not ...]
+    return len(indices) == len(set(indices)) == len(sites)
+
+
+def _overlapping(parameters: dict[str, Tensor]) -> dict[str, list[str]]:
+    """By name those of some parameters in one storage between whose ends a part of it may be."""
+    order = {name: number for number, name in enumerate(parameters)}
+    extents = {name: _extent_in_bytes(parameter) for name, parameter in parameters.items()}
+    found: dict[str, list[str]] = {name: [] for name in parameters}
+    open_ones: list[str] = []
+    for name in sorted(extents, key=lambda name: extents[name]):
+        first, _ = extents[name]
+        open_ones = [other for other in open_ones if extents[other][1] > first]
+        for other in open_ones:
+            found[name].append(other)
+            found[other].append(name)
+        open_ones.append(name)
+    return {name: sorted(others, key=order.__getitem__) for name, others in found.items()}
 
 
 def told_apart(
@@ -60,24 +90,30 @@ def told_apart(
     A tensor that passes the module does not show by which name it was called.
     """
     found = list(found)
-    names: dict[tuple[int, str], list[str]] = defaultdict(list)
+    names: dict[tuple[int, str, str], list[str]] = defaultdict(list)
     for one in found:
         if isinstance(one, WeightSite):
-            names[id(one.holder[0]), one.holder[1]].append(one.name)
+            names[_place(one)].append(one.name)
     for one in found:
         if isinstance(one, UnsupportedWeight):
             yield one
             continue
-        module, attribute = one.holder
-        others = [name for name in names[id(module), attribute] if name != one.name]
+        others = [name for name in names[_place(one)] if name != one.name]
         if not others:
             yield one
             continue
+        kind = type(one.holder[0]).__name__
         reason = (
-            f"its {type(module).__name__} is also that of {', '.join(others)}, and one module "
+            f"its {kind} is also that of {', '.join(others)}, and one module "
             "does not tell its uses apart; give each a module of its own with the same parameter"
         )
-        yield UnsupportedWeight(one.name, one.kind, one.layer, reason, one.parameter)
+        yield UnsupportedWeight(one.name, one.kind, one.layer, reason, one.stored_in[0])
+
+
+def _place(site: WeightSite) -> tuple[int, str, str]:
+    """The module, the attribute and the part of it that are a weight."""
+    module, attribute = site.holder
+    return id(module), attribute, repr(site.index)
 
 
 def shares_memory(one: WeightSite, other: WeightSite) -> bool:
@@ -150,6 +186,14 @@ def _extent(parameter: Tensor) -> tuple[int, int]:
     first = int(parameter.storage_offset())
     steps = zip(parameter.shape, parameter.stride(), strict=True)
     return first, first + 1 + sum(int((size - 1) * stride) for size, stride in steps)
+
+
+def _extent_in_bytes(parameter: Tensor) -> tuple[int, int]:
+    """The same in bytes; of a subclass, whose memory is not its own, as if it were all there is."""
+    if type(parameter.data) is not Tensor:
+        return 0, 1
+    first, end = _extent(parameter)
+    return first * parameter.itemsize, end * parameter.itemsize
 
 
 def _starts_alike(one: WeightSite, other: WeightSite) -> bool:

@@ -8,7 +8,7 @@ HookPoints may show their hooks a reshaped copy.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,17 +26,18 @@ from tl_backward.sites.adapters import (
     not_plain_lora,
     unused_copies,
 )
+from tl_backward.sites.experts import expert_sites, has_experts
 from tl_backward.sites.kinds import writes_stream
 from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
     RESIDUAL_HOOKS,
-    Tap,
     UnsupportedWeight,
     WeightSite,
     final_norm,
     unchanged,
 )
+from tl_backward.sites.tap import Tap
 from tl_backward.sites.ties import told_apart
 
 PROJECTIONS = {
@@ -94,9 +95,10 @@ def _matrices(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
         for part, projections in PROJECTIONS.items():
             for kind, projection in projections.items():
                 yield from _projection(kind, layer, block, part, projection)
+        yield from expert_sites(block, layer, _linear, _behind_mlp(block))
     component = model._modules.get("unembed")
     if _weight(component) is not None:
-        for found in _linear("unembed.W_U", "W_U", None, "unembed", component):
+        for found in _linear("unembed.W_U", "W_U", None, "unembed", component.original_component):
             yield _apart_from_embedding(found, model._modules.get("embed"))
 
 
@@ -198,7 +200,7 @@ def _lookup(kind: str, path: str, component: Any) -> Iterator[WeightSite | Unsup
             padding_row=module.padding_idx,
             hook_out_scale=getattr(component, "_output_contribution_scale", 1.0),
         )
-    yield from _adapters(name, kind, None, path, component)
+    yield from _adapters(name, kind, None, path, component.original_component)
 
 
 def _projection(
@@ -206,7 +208,9 @@ def _projection(
 ) -> Iterator[WeightSite | UnsupportedWeight]:
     name = f"blocks.{layer}.{part}.{kind}"
     parent = block._modules.get(part)
-    if _is_moe(parent) and not _is_sparse(parent):
+    if _is_sparse(parent):
+        return
+    if _is_moe(parent):
         projection = f"dense_{projection}"
     component = None if parent is None else parent._modules.get(projection)
     if getattr(component, "original_component", None) is None:
@@ -215,7 +219,8 @@ def _projection(
     if reason is not None:
         yield UnsupportedWeight(name, kind, layer, reason, _weight(component))
     elif component is not None:
-        for found in _linear(name, kind, layer, f"blocks.{layer}.{part}.{projection}", component):
+        path, module = f"blocks.{layer}.{part}.{projection}", component.original_component
+        for found in _linear(name, kind, layer, path, module):
             if isinstance(found, WeightSite):
                 found = _behind_post_norm(_in_compatibility_mode(found, parent, component), block)
             yield found
@@ -226,8 +231,6 @@ def _obstacle(kind: str, projection: str, block: Any, parent: Any, component: An
     if parent is None:
         return _in_its_place(block)
     module = type(parent.original_component).__name__
-    if _is_sparse(parent):
-        return f"its {module} is a mixture of experts, whose weights are stacked in one parameter"
     setting = _treats_heads_apart(parent, kind)
     if setting is not None:
         return f"cfg.{setting} computes every head separately; set it to False"
@@ -256,30 +259,35 @@ def _in_its_place(block: Any) -> str | None:
 
 
 def _linear(
-    name: str, kind: str, layer: int | None, path: str, component: Any
+    name: str, kind: str, layer: int | None, path: str | None, whole: Any
 ) -> Iterator[WeightSite | UnsupportedWeight]:
-    """A linear layer, and the LoRA adapters beside it."""
-    whole, module = component.original_component, base_layer(component.original_component)
+    """A linear layer, and the LoRA adapters beside it; ``path`` is that of the HookPoints."""
+    module = base_layer(whole)
     reason = not_plain_lora(whole) or _not_affine(module)
     if reason is not None:
-        yield UnsupportedWeight(name, kind, layer, reason, _weight(component))
+        yield UnsupportedWeight(name, kind, layer, reason, getattr(whole, "weight", None))
     else:
-        yield _site(name, kind, layer, module, f"{path}.hook_in", f"{path}.hook_out")
-    yield from _adapters(name, kind, layer, path, component)
+        yield _site(name, kind, layer, module, *_hooks(path))
+    yield from _adapters(name, kind, layer, path, whole)
+
+
+def _hooks(path: str | None) -> tuple[str | None, str | None]:
+    """The HookPoints before and after a component, if it is one."""
+    return (None, None) if path is None else (f"{path}.hook_in", f"{path}.hook_out")
 
 
 def _adapters(
-    name: str, kind: str, layer: int | None, path: str, component: Any
+    name: str, kind: str, layer: int | None, path: str | None, whole: Any
 ) -> Iterator[WeightSite | UnsupportedWeight]:
     """The matrices of a weight's LoRA adapters."""
-    shared_reason = not_plain_lora(component.original_component)
-    for matrix in adapter_matrices(component.original_component, name):
+    shared_reason = not_plain_lora(whole)
+    for matrix in adapter_matrices(whole, name):
         full, whole_kind = f"{name}.{matrix.kind}", f"{kind}.{matrix.kind}"
         reason = shared_reason or matrix.unused
         if reason is not None or matrix.module is None:
             yield UnsupportedWeight(full, whole_kind, layer, str(reason), matrix.weight)
         else:
-            hook_in = f"{path}.hook_in" if matrix.kind.startswith("lora_A") else None
+            hook_in = _hooks(path)[0] if matrix.kind.startswith("lora_A") else None
             yield _site(full, whole_kind, layer, matrix.module, hook_in, None)
 
 
@@ -334,14 +342,21 @@ def _multiplies_by_itself(mlp: Any) -> bool:
 def _behind_post_norm(site: WeightSite, block: Any) -> WeightSite:
     """Add the residual tap if TransformerLens reads the part's output after a post-norm."""
     hook = RESIDUAL_HOOKS[site.kind.partition(".")[0]] if writes_stream(site.kind) else ""
-    norm = block._modules.get(str(block.hook_aliases.get(hook)).partition(".")[0])
-    if not hasattr(norm, "hook_normalized"):
+    residual_tap = _behind(block, hook)
+    if residual_tap is None:
         return site
-    return replace(
-        site,
-        hook_residual=f"blocks.{site.layer}.{hook}",
-        residual_tap=lambda: Tap(norm.hook_out, "input"),
-    )
+    hook_residual = f"blocks.{site.layer}.{hook}"
+    return replace(site, hook_residual=hook_residual, residual_tap=residual_tap)
+
+
+def _behind_mlp(block: Any) -> Callable[[], Tap] | None:
+    return _behind(block, RESIDUAL_HOOKS["W_out"])
+
+
+def _behind(block: Any, hook: str) -> Callable[[], Tap] | None:
+    """Where what enters the residual stream at a HookPoint comes out of a post-norm, if it does."""
+    norm = block._modules.get(str(block.hook_aliases.get(hook)).partition(".")[0])
+    return (lambda: Tap(norm.hook_out, "input")) if hasattr(norm, "hook_normalized") else None
 
 
 def _transposed(matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "d_out d_in"]:
@@ -367,7 +382,7 @@ def _is_moe(mlp: Any) -> bool:
 
 def _is_sparse(mlp: Any) -> bool:
     """Whether this layer of a mixture-of-experts model has experts."""
-    return _is_moe(mlp) and hasattr(mlp.original_component, "experts")
+    return _is_moe(mlp) and has_experts(mlp)
 
 
 def _not_affine(module: nn.Module) -> str | None:
