@@ -14,5 +14,5 @@ def fingerprint(tensor: Tensor) -> str:
     if type(plain) is not Tensor:
         plain = plain.dequantize()
     described = hashlib.sha256(f"{plain.dtype}{list(plain.shape)}".encode())
-    described.update(plain.cpu().flatten().view(torch.uint8).numpy().data)
+    described.update(plain.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return described.hexdigest()

@@ -130,6 +130,9 @@ def run_facts(
         records: As for :func:`fact_of`.
         prepend_bos: Whether prompts begin with a BOS token. Default: as the tokenizer does.
         capture: As in :func:`run_with_backward_cache`.
+
+    Raises:
+        NotImplementedError: For the matrices of experts, which have no rows for most tokens.
     """
     facts = [fact_of(record) for record in records]
     targets = first_tokens(model, [fact.target for fact in facts])
@@ -142,6 +145,12 @@ def run_facts(
         prepend_bos=prepends_bos(model, prepend_bos),
         **capture,
     )
+    of_expert = next((name for name in batch if parse_site_name(name).expert is not None), None)
+    if of_expert is not None:
+        raise NotImplementedError(
+            f"{of_expert} has rows only for the tokens that are routed to this expert, and "
+            "experiments compare weights token by token; pass weights or layers without experts"
+        )
     caches = [batch.example(b) for b in range(len(facts))]
     segments = [
         prompt_segments(model, torch.as_tensor(cache.tokens).tolist(), fact)
@@ -153,8 +162,8 @@ def run_facts(
 
 def place_of(name: str) -> Row:
     """The columns ``weight`` and ``layer`` of a site's name; layer None outside the blocks."""
-    layer, kind = parse_site_name(name)
-    return {"weight": kind, "layer": layer}
+    site = parse_site_name(name)
+    return {"weight": site.kind, "layer": site.layer}
 
 
 def first_tokens(model: Model, texts: Sequence[str]) -> list[int]:

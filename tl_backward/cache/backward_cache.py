@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from einops import reduce
@@ -17,6 +17,7 @@ from tl_backward import tensor_files
 from tl_backward._integers import as_ranges
 from tl_backward.cache._attribution import attribution
 from tl_backward.cache.residual import Residual, SliceInput, Stack, stacked
+from tl_backward.cache.routing import ExpertFactors, Routing
 from tl_backward.cache.rows import of_example
 from tl_backward.factors import GradientFactors
 from tl_backward.sites.names import parse_site_name
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+Key: TypeAlias = str | tuple[str, int | None] | tuple[str, int | None, int]
+"""A site's name, a kind and a layer, or a kind, a layer and an expert."""
 ON_CPU = ("tokens", "positions", "target_ids", "target_positions")
 """Fields that stay on the CPU, whatever the cache's device."""
 
@@ -34,9 +37,11 @@ class BackwardCache(Mapping[str, GradientFactors]):
     """The gradient factors of every captured weight matrix, by site name.
 
     ``cache["blocks.5.mlp.W_out"]`` and ``cache["W_out", 5]`` are the same
-    :class:`~tl_backward.GradientFactors`. The cache keeps no reference to the model and no autograd
-    graph. With several prompts, the factors stand for the sum over prompts, and :meth:`example`
-    selects one prompt.
+    :class:`~tl_backward.GradientFactors`; ``cache["W_out", 5, 3]`` are those of expert 3. The cache
+    keeps no reference to the model and no autograd graph. The factors of experts are computed on
+    access, from the cached boundary of the experts and the model's weights, which must not have
+    changed since the run (``RuntimeError``). With several prompts, the factors stand for the sum
+    over prompts, and :meth:`example` selects one prompt.
 
     Attributes:
         factors: Factors by site name, in model order.
@@ -53,10 +58,12 @@ class BackwardCache(Mapping[str, GradientFactors]):
         weights_processing: How TransformerLens processed the weights, as far as they show it:
             ``"raw"``, or the names of its arguments, such as ``"fold_ln, center_writing_weights"``.
             Gradients are with respect to these processed weights.
-        post_norm_vjps: VJPs after the post-norm, by site name, for weights that have one.
+        post_norm_vjps: VJPs after the post-norm, by site name, for weights that have one; those of
+            the sum of all experts by ``"blocks.5.mlp.experts"``.
+        routings: Routes and boundary of each mixture of experts, by ``"blocks.5.mlp.experts"``.
     """
 
-    factors: dict[str, GradientFactors]
+    factors: dict[str, GradientFactors | ExpertFactors]
     post_norm_vjps: dict[str, Float[Tensor, "... rows d_model"]]
     residual: Residual
     tokens: Int[Tensor, "pos"] | list[Int[Tensor, "_"]]
@@ -66,14 +73,16 @@ class BackwardCache(Mapping[str, GradientFactors]):
     target_positions: Int[Tensor, "k"] | list[Int[Tensor, "_"]]
     loss: Float[Tensor, "*batch"]
     weights_processing: str
+    routings: dict[str, Routing] = field(default_factory=dict)
 
     @property
     def is_batch(self) -> bool:
         """Whether the prompts were a batch, possibly a list of one."""
         return isinstance(self.tokens, list)
 
-    def __getitem__(self, key: str | tuple[str, int | None]) -> GradientFactors:
-        return self.factors[self._name(key)]
+    def __getitem__(self, key: Key) -> GradientFactors:
+        found = self.factors[self._name(key)]
+        return found if isinstance(found, GradientFactors) else found.made()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.factors)
@@ -105,9 +114,10 @@ class BackwardCache(Mapping[str, GradientFactors]):
             self,
             factors={name: g.example(b) for name, g in self.factors.items()},
             post_norm_vjps={
-                name: of_example(vjps, b, self.factors[name].lengths)
+                name: of_example(vjps, b, self._lengths(name))
                 for name, vjps in self.post_norm_vjps.items()
             },
+            routings={name: routing.example(b) for name, routing in self.routings.items()},
             residual=self.residual.example(b),
             tokens=self.tokens[b],
             str_tokens=self.str_tokens[b],
@@ -117,7 +127,7 @@ class BackwardCache(Mapping[str, GradientFactors]):
             loss=self.loss[b],
         )
 
-    def residual_vjps(self, key: str | tuple[str, int | None]) -> Float[Tensor, "*batch n d_model"]:
+    def residual_vjps(self, key: Key) -> Float[Tensor, "*batch n d_model"]:
         """VJPs where a weight's output enters the residual stream.
 
         With a post-norm (Gemma 2 and 3, OLMo 2, GLM-4 ...) these are the VJPs at the norm's output,
@@ -128,9 +138,9 @@ class BackwardCache(Mapping[str, GradientFactors]):
             KeyError: If the weight was not captured.
         """
         name = self._name(key)
-        return self.post_norm_vjps.get(name, self.factors[name].vjps)
+        return self.post_norm_vjps[name] if name in self.post_norm_vjps else self[name].vjps
 
-    def bias_gradient(self, key: str | tuple[str, int | None]) -> Float[Tensor, "d_out"]:
+    def bias_gradient(self, key: Key) -> Float[Tensor, "d_out"]:
         """Gradient of a weight's bias: the sum of the VJPs over the captured positions.
 
         Raises:
@@ -283,7 +293,8 @@ class BackwardCache(Mapping[str, GradientFactors]):
             >>> BackwardCache.load("messi.safetensors")["W_out", 5].norm()
         """
         tree = _fields_of(self) | {
-            "factors": {name: _fields_of(g) for name, g in self.factors.items()},
+            "factors": {name: _fields_of(g) for name, g in self.items()},
+            "routings": {name: _fields_of(routing) for name, routing in self.routings.items()},
             "residual": _fields_of(self.residual),
         }
         return tensor_files.write(Path(path), type(self).__name__, tree)
@@ -315,8 +326,14 @@ class BackwardCache(Mapping[str, GradientFactors]):
                 {name: value for name, value in tree.items() if name not in ON_CPU},
                 lambda tensor: tensor.to(device),
             )
-            factors = {name: GradientFactors(**g) for name, g in tree["factors"].items()}
-            return cls(**tree | {"factors": factors, "residual": Residual(**tree["residual"])})
+            made = {
+                "factors": {name: GradientFactors(**g) for name, g in tree["factors"].items()},
+                "routings": {
+                    name: Routing(**one) for name, one in tree.get("routings", {}).items()
+                },
+                "residual": Residual(**tree["residual"]),
+            }
+            return cls(**tree | made)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise tensor_files.damaged(Path(path), kind, error) from error
 
@@ -324,24 +341,31 @@ class BackwardCache(Mapping[str, GradientFactors]):
         each: Any = self.positions if self.is_batch else [self.positions]
         return [positions.tolist() for positions in each]
 
-    def _name(self, key: str | tuple[str, int | None]) -> str:
-        """The site name for a name or ``(kind, layer)``."""
+    def _lengths(self, name: str) -> tuple[int, ...] | None:
+        """Number of rows of each example, for a site or a mixture."""
+        if name in self.routings:
+            return self.routings[name].lengths
+        return self[name].lengths
+
+    def _name(self, key: Key) -> str:
+        """The site name for a name, ``(kind, layer)`` or ``(kind, layer, expert)``."""
         if isinstance(key, str):
             names = [key] if key in self.factors else []
         else:
-            kind, layer = key
+            kind, layer, *expert = key
             prefix = "" if layer is None else f"blocks.{layer}."
-            names = [n for n in self.factors if n.startswith(prefix) and n.endswith(f".{kind}")]
+            end = "".join(f".experts.{one}" for one in expert) + f".{kind}"
+            names = [n for n in self.factors if n.startswith(prefix) and n.endswith(end)]
         if len(names) != 1:
             raise KeyError(f"{key!r} {self._no_single_weight(key, names)}")
         return names[0]
 
-    def _no_single_weight(self, key: str | tuple[str, int | None], names: list[str]) -> str:
+    def _no_single_weight(self, key: Key, names: list[str]) -> str:
         """Explain why a key does not select exactly one weight, and suggest one that does."""
-        kind, layer = (key, None) if isinstance(key, str) else key
+        kind, layer = (key, None) if isinstance(key, str) else key[:2]
         if isinstance(key, str) and "." in key:
             with suppress(ValueError):
-                layer, kind = parse_site_name(key)
+                layer, kind, _ = parse_site_name(key)
         layers: dict[str, list[int | None]] = {}
         for name in map(parse_site_name, self.factors):
             layers.setdefault(name.kind, []).append(name.layer)
@@ -351,6 +375,19 @@ class BackwardCache(Mapping[str, GradientFactors]):
                 kinds.setdefault(_where(its_layers), []).append(one)
             captured = "; ".join(f"{', '.join(some)} {where}" for where, some in kinds.items())
             return f"was not captured; the cache has {captured}"
+        experts = [
+            one.expert
+            for one in map(parse_site_name, self.factors)
+            if one.expert is not None and (one.kind, one.layer) == (kind, layer)
+        ]
+        if experts:
+            others = [name for name in names if parse_site_name(name).expert is None]
+            beside = f", or cache[{others[0]!r}]" if others else ""
+            wrong = "is a matrix of each expert" if names else "was not captured"
+            return (
+                f"{wrong}; take one of the experts {as_ranges(experts)}, such as "
+                f"cache[{kind!r}, {layer}, {experts[0]}]{beside}"
+            )
         if names and layer is not None:
             return f"matches several weights: {', '.join(names)}"
         of_kind = layers[kind]

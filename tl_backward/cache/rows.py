@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tl_backward._integers import is_integer
@@ -44,7 +44,7 @@ class Rows:
         lengths = tuple(uses * len(kept) for kept in self.kept)
         return lengths if len(set(lengths)) > 1 else None
 
-    def of(self, tensors: Sequence[Tensor]) -> Float[Tensor, "*batch n d"]:
+    def of(self, tensors: Sequence[Tensor]) -> Shaped[Tensor, "*batch n d"]:
         """The rows of one or more tensors, by text; in one axis if texts differ in length."""
         n_texts, uses = len(self.starts), len(tensors)
         rows = [by_text(tensor, n_texts) for tensor in tensors]
@@ -63,7 +63,7 @@ class Rows:
         return whole[0] if self.single else whole
 
 
-def by_text(tensor: Float[Tensor, "..."], n_texts: int) -> Float[Tensor, "batch pos d"]:
+def by_text(tensor: Shaped[Tensor, "..."], n_texts: int) -> Shaped[Tensor, "batch pos d"]:
     """One vector per text and position, merging head axes and splitting a merged batch axis."""
     if tensor.ndim == 2:
         return rearrange(tensor, "(batch pos) d -> batch pos d", batch=n_texts)
@@ -71,8 +71,8 @@ def by_text(tensor: Float[Tensor, "..."], n_texts: int) -> Float[Tensor, "batch 
 
 
 def of_example(
-    tensor: Float[Tensor, "*lead d"], b: int, lengths: tuple[int, ...] | None
-) -> Float[Tensor, "*one d"]:
+    tensor: Shaped[Tensor, "*lead d"], b: int, lengths: tuple[int, ...] | None
+) -> Shaped[Tensor, "*one d"]:
     """One text's rows of a result of :meth:`Rows.of`, or of a stack of results."""
     if lengths is None:
         return tensor.select(-3, b)

@@ -47,14 +47,30 @@ class Recorder:
         self.places: dict[Hashable, list[Place]] = defaultdict(list)
         self._values: dict[Hashable, list[_Value]] = defaultdict(list)
         self._uses_in_hooks: list[tuple[Hashable, GradientEdge]] = []
+        self._of_tokens: set[Hashable] = set()
         self._run = run
         self._batch_size = batch_size
         self._device = device
         self._kept_values = WeakTensorKeyDictionary()
 
-    def keep_value(self, tap: Tap, key: Hashable, copy: bool = False) -> None:
-        """Record the tensor that passes the tap; ``copy`` guards against in-place changes."""
+    def keep_value(
+        self, tap: Tap, key: Hashable, copy: bool = False, of_tokens: bool = False
+    ) -> None:
+        """Record the tensor that passes the tap; ``copy`` guards against in-place changes.
+
+        Args:
+            tap: Where to read.
+            key: Name of the value.
+            copy: Whether to record a copy.
+            of_tokens: Whether rows are single tokens, possibly fewer than texts.
+        """
+        if of_tokens:
+            self._of_tokens.add(key)
         self.watch(tap, partial(self._keep_value, key, copy))
+
+    def begin_graph(self, tap: Tap) -> None:
+        """Have what passes the tap require a gradient, so that what follows has a graph."""
+        self._listen(tap, self._begin_graph)
 
     def keep_place(
         self,
@@ -63,6 +79,7 @@ class Recorder:
         on_a_branch: bool = False,
         own_branch: bool = False,
         alone: bool = False,
+        of_tokens: bool = False,
     ) -> None:
         """Record the place where ``dL/dy`` arrives for the tensor ``y`` that passes the tap.
 
@@ -76,11 +93,14 @@ class Recorder:
             own_branch: Whether to exclude the VJP from other uses of ``y``. If so, the model
                 continues with a copy.
             alone: Whether to refuse a loss that depends on a call of the tap inside another hook.
+            of_tokens: As in :meth:`keep_value`.
         """
         if on_a_branch:
-            self.watch(tap, partial(self._keep_place, key))
+            self._listen(tap, partial(self._keep_place_on_branch, key, alone))
         else:
-            self._listen(tap, partial(self._replace_and_keep_place, key, own_branch, alone))
+            n_least = 0 if of_tokens else self._batch_size
+            see = partial(self._replace_and_keep_place, key, own_branch, alone, n_least)
+            self._listen(tap, see)
 
     def watch(self, tap: Tap, see: Callable[[Any], None]) -> None:
         """Call ``see`` with the tensor that passes the tap in the forward pass."""
@@ -95,13 +115,26 @@ class Recorder:
         value = value.clone() if copy and value.device == x.device else value
         self._values[key].append(_Value(value, value._version))
 
+    def _begin_graph(self, x: Tensor) -> Tensor | None:
+        if not self._run.may_own(x) or x.requires_grad or not torch.is_grad_enabled():
+            return None
+        return x.detach().requires_grad_().clone()
+
+    def _keep_place_on_branch(self, key: Hashable, alone: bool, y: Tensor) -> None:
+        if not self._run.is_forward():
+            return
+        if not self._run.depth:
+            self._keep_place(key, y)
+        elif alone and y.requires_grad:
+            self._uses_in_hooks.append((key, get_gradient_edge(y)))
+
     def _keep_place(self, key: Hashable, y: Tensor) -> None:
         edge = get_gradient_edge(y) if y.requires_grad else None
         no_gradient = partial(torch.zeros, y.shape, dtype=y.dtype, device=self._device or y.device)
         self.places[key].append(Place(edge, y.device, no_gradient))
 
     def _replace_and_keep_place(
-        self, key: Hashable, own_branch: bool, alone: bool, y: Tensor
+        self, key: Hashable, own_branch: bool, alone: bool, n_least: int, y: Tensor
     ) -> Tensor | None:
         run, in_hook = self._run, self._run.depth > 0
         if not run.may_own(y) or (in_hook and not alone):
@@ -114,8 +147,8 @@ class Recorder:
                 )
             return None
         replaced = None
-        if len(y) < self._batch_size and not in_hook:
-            y = y.expand(self._batch_size, *y.shape[1:])
+        if len(y) < n_least and not in_hook:
+            y = y.expand(n_least, *y.shape[1:])
         if not y.requires_grad:
             replaced = y = y.detach().requires_grad_().clone()
         elif own_branch or y._is_view():
@@ -135,10 +168,9 @@ class Recorder:
         for tensor, version in self._values[key]:
             if tensor._version != version:
                 raise RuntimeError(f"the input of {_name(key)} was changed in place after its use")
+        n_least = 0 if key in self._of_tokens else self._batch_size
         return [
-            tensor.expand(self._batch_size, *tensor.shape[1:])
-            if len(tensor) < self._batch_size
-            else tensor
+            tensor.expand(n_least, *tensor.shape[1:]) if len(tensor) < n_least else tensor
             for tensor, _ in self._values[key]
         ]
 
@@ -203,22 +235,29 @@ class Recorder:
         """Call ``see`` with the tensor that passes the tap; a returned tensor replaces it."""
         run, module, outside = self._run, tap.module, tap.is_outside_of_hooks
         if tap.side == "input":
-            run.hook_forward_pre(module, partial(_see_input, see), first=outside)
+            run.hook_forward_pre(module, partial(_see_input, see, tap.item), first=outside)
         else:
-            run.hook_forward(module, partial(_see_output, see), first=not outside)
+            run.hook_forward(module, partial(_see_output, see, tap.item), first=not outside)
 
 
 def _see_input(
-    see: Callable[[Any], Tensor | None], module: nn.Module, args: tuple[Any, ...]
+    see: Callable[[Any], Tensor | None], item: int, module: nn.Module, args: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
-    replaced = see(args[0])
-    return None if replaced is None else (replaced, *args[1:])
+    replaced = see(args[item])
+    return None if replaced is None else (*args[:item], replaced, *args[item + 1 :])
 
 
 def _see_output(
-    see: Callable[[Any], Tensor | None], module: nn.Module, args: tuple[Any, ...], output: Any
-) -> Tensor | None:
-    return see(output)
+    see: Callable[[Any], Tensor | None],
+    item: int,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Any,
+) -> Any:
+    if not isinstance(output, tuple):
+        return see(output)
+    replaced = see(output[item])
+    return None if replaced is None else (*output[:item], replaced, *output[item + 1 :])
 
 
 def _vjps_at(

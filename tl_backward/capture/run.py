@@ -16,6 +16,12 @@ from tl_backward._undo import Undo
 from tl_backward.cache import BackwardCache
 from tl_backward.cache.rows import Positions, Rows, kept_positions
 from tl_backward.capture._backward_hooks import GuardedHooks
+from tl_backward.capture._experts import (
+    factors_by_expert,
+    mixtures_of,
+    routing_of,
+    watch_mixture,
+)
 from tl_backward.capture._residual_stream import needs_graph, residual_from, watch_residual
 from tl_backward.capture._unembedding import last_positions
 from tl_backward.capture.batch import Batch, batch_of
@@ -32,6 +38,7 @@ from tl_backward.capture.tokens import Prompt, Target, decode_each, single_token
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import (
     FoundSites,
+    Mixture,
     Model,
     WeightSite,
     all_modules,
@@ -171,7 +178,11 @@ def run_with_backward_cache(
         guarded = GuardedHooks(run, model, batch.mask)
         last = last_positions(run, model, modules, batch, sites, objective)
         recorder = Recorder(run, len(batch), None if device is None else torch.device(device))
+        plain, mixtures = [s for s in sites if s.mixture is None], mixtures_of(sites)
+        measured: list[WeightSite | Mixture] = [*plain, *mixtures.values()]
         _watch_weights(recorder, sites if last is None else last.watched(sites))
+        for mixture in mixtures.values():
+            watch_mixture(recorder, mixture)
         watched = watch_residual(recorder, model, found, _lowest(found, sites, layers), per_head)
         if last is not None:
             run.hook_forward_pre(model.unembed, last.narrow)
@@ -180,7 +191,7 @@ def run_with_backward_cache(
         run.stage = "loss"
         read = batch if last is None or not last.were_taken else last
         losses = losses_of_examples(objective, logits, read.spans, read.tokens.to(logits.device))
-        _require_used(recorder, sites)
+        _require_used(recorder, measured)
 
         run.stage = "backward"
         vjps = recorder.backward(losses.sum(), retain_graph=needs_graph(recorder, watched))
@@ -191,13 +202,19 @@ def run_with_backward_cache(
         if logits.requires_grad and loss_fn is not None and not isinstance(loss_fn, Objective):
             _warn_if_flat(losses, logits, vjps)
         losses = losses.detach() if device is None else losses.detach().to(device)
+        routings = {name: routing_of(recorder, one, vjps, rows) for name, one in mixtures.items()}
+        factors = {
+            **{site.name: _factors_of(recorder, site, vjps, rows) for site in plain},
+            **factors_by_expert(recorder, sites, routings, vjps, rows),
+        }
         cache = BackwardCache(
-            factors={site.name: _factors_of(recorder, site, vjps, rows) for site in sites},
+            factors={site.name: factors[site.name] for site in sites},
             post_norm_vjps={
-                site.name: rows.of(vjps[site.name, "residual"])
-                for site in sites
-                if site.residual_tap is not None
+                one.name: rows.of(vjps[one.name, "residual"])
+                for one in measured
+                if one.residual_tap is not None
             },
+            routings=routings,
             residual=residual_from(recorder, watched, vjps, rows),
             weights_processing=weights_processing(model),
             tokens=batch.whole(batch.texts),
@@ -271,8 +288,19 @@ def _no_op(tensor: Tensor, hook: Any) -> None:
 
 def _watch_weights(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
     for site in sites:
-        recorder.keep_value(site.x_tap(), site.name)
-        recorder.keep_place(site.y_tap(), (site.name, "y"), alone=True)
+        if site.mixture is not None and site.mixture.stacked is not None:
+            continue  # read at the experts' boundary
+        of_tokens = site.mixture is not None
+        if site.has_inner_output:
+            recorder.begin_graph(site.x_tap())
+        recorder.keep_value(site.x_tap(), site.name, of_tokens=of_tokens)
+        recorder.keep_place(
+            site.y_tap(),
+            (site.name, "y"),
+            on_a_branch=site.has_inner_output,
+            alone=True,
+            of_tokens=of_tokens,
+        )
         if site.residual_tap is not None:
             recorder.keep_place(site.residual_tap(), (site.name, "residual"))
 
@@ -287,10 +315,10 @@ def _factors_of(
     return GradientFactors(rows.of(x), rows.of(y), rows.lengths(len(x)))
 
 
-def _require_used(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
-    for site in sites:
-        if not recorder.places[site.name, "y"]:
-            raise RuntimeError(f"the forward pass did not use {site.name}")
+def _require_used(recorder: Recorder, read: Sequence[WeightSite | Mixture]) -> None:
+    for one in read:
+        if not recorder.places[one.name, "y"]:
+            raise RuntimeError(f"the forward pass did not use {one.name}")
 
 
 def _require_finite(vjps: Mapping[Hashable, list[Tensor]], side: str) -> None:
