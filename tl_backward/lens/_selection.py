@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -14,8 +14,6 @@ from tl_backward.cache import BackwardCache
 from tl_backward.cache.residual import SliceInput
 from tl_backward.cache.rows import Positions, kept_positions, plain_index, selected
 from tl_backward.sites import FoundSites, Model, weights_processing
-from tl_backward.sites.kinds import reads_stream
-from tl_backward.sites.names import parse_site_name
 
 
 class Selection:
@@ -65,8 +63,10 @@ class Selection:
                 row[: len(positions)][positions == position] = token
         return self.whole(of_rows)
 
-    def rows(self, tensor: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*chosen pos d"]:
-        """The selected rows; shorter texts are padded with zeros on the right."""
+    def rows(
+        self, tensor: Shaped[Tensor, "*batch n d"], padding: int = 0
+    ) -> Shaped[Tensor, "*chosen pos d"]:
+        """The selected rows; shorter texts are padded on the right."""
         if tensor.ndim == 3:
             texts: Sequence[Tensor] = tensor.unbind(0)
         elif len(tensor) == sum(self._lengths):
@@ -77,7 +77,11 @@ class Selection:
                 "model run several times"
             )
         chosen = [texts[b][kept] for b, kept in zip(self.chosen, self._kept, strict=True)]
-        return chosen[0] if self._single else pad_sequence(chosen, batch_first=True)
+        return (
+            chosen[0]
+            if self._single
+            else pad_sequence(chosen, batch_first=True, padding_value=padding)
+        )
 
 
 def require_same_model(model: Model, found: FoundSites, cache: BackwardCache) -> None:
@@ -98,7 +102,7 @@ def require_same_model(model: Model, found: FoundSites, cache: BackwardCache) ->
     sites = {site.name: site for site in found.sites}
     differences = [
         f"its {name} is {g.shape}"
-        for name, g in cache.items()
+        for name, g in cache.factors.items()
         if name not in sites or g.shape != (sites[name].d_in, sites[name].d_out)
     ]
     differences += [f"it has {layers} layers"] * (layers != cfg.n_layers)
@@ -113,15 +117,6 @@ def require_same_model(model: Model, found: FoundSites, cache: BackwardCache) ->
             f"cache comes from other weights: its weights were {cache.weights_processing}, the "
             f"model's are {processing}; capture again"
         )
-
-
-def residual_side(
-    cache: BackwardCache, name: str, vjps: Literal["residual", "output"]
-) -> Float[Tensor, "*batch n d_model"]:
-    """The residual-stream side of a weight's factors: its inputs or its VJPs."""
-    if reads_stream(parse_site_name(name).kind):
-        return cache[name].inputs
-    return cache.residual_vjps(name) if vjps == "residual" else cache[name].vjps
 
 
 def parts_of_residual(

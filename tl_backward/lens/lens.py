@@ -7,18 +7,19 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_backward._integers import as_ranges, is_integer
-from tl_backward._precision import stable_norm
 from tl_backward._user_warnings import warn_user
 from tl_backward.cache import BackwardCache
 from tl_backward.cache.residual import SliceInput
 from tl_backward.cache.rows import Positions
 from tl_backward.capture import CaptureOptions, run_with_backward_cache
 from tl_backward.capture.tokens import Prompt, Target, decode_each
+from tl_backward.lens._entries import entries_of, entry_of_expert
 from tl_backward.lens._options import (
     ReadKeywords,
     ReadoutKeywords,
@@ -31,14 +32,14 @@ from tl_backward.lens._selection import (
     Selection,
     parts_of_residual,
     require_same_model,
-    residual_side,
 )
 from tl_backward.lens._targets import Targets, TargetTokens, targets_for
 from tl_backward.lens._vocabulary import ReturnType
 from tl_backward.lens.readout import Readout, is_forward, is_weight_kind
-from tl_backward.lens.result import BackwardLensResult
+from tl_backward.lens.result import BackwardLensResult, RoutedTokens
 from tl_backward.sites import FoundSites, Model, find_sites, layer_numbers, require_model
 from tl_backward.sites.kinds import READ_BY_INPUT, READ_BY_VJP, reads_stream
+from tl_backward.sites.names import parse_site_name
 from tl_backward.translators import Translator
 
 
@@ -75,6 +76,7 @@ class BackwardLogitLens:
         incl_mid: bool = False,
         forward: bool = False,
         layers: int | Iterable[int] | None = None,
+        expert: int | None = None,
         positions: Positions = None,
         batch_slice: SliceInput = None,
         vjps: Literal["residual", "output"] = "residual",
@@ -109,6 +111,9 @@ class BackwardLogitLens:
                 select entries such as ``3_pre``, ``3_attn_out`` or ``L3H0``; entries without a
                 layer (``final_post``, ``unembed``) are always read, and the whole backward pass
                 runs. Default: all, with ``cache=`` all captured layers.
+            expert: Read only this expert, at the tokens routed to it. Default: all experts of a
+                token together, which share their input and whose VJPs at W_out are one vector times
+                the routing weights (see ``result.experts``).
             positions: Positions to read: an index, a slice or a list (a tuple is a slice), or
                 TransformerLens's ``Slice``. With ``cache=``, indexes the cached positions.
                 Default: all.
@@ -145,7 +150,7 @@ class BackwardLogitLens:
             NotImplementedError: For blocks that run several times in one forward pass.
 
         Warns:
-            UserWarning: If layers have no site of a weight, e.g. where experts replace the MLP
+            UserWarning: If layers have no site of a weight, e.g. where a mixer replaces attention
                 (listed in ``result.left_out``); and as :func:`run_with_backward_cache`.
         """
         options = readout_options(
@@ -181,13 +186,26 @@ class BackwardLogitLens:
         wanted = targets_for(self.model, targets, selection.shape, selection.targets)
         reader = _Reader(self.model, selection, wanted, options)
         numbers = layer_numbers(self.model.cfg.n_layers, layers)
-        left_out = _left_out(found, kinds, numbers)
-        readouts = {}
+        _require_expert(found, kinds, numbers, expert)
+        left_out = _left_out(found, kinds, numbers, expert)
+        readouts, labels = {}, list[str]()
         for kind in kinds:
             names = _captured_names(found, cache, kind, layers)
-            vectors = {name: residual_side(cache, name, vjps) for name in names}
-            norms = [stable_norm(selection.rows(cache[name].vjps), dim=-1).cpu() for name in names]
+            if expert is None:
+                entries = entries_of(cache, names, kind, vjps, self.model.cfg.d_model)
+            else:
+                names = [name for name in names if parse_site_name(name).expert == expert]
+                entries = {
+                    name: entry_of_expert(cache, name, vjps, self.model.cfg.d_model)
+                    for name in names
+                }
+            vectors = {name: entry.vectors for name, entry in entries.items()}
+            norms = [
+                selection.rows(rearrange(entry.vjp_norms, "... -> ... 1"))[..., 0].cpu()
+                for entry in entries.values()
+            ]
             readouts[kind] = replace(reader.read(kind, vectors), vjp_norms=torch.stack(norms))
+            labels += entries
         if residual is not None:
             parts = parts_of_residual(cache, residual, incl_mid, numbers)
             readouts[residual] = reader.read(residual, parts)
@@ -214,6 +232,14 @@ class BackwardLogitLens:
             direction=direction,
             weights_processing=cache.weights_processing,
             left_out=left_out,
+            experts={
+                name: RoutedTokens(
+                    selection.rows(routing.experts, padding=-1).cpu(),
+                    selection.rows(routing.weights).cpu(),
+                )
+                for name, routing in cache.routings.items()
+                if any(label.startswith(f"{name}.") for label in labels)
+            },
         )
 
     def read(
@@ -262,6 +288,7 @@ class BackwardLogitLens:
         weight: str,
         layer: int | None,
         k: int = 1,
+        expert: int | None = None,
         **options: Unpack[ReadKeywords],
     ) -> Readout:
         """Read the singular vectors on the residual-stream side of a weight's gradient.
@@ -275,14 +302,17 @@ class BackwardLogitLens:
             weight: The kind of weight.
             layer: Its layer; None for an embedding.
             k: Number of singular vectors.
+            expert: Expert, in a mixture of experts.
             options: As in :meth:`read`.
 
         Raises:
             ValueError: If the gradient has fewer than ``k``; and as :meth:`__call__`.
             KeyError: If the weight was not captured.
         """
-        name = self._site_name(cache, weight, layer)
+        name = self._site_name(cache, weight, layer, expert)
         U, S, Vh = cache[name].svd()
+        if not len(S):
+            raise ValueError(f"{name} has an empty gradient: no token is routed to it")
         if not is_integer(k) or not 1 <= k <= len(S):
             raise ValueError(f"k must be an integer in [1, {len(S)}], got {k!r}")
         vectors = U.mT[:k] if reads_stream(weight) else Vh[:k]
@@ -294,6 +324,7 @@ class BackwardLogitLens:
         weight: str,
         layer: int | None,
         neurons: int | Sequence[int],
+        expert: int | None = None,
         **options: Unpack[ReadKeywords],
     ) -> Readout:
         """Read single neurons of a weight's gradient in the residual stream (Eq 9, 10).
@@ -306,13 +337,14 @@ class BackwardLogitLens:
             weight: The kind of weight.
             layer: Its layer; None for an embedding.
             neurons: The index or indices ``j``.
+            expert: Its expert, in a mixture of them.
             options: As in :meth:`read`.
 
         Raises:
             ValueError: If a neuron does not exist; and as :meth:`__call__`.
             KeyError: If the weight was not captured.
         """
-        name = self._site_name(cache, weight, layer)
+        name = self._site_name(cache, weight, layer, expert)
         neurons = list(neurons) if isinstance(neurons, Iterable) else [neurons]
         g = cache[name]
         g = g if reads_stream(weight) else g.T
@@ -335,7 +367,9 @@ class BackwardLogitLens:
         _, cache = run_with_backward_cache(self.model, prompt, target, **what, **run)
         return cache
 
-    def _site_name(self, cache: BackwardCache, weight: str, layer: int | None) -> str:
+    def _site_name(
+        self, cache: BackwardCache, weight: str, layer: int | None, expert: int | None
+    ) -> str:
         """The name of a single site that reads or writes the residual stream."""
         found = find_sites(self.model)
         require_same_model(self.model, found, cache)
@@ -343,9 +377,15 @@ class BackwardLogitLens:
             raise ValueError(
                 f"weight={weight!r} neither reads the residual stream nor writes to it"
             )
-        sites = found.select(weight, layer)
-        if len(sites) > 1:
-            raise ValueError(f"layer={layer!r}: {weight} is in {len(sites)} layers; pass one")
+        sites = [site for site in found.select(weight, layer) if site.expert == expert]
+        layers = {site.layer for site in sites}
+        if len(layers) > 1:
+            raise ValueError(f"layer={layer!r}: {weight} is in {len(layers)} layers; pass one")
+        if len(sites) != 1:
+            raise ValueError(
+                f"expert={expert!r}: layer {layer} has {len(sites)} weights {weight} of it; see "
+                "weight_sites()"
+            )
         return sites[0].name
 
     def _target_names(
@@ -459,10 +499,28 @@ def _captured_names(
     return names
 
 
+def _require_expert(
+    found: FoundSites, kinds: Sequence[str], layers: Collection[int] | None, expert: int | None
+) -> None:
+    """Raise when there is no such expert."""
+    if expert is None:
+        return
+    for kind in kinds:
+        experts = {site.expert for site in found.select(kind, layers) if site.expert is not None}
+        if not is_integer(expert) or expert not in experts:
+            has = f"experts {as_ranges(experts)}" if experts else "no experts"
+            raise ValueError(f"expert={expert!r}: {kind} has {has} in these layers")
+
+
 def _left_out(
-    found: FoundSites, kinds: Sequence[str], layers: Collection[int] | None
+    found: FoundSites,
+    kinds: Sequence[str],
+    layers: Collection[int] | None,
+    expert: int | None,
 ) -> dict[str, list[int]]:
     """Warn about requested layers without a site, and return them by kind."""
+    if expert is not None:
+        return {}
     asked_for = range(found.n_layers) if layers is None else layers
     left_out = {
         kind: sorted({*asked_for} - {site.layer for site in found.select(kind)}) for kind in kinds

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 FigureKind: TypeAlias = Literal["table", "ranks", "norms", "forward_and_backward"]
+
+
+class RoutedTokens(NamedTuple):
+    """The experts of each token in one layer.
+
+    Attributes:
+        experts: Their numbers; -1 behind the end of the shorter ones of several texts.
+        weights: The routing weights.
+    """
+
+    experts: Int[Tensor, "*batch pos k"]
+    weights: Float[Tensor, "*batch pos k"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +65,8 @@ class BackwardLensResult(Mapping[str, Readout]):
         direction: ``"gradient"``, or ``"descent"`` if the ends of the VJPs' readouts were swapped.
         weights_processing: As in :class:`BackwardCache`.
         left_out: Requested layers without a site, by kind of weight.
+        experts: Experts and routing weights of every token, by ``"blocks.5.mlp.experts"``, for the
+            mixtures of experts that were read.
     """
 
     readouts: dict[str, Readout]
@@ -71,6 +85,7 @@ class BackwardLensResult(Mapping[str, Readout]):
     direction: Literal["gradient", "descent"]
     weights_processing: str
     left_out: dict[str, list[int]] = field(default_factory=dict)
+    experts: dict[str, RoutedTokens] = field(default_factory=dict)
 
     @property
     def is_batch(self) -> bool:
@@ -158,6 +173,10 @@ class BackwardLensResult(Mapping[str, Readout]):
             loss=self.loss[b],
             loss_target=None if self.loss_target is None else self.loss_target[b],
             loss_target_ids=list(ids),
+            experts={
+                name: RoutedTokens(of_all.experts[b, :n], of_all.weights[b, :n])
+                for name, of_all in self.experts.items()
+            },
         )
 
     def rank_trajectory(

@@ -91,6 +91,7 @@ def _table(result: BackwardLensResult, kind: str) -> Table:
             vjp_norm=vjp_norm,
             top=list(zip(top[i][j], readout.top_values[i, j].tolist(), strict=True)),
             bottom=list(zip(bottom[i][j], readout.bottom_values[i, j].tolist(), strict=True)),
+            experts=_experts(result, readout.labels[i], j),
         )
 
     return Table(
@@ -101,10 +102,7 @@ def _table(result: BackwardLensResult, kind: str) -> Table:
         ends=("least", "most") if flipped else ("most", "least"),
         positions=positions,
         tokens=[result.str_tokens[position] for position in positions],
-        headers=[
-            str(layer) if is_weight else label
-            for layer, label in zip(readout.layers, readout.labels, strict=True)
-        ],
+        headers=_headers(readout) if is_weight else readout.labels,
         targets=targets,
         ranks=ranks,
         norms=readout.norms.tolist(),
@@ -113,6 +111,25 @@ def _table(result: BackwardLensResult, kind: str) -> Table:
         cells=[[cell(i, j) for j in range(len(positions))] for i in range(len(readout.labels))],
         left_out=result.left_out.get(kind, []),
     )
+
+
+def _headers(readout: Readout) -> list[str]:
+    """The layers; of several entries in one layer, with what they are of."""
+    return [
+        str(layer)
+        if readout.layers.count(layer) == 1
+        else f"{layer} {label.split('.', 2)[2].rpartition('.')[0]}"
+        for layer, label in zip(readout.layers, readout.labels, strict=True)
+    ]
+
+
+def _experts(result: BackwardLensResult, label: str, j: int) -> list[tuple[int, float]]:
+    """The experts of a token and their weights, the largest first; none of a dense layer."""
+    for name, routed in result.experts.items():
+        if label.startswith(f"{name}."):
+            pairs = zip(routed.experts[j].tolist(), routed.weights[j].tolist(), strict=True)
+            return sorted(pairs, key=lambda pair: -pair[1])
+    return []
 
 
 def _targets(result: BackwardLensResult, readout: Readout, n_positions: int) -> list[list[str]]:

@@ -208,6 +208,8 @@ def _details(shown: LensTables, table: Table, header: str, j: int, cell: Cell) -
     lines += [
         f"target {_escaped(target)}: rank {rank} of {shown.d_vocab}" for target, rank in cell.ranks
     ]
+    if cell.experts:
+        lines.append("experts " + ", ".join(f"{e} ({weight:.2g})" for e, weight in cell.experts))
     for end, tokens in zip(table.ends, (cell.top, cell.bottom), strict=True):
         lines.append(f"<b>{end} probable</b> ({value})")
         lines += [f"{number:.3g} {_escaped(token)}" for token, number in tokens]

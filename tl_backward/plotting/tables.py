@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Cell:
         vjp_norm: Norm of the VJP at the weight's own output.
         top: Top tokens and their values, outermost first.
         bottom: Bottom tokens and their values, outermost first.
+        experts: Experts of the token and their routing weights; empty for dense layers.
     """
 
     level: float
@@ -29,6 +30,7 @@ class Cell:
     vjp_norm: float
     top: list[tuple[str, float]]
     bottom: list[tuple[str, float]]
+    experts: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
