@@ -15,14 +15,15 @@ from tqdm.auto import tqdm
 from tl_backward._precision import upcast
 from tl_backward.capture.batch import batch_of_tokens
 from tl_backward.capture.tokens import Prompt, prompt_tokens
+from tl_backward.editing._expert_outputs import ExpertOutputs
 from tl_backward.editing._joint_steps import smallest_steps
 from tl_backward.editing._shift_terms import ShiftRule, unit_shift
 from tl_backward.editing._step_search import Step, smallest_step
-from tl_backward.editing.runs import WholeRun
+from tl_backward.editing.runs import Matrix, WholeRun
 from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
-from tl_backward.sites import Model, WeightSite
+from tl_backward.sites import Model
 
 N_TURNS = 6
 """Maximum number of rounds in which each target token's step is searched again."""
@@ -35,7 +36,7 @@ class Candidate(NamedTuple):
     to it, and ``of_each`` lists the steps.
     """
 
-    sites: Sequence[WeightSite]
+    sites: Sequence[Matrix]
     unit: WeightEdit
     step: Step
     of_each: tuple[float, ...] = ()
@@ -58,7 +59,7 @@ class ShiftSearch:
         self,
         model: Model,
         terms: TargetTerms,
-        sites: Sequence[WeightSite],
+        sites: Sequence[Matrix],
         rule: ShiftRule,
         margin: float,
         skip_if_predicted: bool,
@@ -80,7 +81,7 @@ class ShiftSearch:
         """Number of passes through the layers from an edit upwards so far."""
         return sum(run.n_upper_passes for run in self._runs)
 
-    def candidate(self, sites: Sequence[WeightSite], lr: float | Literal["auto"]) -> Candidate:
+    def candidate(self, sites: Sequence[Matrix], lr: float | Literal["auto"]) -> Candidate:
         """The shift at some sites, with a given step or the smallest one that succeeds.
 
         With a joint rule every term has its own step. Otherwise, the tokens of a single prompt's
@@ -171,7 +172,7 @@ class ShiftSearch:
         unit = _scaled(common.unit, [size / (largest or 1.0) for size in sizes])
         return Candidate(common.sites, unit, Step(largest, worst), tuple(sizes))
 
-    def _with_joint_steps(self, sites: Sequence[WeightSite], unit: WeightEdit) -> Candidate:
+    def _with_joint_steps(self, sites: Sequence[Matrix], unit: WeightEdit) -> Candidate:
         """Give each term approximately the smallest step that succeeds with the others in place."""
         wanted = (~self.skipped)[self._terms.example]
 
@@ -202,16 +203,21 @@ class ShiftSearch:
             return False, candidate.step.size * float(candidate.unit.norm())
         return True, -candidate.step.gap
 
-    def _guess(self, sites: Sequence[WeightSite], unit: WeightEdit) -> float:
+    def _guess(self, sites: Sequence[Matrix], unit: WeightEdit) -> float:
         """The step whose change of the outputs is as large as the outputs."""
         outputs, changes = [], []
         wanted = (~self.skipped)[self._terms.example]
         at = self._terms.example[wanted], self._terms.input_at[wanted]
         for site in sites:
-            g, x = unit.factors[site.name], self._run.inputs[site.name][at]
-            added = (x @ g.inputs.mT) @ g.vjps
+            x = self._run.inputs[site.name][at]
+            each = site.split(x) if isinstance(site, ExpertOutputs) else [(site, x)]
+            added = [
+                (of_one @ g.inputs.mT) @ g.vjps
+                for one, of_one in each
+                if (g := unit.factors.get(one.name)) is not None
+            ]
             outputs.append(self._run.outputs[site.name][at].norm(dim=-1))
-            changes.append(added.norm(dim=-1))
+            changes.append(torch.stack(added).sum(0).norm(dim=-1))
         guess = float(torch.cat(outputs).mean() / torch.cat(changes).mean())
         return guess if 0 < guess < math.inf else 1.0
 

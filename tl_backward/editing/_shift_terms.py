@@ -11,8 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_backward._precision import upcast_dtype
+from tl_backward.editing._expert_outputs import ExpertOutputs
 from tl_backward.editing._kernel import kernel
 from tl_backward.editing.key_statistics import KeyStatistics
+from tl_backward.editing.runs import Inputs, Matrix
 from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
@@ -39,16 +41,17 @@ class ShiftRule(NamedTuple):
 
 def unit_shift(
     model: Model,
-    sites: Sequence[WeightSite],
+    sites: Sequence[Matrix],
     terms: TargetTerms,
-    inputs: Mapping[str, Float[Tensor, "batch pos d_in"]],
+    inputs: Mapping[str, Inputs],
     wanted: Bool[Tensor, "batch"],
     rule: ShiftRule,
 ) -> WeightEdit:
     """The shift with a step of 1: ``key^T value`` for every term.
 
     The output for a term's own input changes by ``|x|^2 value`` plus, unless the rule is joint, the
-    contributions of the other terms.
+    contributions of the other terms. Experts count as one matrix: the key of
+    each is its own input times its routing weight.
 
     Args:
         model: The model.
@@ -68,7 +71,8 @@ def unit_shift(
     if rule.value == "centred":
         dtype = upcast_dtype(W_U.dtype)
         values = values.to(dtype) - W_U.mean(1, dtype=dtype)
-    factors = {}
+    factors: dict[str, GradientFactors] = {}
+    edited: list[WeightSite] = []
     for site in sites:
         if values.shape[1] != site.d_out:
             raise NotImplementedError(
@@ -79,13 +83,16 @@ def unit_shift(
         keys = (
             _joint_keys(x, site.name, rule)[chosen] if rule.joint else _keys(x[chosen], site, rule)
         )
-        factors[site.name] = GradientFactors(keys, values.to(x.device))
-    known = None if any(site.in_storage_with for site in sites) else sites
+        each = site.split(keys) if isinstance(site, ExpertOutputs) else [(site, keys)]
+        for one, of_one in each:
+            factors[one.name] = GradientFactors(of_one, values.to(x.device))
+            edited.append(one)
+    known = None if any(site.in_storage_with for site in edited) else edited
     return WeightEdit(model, factors, sites=known)
 
 
 def _keys(
-    x: Float[Tensor, "term d_in"], site: WeightSite, rule: ShiftRule
+    x: Float[Tensor, "term d_in"], site: Matrix, rule: ShiftRule
 ) -> Float[Tensor, "term d_in"]:
     return x if rule.statistics is None else rule.statistics.whitened(site.name, x)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tl_backward._content import content_version, note_restored
 from tl_backward._fingerprint import fingerprint
 from tl_backward.sites import WeightSite
 
 _changes_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Tokens of the changes in place on each weight, oldest first."""
+"""Tokens of the changes in place on each part of a parameter, oldest first."""
 
 
 class WeightChange:
@@ -46,37 +48,44 @@ class WeightChange:
                 f"{self.name} with its update is too large for {parameter.dtype}; use a smaller "
                 "edit, or fwd_hooks()"
             )
+        self._index = site.index
         self._token = object()
         self._fingerprint = ""
+        self._versions: tuple[int, int] | None = None
 
     @torch.no_grad()
-    def make(self, parameter: Tensor) -> None:
+    def make(self, stored: Tensor) -> None:
         """Change the weight; half precision is added in float32 and rounded once."""
-        _changes_of.setdefault(parameter, []).append(self._token)
-        _write(parameter, self._slices, self._changed)
-        self._fingerprint = fingerprint(parameter)
+        before = content_version(stored)
+        _changes_of.setdefault(stored, {}).setdefault(repr(self._index), []).append(self._token)
+        _write(stored[self._index], self._slices, self._changed)
+        self._versions = before, content_version(stored)
+        self._fingerprint = fingerprint(stored[self._index])
 
     @torch.no_grad()
-    def undo(self, parameter: Tensor) -> None:
+    def undo(self, stored: Tensor) -> None:
         """Restore the original values. Harmless if called twice or before :meth:`make`."""
-        _write(parameter, self._slices, self._original.to(parameter.device))
-        tokens = _changes_of.get(parameter, [])
+        present = content_version(stored)
+        _write(stored[self._index], self._slices, self._original.to(stored.device))
+        if self._versions is not None and present in self._versions:
+            note_restored(stored, self._versions[0])
+        tokens = _tokens(stored, self._index)
         if self._token in tokens:
             tokens.remove(self._token)
 
-    def require_undoable(self, parameter: Tensor) -> None:
+    def require_undoable(self, stored: Tensor) -> None:
         """Raise unless the weight is as this change left it.
 
         Raises:
             RuntimeError: If it is not.
         """
-        tokens = _changes_of.get(parameter, [])
+        tokens = _tokens(stored, self._index)
         if self._token in tokens[:-1]:
             raise RuntimeError(
                 f"another edit of {self.name} was applied after this one; revert that one first. "
                 "Nothing was reverted"
             )
-        if self._token not in tokens or fingerprint(parameter) != self._fingerprint:
+        if self._token not in tokens or fingerprint(stored[self._index]) != self._fingerprint:
             raise RuntimeError(
                 f"{self.name} is not as this edit left it: something else changed or replaced it; "
                 "undo that first, or load the model again. Nothing was reverted"
@@ -101,20 +110,20 @@ class WeightChanges:
     def __init__(self, updates: Iterable[tuple[WeightSite, Float[Tensor, "..."]]]) -> None:
         self.are_made = self.are_disputed = False
         self._changes = [
-            (site, site.parameter, WeightChange(site, update)) for site, update in updates
+            (site, site.stored_in[0], WeightChange(site, update)) for site, update in updates
         ]
 
     def make(self) -> None:
         """Make all changes."""
-        for _, parameter, change in self._changes:
-            change.make(parameter)
+        for _, stored, change in self._changes:
+            change.make(stored)
         self.are_made = True
 
     def undo(self) -> None:
         """Undo all changes, including those that are already undone."""
         self.are_made = False
-        for _, parameter, change in reversed(self._changes):
-            change.undo(parameter)
+        for _, stored, change in reversed(self._changes):
+            change.undo(stored)
 
     def require_undoable(self) -> None:
         """Raise unless every weight is as these changes, or an interrupt, left it.
@@ -125,9 +134,9 @@ class WeightChanges:
         if not self.are_made:
             return
         try:
-            for site, parameter, change in self._changes:
-                change.require_undoable(parameter)
-                if site.parameter is not parameter:
+            for site, stored, change in self._changes:
+                change.require_undoable(stored)
+                if site.stored_in[0] is not stored:
                     raise RuntimeError(
                         f"the model's tensor for {site.name} was replaced after this edit was "
                         "applied; load the model again. Nothing was reverted"
@@ -144,9 +153,14 @@ def _write(parameter: Tensor, slices: Int[Tensor, "_"], values: Float[Tensor, ".
     torch.clear_autocast_cache()
 
 
-def standing_changes(parameters: Iterable[Tensor]) -> frozenset[object]:
+def standing_changes(sites: Iterable[WeightSite]) -> frozenset[object]:
     """The tokens of all changes that are in place on some weights."""
-    return frozenset(token for p in parameters for token in _changes_of.get(p, []))
+    return frozenset(token for site in sites for token in _tokens(*site.stored_in))
+
+
+def _tokens(stored: Tensor, index: Any) -> list[object]:
+    """The tokens of the changes in place on a part of a parameter."""
+    return _changes_of.get(stored, {}).get(repr(index), [])
 
 
 def _require_changeable(site: WeightSite, parameter: Tensor) -> None:

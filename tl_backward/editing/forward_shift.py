@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 
 from tl_backward.capture.tokens import Prompt, Target
+from tl_backward.editing._expert_outputs import dense_matrices, output_matrices
 from tl_backward.editing._shift_search import Candidate, ShiftSearch
 from tl_backward.editing._shift_terms import ShiftRule, unit_shift
 from tl_backward.editing.key_statistics import KeyStatistics
-from tl_backward.editing.runs import WholeRun, weight_inputs
+from tl_backward.editing.runs import Matrix, WholeRun, weight_inputs
 from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
-from tl_backward.sites import Model, WeightSite, require_eval_mode, weight_sites
+from tl_backward.sites import Model, require_eval_mode, weight_sites
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ def forward_pass_shift(
     W_out's output for that input onto ``D^T[t]`` rises by ``lr |x|^2 |D^T[t]|^2``. The shift
     ignores everything after W_out's own output: a post-norm (Gemma 2 and 3, OLMo 2, GLM-4 ...) acts
     on the shifted output, so steps have another scale there.
+
+    In a mixture of experts, each expert that the token is routed to gets the term of its own input
+    times its routing weight, ``lr * outer(w x, D^T[t])``, so that together they change the output
+    as one matrix with all of these inputs would. Shared experts stay as they are.
 
     Several prompts, or several layers, give one term each, all from the same forward pass.
 
@@ -163,10 +168,10 @@ def forward_pass_shift(
         raise ValueError('layer="auto" does not work with joint=True; pass a layer')
     if texts is not None and layer != "auto":
         raise ValueError('texts are only for layer="auto"; leave them out')
-    sites = weight_sites(model, "W_out", None if layer == "auto" else layer)
+    sites = output_matrices(weight_sites(model, "W_out", None if layer == "auto" else layer))
     require_eval_mode(model)
     if statistics is not None:
-        statistics.require_for(model, sites)
+        statistics.require_for(model, dense_matrices(sites))
     terms = TargetTerms(model, prompt, target, position, tokens, prepend_bos)
     if not automatic:
         return _with_fixed_step(model, terms, sites, float(lr), iterations, skip_if_predicted, rule)
@@ -185,7 +190,7 @@ def forward_pass_shift(
 def _with_fixed_step(
     model: Model,
     terms: TargetTerms,
-    sites: Sequence[WeightSite],
+    sites: Sequence[Matrix],
     lr: float,
     iterations: int,
     skip_if_predicted: bool,
@@ -280,6 +285,6 @@ def _rule(value: Any, statistics: KeyStatistics | None, joint: Any, ridge: Any) 
     return ShiftRule(value, statistics, joint, ridge)
 
 
-def _layers(sites: Sequence[WeightSite]) -> tuple[int, ...]:
+def _layers(sites: Sequence[Matrix]) -> tuple[int, ...]:
     """The layers of the sites inside blocks."""
     return tuple(site.layer for site in sites if site.layer is not None)

@@ -77,7 +77,7 @@ def gradient_step(
         wanted = [layer + n_layers if layer < 0 else layer for layer in wanted]
     chosen = _required("layers", wanted, {_layer(name) for name in cache})
     factors = {
-        name: g for name, g in cache.items() if _kind(name) in kinds and _layer(name) in chosen
+        name: cache[name] for name in cache if _kind(name) in kinds and _layer(name) in chosen
     }
     if not factors:
         raise ValueError(f"layers={layers!r}: none of weights={weights!r} was captured there")
@@ -99,7 +99,7 @@ def fine_tune(
 
     The loss is the target's negative log-likelihood, averaged over its tokens (teacher-forced) and
     summed over prompts. Each step uses the gradient with the earlier steps in place, by hooks; the
-    weights themselves are not changed.
+    weights themselves are not changed (experts' are, and restored bit for bit).
 
     Args:
         model: A TransformerLens model in eval mode.
@@ -136,20 +136,22 @@ def fine_tune(
         occupy(model, undo)
         while True:
             see: tuple[str, Any] = ("unembed.hook_out", lambda logits, hook: seen.append(logits))
-            loss, cache = run_with_backward_cache(
-                model,
-                terms.prompt,
-                terms.batch.whole(terms.batch.targets),
-                weights=kinds,
-                layers=layers,
-                padding_side="right",
-                fwd_hooks=[*edit.fwd_hooks(), see],
-            )
-            losses.append(loss.reshape(-1))
-            predicted = terms.gaps(seen.pop().detach()[terms.places][None])[0] > 0
-            if predicted.all() or n_steps == max_steps:
-                break
-            edit = edit + gradient_step(cache, lr=lr, model=model)
+            with edit.in_effect() as hooks:
+                loss, cache = run_with_backward_cache(
+                    model,
+                    terms.prompt,
+                    terms.batch.whole(terms.batch.targets),
+                    weights=kinds,
+                    layers=layers,
+                    padding_side="right",
+                    fwd_hooks=[*hooks, see],
+                )
+                losses.append(loss.reshape(-1))
+                predicted = terms.gaps(seen.pop().detach()[terms.places][None])[0] > 0
+                if predicted.all() or n_steps == max_steps:
+                    break
+                step = gradient_step(cache, lr=lr, model=model)
+            edit = edit + step
             n_steps += 1
     edit.report = FineTuneReport(
         n_steps,

@@ -49,7 +49,7 @@ def edit_hooks(
         ValueError: If an edit is not finite or not bound to this model, or ``rows`` refers to edits
             that do not exist; and in the forward pass, if the batch has another number of rows.
         NotImplementedError: If another weight shares part of the memory of an edited one; and for
-            the matrices of LoRA adapters, which have no HookPoints.
+            the matrices of LoRA adapters and of experts, which have no HookPoints.
 
     Example:
         >>> with model.hooks(fwd_hooks=edit_hooks(model, [paris, rome], rows=[0, 0, 1, -1])):

@@ -18,6 +18,7 @@ from tl_backward._precision import full_precision, upcast, upcast_dtype
 from tl_backward.capture.batch import batch_of_tokens
 from tl_backward.capture.bos import prepends_bos
 from tl_backward.capture.tokens import prompt_tokens
+from tl_backward.editing._expert_outputs import dense_matrices, output_matrices
 from tl_backward.editing._made_for import fingerprints, model_name
 from tl_backward.editing.runs import weight_inputs
 from tl_backward.sites import Model, WeightSite, require_eval_mode, weight_sites
@@ -254,7 +255,7 @@ def key_statistics(
         >>> forward_pass_shift(model, prompt, " Paris", layer=24, lr=0.1, key="whitened",
         ...                    statistics=statistics)
     """
-    sites = weight_sites(model, "W_out", layer)
+    sites = dense_matrices(output_matrices(weight_sites(model, "W_out", layer)))
     require_eval_mode(model)
     if not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge must be a number of at least 0, got {ridge}")
@@ -284,6 +285,7 @@ def key_statistics(
     for start in tqdm(starts, desc="key statistics", delay=2, leave=False):
         batch = batch_of_tokens(model, tokens[start : start + batch_size])
         for name, x in weight_inputs(model, sites, batch).items():
+            assert isinstance(x, Tensor)
             rows = upcast(x[batch.mask.to(x.device)])
             with full_precision(rows.device):
                 moments[name] += (rows.mT @ rows).cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -17,12 +17,16 @@ from tl_backward.cache.rows import by_text
 from tl_backward.capture.batch import Batch
 from tl_backward.capture.recorder import Recorder
 from tl_backward.capture.run_hooks import Hooks, Run, set_grad_enabled
+from tl_backward.editing._expert_outputs import ExpertInputs, ExpertOutputs
 from tl_backward.editing.hooks import edit_hooks
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, Tap, WeightSite, all_modules, occupy
 
 Places: TypeAlias = tuple[Int[Tensor, "place"], Int[Tensor, "place"]]
 """Indices of texts, and positions in them."""
+Matrix: TypeAlias = WeightSite | ExpertOutputs
+"""A weight, or every expert's ``W_out`` of a layer as one."""
+Inputs: TypeAlias = Float[Tensor, "batch pos d_in"] | ExpertInputs
 LEAST_TOLERANCE = 1e-4
 """Tolerance between two float64 runs: transformers computes softmax and norms in float32."""
 
@@ -33,25 +37,26 @@ class _Stop(BaseException):
 
 def weight_inputs(
     model: Model,
-    sites: Sequence[WeightSite],
+    sites: Sequence[Matrix],
     batch: Batch,
     edit: WeightEdit | None = None,
-) -> dict[str, Float[Tensor, "batch pos d_in"]]:
+) -> dict[str, Inputs]:
     """The inputs of some weights, by site name, from a forward pass that stops at the last one.
 
     Args:
         model: A TransformerLens model.
         sites: Sites in the order of the forward pass.
         batch: Texts, padded on the right.
-        edit: An edit to apply by its hooks.
+        edit: An edit to put into effect.
     """
-    with Undo() as undo, undo, undo:
-        recorder = _recorder(model, sites, batch, edit, undo)
-        recorder.watch(sites[-1].x_tap(), _stop)
+    last = sites[-1]
+    with _in_effect(edit) as hooks, Undo() as undo, undo, undo:
+        recorder = _recorder(model, sites, batch, hooks, undo)
+        recorder.watch(last.end if isinstance(last, ExpertOutputs) else last.x_tap(), _stop)
         try:
             batch.logits(model)
         except _Stop:
-            return _first(recorder, sites, "x", batch)
+            return _inputs(recorder, sites, batch)
     raise RuntimeError(f"the forward pass did not use {sites[-1].name}")
 
 
@@ -106,26 +111,26 @@ class WholeRun:
         model: A TransformerLens model.
         batch: Texts, padded on the right.
         sites: Weights whose inputs and outputs to keep.
-        edit: An edit to apply by its hooks, in this pass only.
+        edit: An edit to put into effect, in this pass only.
     """
 
     def __init__(
         self,
         model: Model,
         batch: Batch,
-        sites: Sequence[WeightSite] = (),
+        sites: Sequence[Matrix] = (),
         edit: WeightEdit | None = None,
     ) -> None:
         self._model, self._batch = model, batch
         self._block_outputs: list[Any] = []
         self._agrees: dict[int, bool] = {}
-        with Undo() as undo, undo, undo:
-            recorder = _recorder(model, sites, batch, edit, undo)
+        with _in_effect(edit) as hooks, Undo() as undo, undo, undo:
+            recorder = _recorder(model, sites, batch, hooks, undo)
             for block in model.blocks:
                 recorder.watch(Tap(block, "output"), self._block_outputs.append)
             self.logits: Float[Tensor, "batch pos d_vocab"] = batch.logits(model)
-        self.inputs = _first(recorder, sites, "x", batch)
-        self.outputs = _first(recorder, sites, "y", batch)
+        self.inputs = _inputs(recorder, sites, batch)
+        self.outputs = {site.name: _first(recorder, (site.name, "y"), batch) for site in sites}
         self.n_passes, self.n_upper_passes = 1, 0
 
     def edited_logits(
@@ -138,8 +143,11 @@ class WholeRun:
 
         The blocks below the lowest edited layer return their outputs of the whole run. The first
         call for each layer checks that the upper blocks need nothing else, with an unedited copy of
-        the texts in the batch; if its logits differ, passes run through all layers.
+        the texts in the batch; if its logits differ, passes run through all layers. Edits
+        without hooks are applied one by one, each for a whole pass.
         """
+        if not all(edit.is_hookable for edit in edits):
+            return torch.stack([self._applied(edit, places) for edit in edits])
         layers = [site.layer or 0 for e in edits for site, _ in e.at_sites().values()]
         first = min(layers, default=0)
         if len(self._block_outputs) != len(self._model.blocks):  # some blocks run several times
@@ -156,6 +164,17 @@ class WholeRun:
         error = (control[0] - expected).norm() / expected.norm()
         self._agrees[first] = bool(error <= tolerance)
         return logits if self._agrees[first] else self.edited_logits(edits, places)
+
+    def _applied(
+        self, edit: WeightEdit, places: Places | None
+    ) -> Float[Tensor, "*batch_and_pos d_vocab"]:
+        self.n_passes += 1
+        with edit.applied(), Undo() as undo, undo, undo:
+            occupy(self._model, undo)
+            set_grad_enabled(False, undo)
+            if places is not None:
+                return logits_at(self._model, self._batch, places)[0]
+            return self._batch.logits(self._model)
 
     def _run(
         self,
@@ -212,29 +231,43 @@ def _at_places(
 
 def _recorder(
     model: Model,
-    sites: Sequence[WeightSite],
+    sites: Sequence[Matrix],
     batch: Batch,
-    edit: WeightEdit | None,
+    hooks: Hooks,
     undo: Undo,
 ) -> Recorder:
-    """A recorder of the inputs and outputs of some weights, in a run with an edit."""
+    """A recorder of the inputs and outputs of some weights, in a run with hooks."""
     occupy(model, undo)
     set_grad_enabled(False, undo)
     run = Run(undo)
-    run.put_hooks(model, undo, [] if edit is None else edit.fwd_hooks())
+    run.put_hooks(model, undo, hooks)
     run.step_aside_for_others((module for _, module in all_modules(model)), undo)
     recorder = Recorder(run, len(batch))
     for site in sites:
-        recorder.keep_value(site.x_tap(), (site.name, "x"))
-        recorder.keep_value(site.y_tap(), (site.name, "y"))
+        if isinstance(site, ExpertOutputs):
+            site.watch(recorder)
+        else:
+            recorder.keep_value(site.x_tap(), (site.name, "x"))
+            recorder.keep_value(site.y_tap(), (site.name, "y"))
     return recorder
 
 
-def _first(
-    recorder: Recorder, sites: Sequence[WeightSite], end: str, batch: Batch
-) -> dict[str, Float[Tensor, "batch pos _"]]:
-    """The recorded inputs or outputs, from the first use of each site."""
-    return {site.name: by_text(recorder.values((site.name, end))[0], len(batch)) for site in sites}
+def _in_effect(edit: WeightEdit | None) -> AbstractContextManager[Hooks]:
+    return nullcontext(()) if edit is None else edit.in_effect()
+
+
+def _inputs(recorder: Recorder, sites: Sequence[Matrix], batch: Batch) -> dict[str, Inputs]:
+    return {
+        site.name: site.inputs(recorder, len(batch))
+        if isinstance(site, ExpertOutputs)
+        else _first(recorder, (site.name, "x"), batch)
+        for site in sites
+    }
+
+
+def _first(recorder: Recorder, key: tuple[str, str], batch: Batch) -> Float[Tensor, "batch pos _"]:
+    """The recorded tensor, from the first use."""
+    return by_text(recorder.values(key)[0], len(batch))
 
 
 def _stop(*_: Any) -> None:

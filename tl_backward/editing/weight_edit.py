@@ -167,6 +167,21 @@ class WeightEdit:
                 if self._changes is not None:
                     self.revert()
 
+    @property
+    def is_hookable(self) -> bool:
+        """Whether HookPoints are around all of its weights, so that :meth:`fwd_hooks` work."""
+        sites = [site for site, _ in self.at_sites().values()]
+        return all(site.hook_in and site.hook_out for site in sites)
+
+    @contextmanager
+    def in_effect(self) -> Iterator[ForwardHooks]:
+        """The edit in effect for a run: by the hooks that this gives, or applied if none work."""
+        if self.is_hookable:
+            yield self.fwd_hooks()
+        else:
+            with self.applied():
+                yield []
+
     def fwd_hooks(self) -> ForwardHooks:
         """Hooks with the effect of the edit that change no weight.
 
@@ -180,6 +195,8 @@ class WeightEdit:
 
         Raises:
             ValueError: If the edit is bound to no model.
+            NotImplementedError: For the matrices of LoRA adapters and of experts, which have no
+                HookPoints.
 
         Example:
             >>> model.run_with_hooks(tokens, fwd_hooks=edit.fwd_hooks())
@@ -377,7 +394,7 @@ class WeightEdit:
         return next(sharing) == name
 
     def _standing_changes(self, name: str) -> frozenset[object]:
-        return standing_changes(site.parameter for site in self._sharers[name])
+        return standing_changes(self._sharers[name])
 
     def _new_changes(self) -> WeightChanges:
         """The edit as weight changes, not yet made."""
