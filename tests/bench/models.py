@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 from tl_backward.demo_model import load_demo_model
 
@@ -49,6 +49,28 @@ def smollm2_of(n_layers: int) -> TransformerBridge:
     )
 
 
+def mixture() -> TransformerBridge:
+    """Four layers of 16 experts, of which each token has four; a small vocabulary.
+
+    Attention has a third of the parameters that a token passes, as in Qwen3-30B-A3B.
+    """
+    return _random(
+        "qwen3_moe",
+        Qwen3MoeConfig(
+            vocab_size=2048,
+            hidden_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=128,
+            num_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=384,
+            experts_implementation="grouped_mm",
+        ),
+    )
+
+
 def smollm2() -> TransformerBridge:
     """SmolLM2-135M."""
     return load_demo_model()
@@ -72,6 +94,7 @@ def counterfact_like(n_prompts: int) -> list[torch.Tensor]:
 def _random(model_type: str, config: Any) -> TransformerBridge:
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(config).eval()
+    hf.config.architectures = [type(hf).__name__]
     return TransformerBridge.boot_transformers(
         model_type, hf_model=hf, tokenizer=load_demo_model().tokenizer, device="cpu"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from bench.floors import TARGET, full_backward, incl_bwd, input_only_backward
-from bench.models import MODELS, counterfact_like, random_tokens, smollm2
+from bench.models import MODELS, counterfact_like, mixture, random_tokens, smollm2
 from bench.timing import Comparison, Section
 
 import tl_backward as tlb
@@ -167,6 +167,43 @@ def shift(_: str) -> Section:
     return Section(jobs, comparisons, repeats=15)
 
 
+def experts(_: str) -> Section:
+    """256 tokens, each with 4 of 16 experts in 4 layers; transformers' grouped kernels but once."""
+    model, tokens = mixture(), random_tokens(256) % 2048
+    weights = (*weights_of(model), "W_router")
+    config = model.blocks[0].mlp.original_component.experts.config
+
+    def boundary() -> tlb.BackwardCache:
+        return tlb.run_with_backward_cache(model, tokens, TARGET, weights=weights)[1]
+
+    def expanded() -> None:
+        for _ in boundary().values():
+            pass
+
+    def eager() -> None:
+        config._experts_implementation = "eager"
+        full_backward(model, tokens)
+        config._experts_implementation = "grouped_mm"
+
+    jobs = {
+        "floor": lambda: input_only_backward(model, tokens),
+        "boundary": boundary,
+        "expanded": expanded,
+        "full": lambda: full_backward(model, tokens),
+        "eager": eager,
+    }
+    floor = "forward + input-only backward"
+    comparisons = [
+        Comparison(
+            f"capture, the factors of experts not asked for / {floor}", "boundary", "floor", 1.05
+        ),
+        Comparison(f"capture and the factors of all experts / {floor}", "expanded", "floor", 1.4),
+        Comparison(f"all dense weight gradients / {floor}", "full", "floor", float("inf")),
+        Comparison(f"the same with eager experts / {floor}", "eager", "floor", float("inf")),
+    ]
+    return Section(jobs, comparisons)
+
+
 SECTIONS = {
     "capture": (capture, tuple(MODELS)),
     "lens": (lens, ("GPT-2 small", "SmolLM2-135M")),
@@ -174,4 +211,5 @@ SECTIONS = {
     "batch": (batch, ("SmolLM2-135M",)),
     "edits": (edits, ("SmolLM2-135M",)),
     "shift": (shift, ("SmolLM2-135M",)),
+    "experts": (experts, ("a random mixture",)),
 }
