@@ -206,7 +206,9 @@ FAMILIES: dict[str, Callable[[int], PretrainedConfig]] = {
         layers_block_type=["linear_attention", "hybrid", "hybrid"],
     ),
     "lfm2": tiny("lfm2", head_dim=8, layer_types=["conv", "full_attention"]),
-    "lfm2_moe": tiny("lfm2_moe", head_dim=8, layer_types=["conv", "full_attention"]),
+    "lfm2_moe": tiny(
+        "lfm2_moe", head_dim=8, layer_types=["conv", "full_attention"], num_dense_layers=1
+    ),
     "qwen3_next": tiny("qwen3_next", layer_types=["linear_attention", "full_attention"]),
     "qwen3_5_text": tiny("qwen3_5_text", layer_types=["linear_attention", "full_attention"]),
     "qwen3_5_moe_text": tiny(
@@ -222,6 +224,15 @@ ARCHITECTURES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 
 # Families that do not run in float64.
 FLOAT32_ONLY = {"xglm": "makes the lowest float64 number as a float32: torch.full((), finfo.min)"}
+
+# Families that cast to float32, whatever the dtype, where these kinds of weights are.
+FLOAT32_INSIDE = {
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+        ("W_router",),
+    ),
+    "nemotron_h": ("W_router", "W_in", "W_out"),
+}
 
 TL_4_ONLY = {"cohere": "its adapter of cohere refuses to boot with a norm on queries and keys"}
 

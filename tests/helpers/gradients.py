@@ -33,3 +33,11 @@ def gradient_of_parameter(sites, cache, site):
     """From the factors: tied embeddings receive the sum of two gradients."""
     tied = [other for other in sites if other.name in (site.name, *site.tied_to)]
     return sum(other.to_parameter_layout(cache[other.name].dense()) for other in tied)
+
+
+def gradients_of_sites(loss, sites):
+    """Autograd's gradient of each site's weight: of stacked ones, the part of the parameter's."""
+    stored = {id(site.stored_in[0]): site.stored_in[0] for site in sites}
+    gradients = torch.autograd.grad(loss, list(stored.values()), materialize_grads=True)
+    by_id = dict(zip(stored, gradients, strict=True))
+    return [by_id[id(parameter)][index] for parameter, index in (s.stored_in for s in sites)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.families import (
     FAMILIES,
+    FLOAT32_INSIDE,
     FLOAT32_ONLY,
     PADDING_CHANGES_TL_3,
     SEE_PADDING_ON_THE_LEFT,
@@ -17,6 +18,7 @@ from helpers.families import (
 from helpers.gradients import (
     finite_difference,
     gradient_of_parameter,
+    gradients_of_sites,
     reference_loss,
     relative_error,
 )
@@ -30,6 +32,8 @@ pytestmark = NEEDS_BRIDGE
 
 TOKENS = torch.tensor([[3, 9, 1, 17, 5, 11, 2, 8, 30]])
 TARGET = 5
+COARSE, NOISE = 2e-2, 1e-5
+"""How exact a difference quotient is, and the norm of a gradient that is lost in its noise."""
 PROMPTS, TARGETS = [[3, 9, 1, 17, 5, 11, 2, 8, 30], [4, 7, 2], [12, 1, 33, 6]], [[5], [7, 9], [11]]
 
 
@@ -105,25 +109,35 @@ def test_every_site(family, in_float64, report):
     sites = tlb.weight_sites(model)
     assert {"embed.W_E", "unembed.W_U"} <= set(cache) == {site.name for site in sites}
     reference = reference_loss(model, TOKENS, TARGET)
-    gradients = torch.autograd.grad(reference, [site.parameter for site in sites])
+    gradients = gradients_of_sites(reference, sites)
     generator = torch.Generator().manual_seed(0)
     exact, coarse = 0.0, 0.0
-    for site, gradient in zip(sites, gradients, strict=True):
-        got = gradient_of_parameter(sites, cache, site)
+    found = [gradient_of_parameter(sites, cache, site) for site in sites]
+    for site, got, gradient in zip(sites, found, gradients, strict=True):
         assert got.shape == site.parameter.shape
+        if site.expert is not None and not gradient.any():
+            assert not got.any()
+            continue
         assert gradient.norm() > 0
-        exact = max(exact, relative_error(got, gradient))
+        error = relative_error(got, gradient)
+        if site.kind in FLOAT32_INSIDE.get(family, ()):
+            assert error <= 1e-6
+        else:
+            exact = max(exact, error)
         direction = torch.randn(got.shape, generator=generator, dtype=got.dtype)
         direction = direction / direction.norm() + got / got.norm()
-        slope = finite_difference(model, TOKENS, TARGET, site.parameter, direction, 1e-3)
-        error = (slope - (got * direction).sum()).abs() / got.norm()
-        coarse = max(coarse, float(error))
+        for step in (1e-3, 1e-4):  # the larger one may send tokens to other experts
+            slope = finite_difference(model, TOKENS, TARGET, site.parameter, direction, step)
+            error = float((slope - (got * direction).sum()).abs() / got.norm())
+            if error <= COARSE or got.norm() < NOISE:
+                break
+        coarse = max(coarse, 0.0 if got.norm() < NOISE else error)
     covered = tlb.coverage(model)
     assert covered.parameter.is_unique
     assert (covered.site.notna() ^ covered.reason.notna()).all()
     report[family] = Row(len(sites), int(covered.site.isna().sum()), exact, coarse)
     assert exact <= (1e-4 if family in FLOAT32_ONLY else 1e-10)
-    assert coarse <= 2e-2 or family in TRUNCATED_BACKWARD
+    assert coarse <= COARSE or family in TRUNCATED_BACKWARD
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -141,7 +155,7 @@ def test_batches(family, side, in_float32, alone):
         torch.testing.assert_close(losses[b], loss, rtol=1e-5, atol=1e-5)
         for name, g in cache.example(b).items():
             error = (g.dense() - one[name].dense()).norm()
-            assert error <= 1e-4 * one[name].norm(), name
+            assert error <= 1e-4 * one[name].norm() + 1e-7, name  # a router's may cancel
 
 
 def test_hook_points_exist(in_float64):
