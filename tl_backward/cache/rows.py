@@ -35,7 +35,7 @@ class Rows:
 
     @cached_property
     def _are_all(self) -> bool:
-        """Whether each text fills its row, and each of its positions is kept, in their order."""
+        """Whether every text fills its row and keeps all positions in order."""
         every = torch.arange(self.width)
         return all(torch.equal(kept, every) for kept in self.kept)
 

@@ -1,4 +1,4 @@
-"""The unembedding at the positions whose logits the loss reads, instead of at all positions."""
+"""Unembedding only the positions whose logits the loss reads."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_b
 
 
 class LastPositions:
-    """The last positions of each text, which alone are unembedded.
+    """Restricts the unembedding to the last ``n`` positions of each text.
 
     Attributes:
-        spans: Where the positions of each text are among the ``n`` that it has a place for.
-        tokens: The tokens there.
-        were_taken: Whether the model has unembedded only them.
+        spans: Slice of each text's positions within its ``n`` places.
+        tokens: Tokens at these positions.
+        were_taken: Whether the model unembedded only these positions.
     """
 
     def __init__(self, run: Run, model: Model, batch: Batch, n: int) -> None:
@@ -43,12 +43,12 @@ class LastPositions:
         self.were_taken = False
 
     def watched(self, sites: Sequence[WeightSite]) -> list[WeightSite]:
-        """The sites, with ``x`` of ``W_U`` read at all positions."""
+        """The sites, with the ``x`` of ``W_U`` read at all positions."""
         outside = Tap(self._unembed, "input")
         return [replace(s, x_tap=lambda: outside) if s.name == W_U else s for s in sites]
 
     def narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """A pre-hook of the unembedding: the residual stream at these positions."""
+        """Pre-hook of the unembedding: select the residual stream at these positions."""
         x, *others = args
         is_of_run = self._run.is_forward() and not self._run.depth
         if not is_of_run or x.shape[:-1] != self._shape:
@@ -57,7 +57,7 @@ class LastPositions:
         return x.gather(1, self._index(x)), *others
 
     def widen(self, vjps: dict[Hashable, list[Tensor]]) -> None:
-        """Give the VJPs at the logits all positions: they are zero where no logit is read."""
+        """Expand the VJPs at the logits to all positions, with zeros where no logit is read."""
         for key in [(W_U, "y")] if (W_U, "y") in vjps else []:
             vjps[key] = [
                 vjp.new_zeros(*self._shape, vjp.shape[-1]).scatter_add_(1, self._index(vjp), vjp)
@@ -76,10 +76,10 @@ def last_positions(
     sites: Sequence[WeightSite],
     loss: Loss,
 ) -> LastPositions | None:
-    """The positions that suffice for a loss; None where all have to be unembedded.
+    """The positions that a loss needs; None if all must be unembedded.
 
-    All are needed by a loss that reads all logits, by hooks at the unembedding or around it, by
-    captured adapters within it, and by a residual stream that ends there.
+    All are needed if the loss reads all logits, if hooks are at, in or around the unembedding, if
+    adapters in it are captured, or if the residual stream ends there.
     """
     n = getattr(loss, "n_last", None)
     if n is None or n >= batch.width or end_of_stream(model) is not None:
@@ -92,7 +92,7 @@ def last_positions(
 
 
 def _is_seen_by_others(model: Model, modules: Iterable[nn.Module]) -> bool:
-    """Whether there are hooks within the unembedding, or around it."""
+    """Whether there are hooks in or around the unembedding."""
     if any(getattr(torch_module, f"_global{name}") for name in REGISTRIES):
         return True
     around: list[nn.Module] = [model.unembed]
