@@ -186,8 +186,8 @@ def test_a_target_of_several_tokens_is_no_part_of_the_prompt():
     page = Page(lens_page(of_several_tokens()))
     assert words(page.prompt) == "<bos> Old ·Rome ⏎ → ·linebacker"
     assert page.title == "Backward lens: <bos>Old·Rome⏎ → ·linebacker"
-    assert "at a position that predicts one of them" in words(page.body)
-    assert "at a position that predicts one of them" not in page_of(small()).body
+    assert "a position that predicts one of them" in words(page.body)
+    assert "a position that predicts one of them" not in page_of(small()).body
 
 
 def test_each_position_of_a_target_of_several_tokens_has_its_own():
