@@ -19,7 +19,8 @@ EPSILON = 1e-7
 class LowRankLayer(nn.Module):
     """``z + clamp(scale * (u v z + bias) + shift, 0)``, the identity at the start.
 
-    The gradient of the clamp at 0 is 1, so that ``u``, which is zero at the start, learns.
+    The gradient of the clamp at 0 is 1, so that ``u``, which is zero at the start, learns. (That of
+    ``torch.clamp`` is 1 in torch 2.13, and 0 in 2.15.)
 
     Args:
         width: Width of ``z``.
@@ -41,7 +42,8 @@ class LowRankLayer(nn.Module):
         """Apply the layer for one of the weights."""
         inner = einsum(z, self.v, "row i, inner i -> row inner")
         added = einsum(inner, self.u, "row inner, o inner -> row o") + self.bias
-        return z + (added * self.scale[weight] + self.shift[weight]).clamp(min=0)
+        scaled = added * self.scale[weight] + self.shift[weight]
+        return z + torch.where(scaled < 0, 0.0, scaled)
 
 
 class GradientTransform(nn.Module):
