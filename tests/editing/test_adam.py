@@ -80,12 +80,14 @@ def test_it_ends_when_the_loss_is_small_and_reports_what_it_reached(model, monke
     ("options", "message"),
     [
         ({"lr": 0.0}, "lr must be a positive"),
+        ({"lr": "auto"}, "lr must be a positive finite number, got 'auto'"),
+        ({"steps": True}, "steps must be"),
         ({"steps": 0}, "steps must be"),
         ({"bound": 0.0}, "bound must be"),
         ({"layer": 7}, "layers 0 to 2"),
         ({"lr": 1e308}, "the loss is .* after 1 steps"),
     ],
 )
-def test_bad_input(boot, options, message):
+def test_bad_input(boot, unchecked, options, message):
     with pytest.raises(ValueError, match=message):
         adam_fine_tune(boot("gpt2"), PROMPTS, TARGETS, **{"layer": 1} | options)

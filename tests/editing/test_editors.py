@@ -469,6 +469,9 @@ def test_a_loss_that_is_nan_from_the_start_is_refused(boot):
         ({"steps": 0}, ValueError, "steps must be a whole number"),
         ({"lr": float("nan")}, ValueError, "lr must be a finite number"),
         ({"clamp": -1.0}, ValueError, "clamp must be"),
+        ({"lr": "auto"}, ValueError, "lr must be a finite number of at least 0, got 'auto'"),
+        ({"steps": True}, ValueError, "steps must be a whole number"),
+        ({"statistics": {}}, TypeError, "statistics must be KeyStatistics, .* got dict"),
     ],
 )
 def test_bad_input_of_rome(boot, unchecked, options, error, message):
@@ -494,11 +497,14 @@ def test_bad_input_of_memit_and_alpha_edit(boot, unchecked):
         memit(model, subjects="Rome")
     with pytest.raises(TypeError, match="a list of kinds"):
         memit(model, contexts=["{}"])
-    with pytest.raises(ValueError, match="weight must be positive"):
-        memit(model, weight=0)
+    for weight in (0, float("inf"), "1"):
+        with pytest.raises(ValueError, match="weight must be a positive finite number"):
+            memit(model, weight=weight)
+    with pytest.raises(TypeError, match=r"statistics must be KeyStatistics, .* got NoneType"):
+        memit(model, statistics=None)
     alpha_edit = METHODS["alpha_edit"]
-    with pytest.raises(ValueError, match="l2 must be positive"):
-        alpha_edit(model, l2=0)
+    with pytest.raises(ValueError, match="l2 must be a positive finite number"):
+        alpha_edit(model, l2=float("inf"))
     with pytest.raises(ValueError, match="null_space: pass it, or statistics"):
         alpha_edit(model, statistics=None)
     with pytest.raises(ValueError, match=r"null_space has no projector for blocks.0.mlp.W_out"):
@@ -509,6 +515,8 @@ def test_bad_input_of_memit_and_alpha_edit(boot, unchecked):
     assert isinstance(edit.report, EditorReport)
     with pytest.raises(ValueError, match="earlier: edit 0 has no keys"):
         alpha_edit(model, earlier=[2 * edit])
+    with pytest.raises(TypeError, match="earlier must be a list of edits"):
+        alpha_edit(model, earlier=edit)
 
 
 @NEEDS_BRIDGE

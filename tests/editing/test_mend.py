@@ -221,6 +221,7 @@ def test_an_editor_is_saved_and_loaded_with_its_weights_in_mind(model, tmp_path)
     editor = trained(model, prepend_bos=False)
     path = editor.save(tmp_path / "mend.safetensors")
     loaded = MendEditor.load(path, model)
+    assert loaded.report == editor.report and loaded.report.n_records == len(RECORDS)
     edit, again = editor(PROMPT, TARGET), loaded(PROMPT, TARGET)
     for name, g in edit.factors.items():
         assert torch.equal(g.dense(), again.factors[name].dense())
@@ -243,10 +244,18 @@ def test_an_editor_is_saved_and_loaded_with_its_weights_in_mind(model, tmp_path)
         ({"edit_weight": -1.0}, "edit_weight must be"),
         ({"layers": 9}, "layers 0 to 2"),
         ({"records": []}, "records is empty"),
+        ({"lr": "auto"}, "lr must be a positive finite number"),
         ({"step_size_lr": 1e300}, "the loss is .*at step 1"),
     ],
 )
-def test_bad_input(boot, options, message):
+def test_bad_input(boot, unchecked, options, message):
     settings = {"records": RECORDS, "layers": [1, 2]} | SMALL | options
     with pytest.raises(ValueError, match=message):
         tlb.train_mend(boot("gpt2"), settings.pop("records"), **settings)
+
+
+def test_records_that_are_none(boot, unchecked):
+    with pytest.raises(
+        TypeError, match=r"records must be a list of records, .* got \{'prompt': 1\}"
+    ):
+        tlb.train_mend(boot("gpt2"), [{"prompt": 1}], **SMALL)

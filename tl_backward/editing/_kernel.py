@@ -52,8 +52,8 @@ def kernel(
     if not singular_values.isfinite().all() or singular_values[-1] <= rounding * singular_values[0]:
         raise ValueError(
             "the keys of this update do not tell its facts apart (the system that the kernel "
-            "solves is singular): leave out facts with the same subject and beginning, or give "
-            "lambda a positive value"
+            "solves is singular): leave out facts with the same subject and beginning, or give a "
+            "joint shift a ridge, such as ridge=0.01"
         )
     return torch.linalg.solve(gram.mT, weighted)
 

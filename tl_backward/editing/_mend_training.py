@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from time import perf_counter
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from tl_backward.capture.run import require_ready
 from tl_backward.capture.run_hooks import frozen
 from tl_backward.capture.tokens import prompt_tokens, target_tokens
 from tl_backward.editing._low_rank_hooks import ForwardHooks, low_rank_hooks
+from tl_backward.editing._settings import require_not_negative, require_positive, require_whole
 from tl_backward.editing._upper_layers import UpperLayers
 from tl_backward.editing.mend import MendEditor, MendReport, mlp_sites
 from tl_backward.sites import Model, all_parameters
@@ -125,11 +126,9 @@ def train_mend(
         >>> editor = train_mend(model, records[1000:], rank=64, lr=1e-4, steps=500)
         >>> edit = editor("Lionel Messi plays for", " Paris")
     """
-    _require_valid(
-        {"rank": rank, "steps": steps, "batch_size": batch_size},
-        {"lr": lr, "step_size_lr": step_size_lr, "clip": clip},
-        {"edit_weight": edit_weight, "locality_weight": locality_weight},
-    )
+    require_whole(rank=rank, steps=steps, batch_size=batch_size)
+    require_positive(lr=lr, step_size_lr=step_size_lr, clip=clip)
+    require_not_negative(edit_weight=edit_weight, locality_weight=locality_weight)
     sites = mlp_sites(model, weights, layers)
     require_ready(model, list(all_parameters(model)))
     examples = [_example(model, record, prepend_bos) for record in records]
@@ -143,7 +142,7 @@ def train_mend(
             {"params": [editor.networks.step_sizes], "lr": step_size_lr},
         ]
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator, start = torch.Generator().manual_seed(seed), perf_counter()
     edit_losses, locality_losses = [], []
     for step in tqdm(range(steps), desc="MEND", delay=2, leave=False):
         chosen = torch.randint(len(examples), (batch_size,), generator=generator).tolist()
@@ -162,7 +161,9 @@ def train_mend(
         edit_losses.append(edit_loss.item())
         locality_losses.append(locality_loss.item())
     editor.networks.requires_grad_(False)
-    editor.report = MendReport(tuple(edit_losses), tuple(locality_losses))
+    editor.report = MendReport(
+        tuple(edit_losses), tuple(locality_losses), len(examples), perf_counter() - start
+    )
     return editor
 
 
@@ -223,6 +224,11 @@ def _terms(
 
 
 def _example(model: Model, record: TrainingRecord, prepend_bos: bool | None) -> _Example:
+    if not isinstance(record, TrainingRecord):
+        raise TypeError(
+            "records must be a list of records, as tl_backward.evaluation.load_records gives them, "
+            f"got {record!r} in it"
+        )
     new, true = (
         target_tokens(model, f" {target}", None)[0]
         for target in (record.target_new, record.target_true)
@@ -254,17 +260,3 @@ def _drawn(example: _Example, generator: torch.Generator) -> _Example:
 
 def _log_probs(logits: Float[Tensor, "place d_vocab"]) -> Float[Tensor, "place d_vocab"]:
     return upcast(logits).log_softmax(-1)
-
-
-def _require_valid(
-    whole: dict[str, Any], positive: dict[str, Any], not_negative: dict[str, Any]
-) -> None:
-    for argument, value in whole.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
-    for argument, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{argument} must be a positive finite number, got {value!r}")
-    for argument, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{argument} must be a finite number of at least 0, got {value!r}")

@@ -11,7 +11,6 @@ context, and KL is taken at the subject's last token of "{subject} is a".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from tl_backward._precision import upcast
 from tl_backward._user_warnings import warn_user
 from tl_backward.capture.run import require_ready
 from tl_backward.capture.run_hooks import frozen
+from tl_backward.editing._settings import require_not_negative, require_whole
 from tl_backward.editing._subject_facts import (
     SubjectFact,
     SubjectText,
@@ -61,12 +61,8 @@ class SearchSettings:
     clamp: int | float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
-        for argument in ("lr", "decay", "kl", "clamp"):
-            value = getattr(self, argument)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{argument} must be a finite number of at least 0, got {value!r}")
+        require_whole(steps=self.steps)
+        require_not_negative(lr=self.lr, decay=self.decay, kl=self.kl, clamp=self.clamp)
 
 
 @dataclass(frozen=True, eq=False)

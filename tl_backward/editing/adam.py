@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +12,7 @@ from tl_backward.capture.run_hooks import frozen
 from tl_backward.capture.tokens import Prompt, Target
 from tl_backward.editing._low_rank_hooks import low_rank_hooks
 from tl_backward.editing._mlp_outputs import w_out_sites
+from tl_backward.editing._settings import require_positive, require_whole
 from tl_backward.editing._upper_layers import UpperLayers
 from tl_backward.editing.gradient_step import FineTuneReport
 from tl_backward.editing.target_terms import TargetTerms
@@ -69,7 +67,8 @@ def adam_fine_tune(
         >>> edit = adam_fine_tune(model, "Lionel Messi plays for", " Paris", layer=20, bound=5e-4)
         >>> edit.report.losses
     """
-    _require_valid(lr, steps, bound)
+    require_positive(lr=lr, **({} if bound is None else {"bound": bound}))
+    require_whole(steps=steps)
     (site,) = w_out_sites(model, [layer])
     require_ready(model, list(all_parameters(model)))
     terms = TargetTerms(model, prompt, target, -1, "all", prepend_bos)
@@ -113,12 +112,3 @@ def _losses(terms: TargetTerms, logits: Float[Tensor, "term d_vocab"]) -> Float[
     of_prompt = terms.example.to(logits.device)
     total = nll.new_zeros(len(terms.batch)).index_add(0, of_prompt, nll)
     return total / of_prompt.bincount(minlength=len(terms.batch))
-
-
-def _require_valid(lr: Any, steps: Any, bound: Any) -> None:
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr must be a positive finite number, got {lr!r}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
-    if bound is not None and not 0 < bound < math.inf:
-        raise ValueError(f"bound must be a positive finite number, or None, got {bound!r}")

@@ -11,9 +11,10 @@ from torch import Tensor
 from tl_backward.capture.tokens import Target
 from tl_backward.editing._kernel import kernel
 from tl_backward.editing._mlp_outputs import w_out_sites
+from tl_backward.editing._settings import require_positive
 from tl_backward.editing._value_search import SearchSettings
 from tl_backward.editing.editor_report import EditorReport
-from tl_backward.editing.key_statistics import KeyStatistics
+from tl_backward.editing.key_statistics import KeyStatistics, require_statistics
 from tl_backward.editing.memit import spread
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, WeightSite
@@ -88,8 +89,9 @@ def alpha_edit(
         >>> second = alpha_edit(model, ["Rome is the capital of"], " France", layers=[3, 4, 5],
         ...                     subjects=["Rome"], statistics=statistics, earlier=[first])
     """
-    if not l2 > 0:
-        raise ValueError(f"l2 must be positive, got {l2!r}")
+    require_positive(l2=l2)
+    if isinstance(earlier, WeightEdit):
+        raise TypeError("earlier must be a list of edits, got one edit; pass [edit]")
     sites = w_out_sites(model, layers)
     projectors = _projectors(model, sites, statistics, null_space)
     known = {site.name: _earlier_keys(site, earlier) for site in sites}
@@ -112,7 +114,7 @@ def _projectors(
     if null_space is None:
         if statistics is None:
             raise ValueError("null_space: pass it, or statistics to get it from")
-        statistics.require_for(model, sites)
+        require_statistics(statistics, model, sites)
         return {site.name: statistics.null_space(site.name, fraction=FRACTION) for site in sites}
     projectors = {}
     for site in sites:

@@ -14,7 +14,7 @@ from tl_backward.capture.tokens import Prompt, Target
 from tl_backward.editing._expert_outputs import dense_matrices, output_matrices
 from tl_backward.editing._shift_search import Candidate, ShiftSearch
 from tl_backward.editing._shift_terms import ShiftRule, unit_shift
-from tl_backward.editing.key_statistics import KeyStatistics
+from tl_backward.editing.key_statistics import KeyStatistics, require_statistics
 from tl_backward.editing.runs import Matrix, WholeRun, weight_inputs
 from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
@@ -171,7 +171,7 @@ def forward_pass_shift(
     sites = output_matrices(weight_sites(model, "W_out", None if layer == "auto" else layer))
     require_eval_mode(model)
     if statistics is not None:
-        statistics.require_for(model, dense_matrices(sites))
+        require_statistics(statistics, model, dense_matrices(sites))
     terms = TargetTerms(model, prompt, target, position, tokens, prepend_bos)
     if not automatic:
         return _with_fixed_step(model, terms, sites, float(lr), iterations, skip_if_predicted, rule)

@@ -55,6 +55,10 @@ class KeyStatistics:
     def __repr__(self) -> str:
         return f"KeyStatistics({', '.join(self.second_moments)}; {self.n_tokens} tokens)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is computed from it, so that use makes no other statistics of them."""
+        return vars(self) | {"_factors": {}}
+
     def whitened(self, name: str, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """The keys ``|x|^2 C^-1 x / (x^T C^-1 x)`` of some inputs.
 
@@ -210,6 +214,21 @@ class KeyStatistics:
             )
         ordered = {name: moments[name] for name in names}
         return cls(ordered, n_tokens, ridge, made_for, tree.get("prepend_bos"))
+
+
+def require_statistics(statistics: Any, model: Model, sites: Sequence[WeightSite]) -> None:
+    """As :meth:`KeyStatistics.require_for`, of what may be no statistics at all.
+
+    Raises:
+        TypeError: When they are none.
+        ValueError: As there.
+    """
+    if not isinstance(statistics, KeyStatistics):
+        raise TypeError(
+            "statistics must be KeyStatistics, as key_statistics(model, texts, layer) makes them, "
+            f"got {type(statistics).__name__}"
+        )
+    statistics.require_for(model, sites)
 
 
 def _short(name: str) -> str:

@@ -15,11 +15,12 @@ from torch import Tensor
 from tl_backward.capture.tokens import Target
 from tl_backward.editing._kernel import kernel, update
 from tl_backward.editing._mlp_outputs import w_out_sites
+from tl_backward.editing._settings import require_positive
 from tl_backward.editing._subject_facts import SubjectFact, read_subjects, subject_facts
 from tl_backward.editing._value_search import SearchSettings, search_values
 from tl_backward.editing.contexts import checked_templates, memit_contexts
 from tl_backward.editing.editor_report import report_of
-from tl_backward.editing.key_statistics import KeyStatistics
+from tl_backward.editing.key_statistics import KeyStatistics, require_statistics
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, WeightSite, require_eval_mode
 
@@ -95,10 +96,9 @@ def memit(
         ...              [" Paris", " France"], subjects=["Lionel Messi", "Rome"],
         ...              layers=[3, 4, 5], statistics=statistics)
     """
-    if not weight > 0:
-        raise ValueError(f"weight must be positive, got {weight!r}")
+    require_positive(weight=weight)
     sites = w_out_sites(model, layers)
-    statistics.require_for(model, sites)
+    require_statistics(statistics, model, sites)
 
     def rows(site: WeightSite, keys: Tensor) -> Tensor:
         return kernel(keys, partial(statistics.solve, site.name), ridge=weight)

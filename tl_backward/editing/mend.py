@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -35,10 +35,14 @@ class MendReport:
             averaged over the batch and the targets' tokens, in nats.
         locality_losses: At each step, ``KL(original || edited)`` where neighbours' targets are
             predicted, mean over the batch and the targets' tokens, in nats.
+        n_records: How many records it was trained on.
+        seconds: How long the training took.
     """
 
     edit_losses: tuple[float, ...] = ()
     locality_losses: tuple[float, ...] = ()
+    n_records: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
 
 class MendEditor:
@@ -53,7 +57,7 @@ class MendEditor:
         sites: The weights to edit.
         networks: The trained networks.
         prepend_bos: As in ``model.to_tokens``, for prompts that are texts.
-        report: How it was trained; empty for one that was loaded.
+        report: How it was trained.
 
     Args:
         model: A TransformerLens model in eval mode.
@@ -143,6 +147,7 @@ class MendEditor:
             "weights": fingerprints(self.model, names),
             "rank": self.rank,
             "prepend_bos": self.prepend_bos,
+            "report": asdict(self.report),
             "state": dict(self.networks.state_dict()),
         }
         return tensor_files.write(Path(path), KIND, tree)
@@ -165,6 +170,7 @@ class MendEditor:
                 sites = [by_name[name] for name in known]
                 editor = cls(model, sites, tree["rank"], tree["prepend_bos"])
                 editor.networks.load_state_dict(tree["state"])
+                editor.report = MendReport(**tree["report"])
                 return editor
             made_for = tree["model"]
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:

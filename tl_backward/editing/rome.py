@@ -12,7 +12,7 @@ from tl_backward.editing._subject_facts import read_subjects, subject_facts
 from tl_backward.editing._value_search import SearchSettings, search_values
 from tl_backward.editing.contexts import checked_templates, rome_contexts
 from tl_backward.editing.editor_report import report_of
-from tl_backward.editing.key_statistics import KeyStatistics
+from tl_backward.editing.key_statistics import KeyStatistics, require_statistics
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.sites import Model, require_eval_mode
 
@@ -88,7 +88,7 @@ def rome(
     (site,) = w_out_sites(model, [layer])
     require_eval_mode(model)
     if statistics is not None:
-        statistics.require_for(model, [site])
+        require_statistics(statistics, model, [site])
     templates = checked_templates(rome_contexts(model) if contexts is None else contexts)
     facts = subject_facts(model, [prompt], [target], [subject], templates, prepend_bos)
     hook_in, hook_out = site.hook_points
