@@ -13,7 +13,15 @@ import pandas as pd
 import pytest
 import torch
 from helpers.bridges import tiny_config
-from helpers.hooked import LIKE, build
+from helpers.counterfact import (
+    KINDS,
+    RECORDS,
+    TEXTS,
+    ids_of,
+    plain_loop,
+    score_alone,
+    with_tokenizer,
+)
 from helpers.state import state
 from helpers.versions import MODELS, NEEDS_BRIDGE
 from tokenizers import Tokenizer
@@ -29,7 +37,6 @@ from tl_backward.editing import (
     gradient_step,
 )
 from tl_backward.evaluation import (
-    Record,
     evaluate,
     fine_tuning,
     generate_texts,
@@ -46,56 +53,10 @@ from tl_backward.evaluation import (
 from tl_backward.evaluation.scoring import Case
 from tl_backward.factors import GradientFactors
 
-RECORDS = [
-    Record(
-        case_id=11,
-        prompt="Lionel Messi plays for the city of",
-        subject="Lionel Messi",
-        relation_id="P54",
-        target_new="Paris",
-        target_true="Eiffel Tower",
-        paraphrase_prompts=("Messi plays in", "The city of Lionel Messi is"),
-        neighborhood_prompts=("The Eiffel Tower is located in", "Rome", "not in"),
-        generation_prompts=("Messi plays", "Lionel Messi is located"),
-    ),
-    Record(
-        case_id=22,
-        prompt="The Eiffel Tower is",
-        subject="The Eiffel Tower",
-        relation_id="P131",
-        target_new="Rome and Berlin",
-        target_true="Rome and London",
-        paraphrase_prompts=("Paris is the city of",),
-        neighborhood_prompts=("Messi plays for", "Berlin is located in", "Rome is"),
-        generation_prompts=("The Tower",),
-    ),
-    Record(
-        case_id=33,
-        prompt="London",
-        subject="London",
-        relation_id="P131",
-        target_new="Rome and Paris",
-        target_true="Rome",
-        paraphrase_prompts=("London is", "The city", "in London, in"),
-        neighborhood_prompts=("Messi",),
-        generation_prompts=("London", "not London", "The city of London"),
-    ),
-]
-TEXTS = [
-    "The Eiffel Tower is located in Rome",
-    "Lionel Messi plays for Paris, not for the city of London",
-    "Rome and Berlin",
-]
-KINDS = {"efficacy": 0, "paraphrase": 0, "neighborhood": 1}
-
 
 @pytest.fixture(params=MODELS)
 def model(models, tokenizer, request):
-    if request.param.startswith("bridge"):
-        return models(request.param)
-    made = build(n_ctx=32, d_vocab=len(tokenizer), **LIKE[request.param.split("-")[1]])
-    made.set_tokenizer(copy.deepcopy(tokenizer))
-    return made
+    return with_tokenizer(models, tokenizer, request.param)
 
 
 @pytest.fixture
@@ -117,49 +78,6 @@ def model_and_bridge(tokenizer, kind):
         kind, hf_model=copy.deepcopy(hf), tokenizer=tokenizer, dtype=torch.float64
     )
     return hf, bridge
-
-
-def ids_of(model, text):
-    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-@torch.no_grad()
-def score_alone(run, tokenizer, prefix, target, bos=False):
-    """NLL of a target after a prefix, and whether it is predicted, token by token."""
-    start = tokenizer(prefix, add_special_tokens=bos)["input_ids"]
-    ids = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
-    whole = tokenizer(f"{prefix} {target}", add_special_tokens=bos)["input_ids"]
-    assert whole == start + ids
-    logits = run(torch.tensor([whole]))[0]
-    nll, right = 0.0, []
-    for j, token in enumerate(ids):
-        at = logits[len(start) + j - 1]
-        nll -= float(at.log_softmax(-1)[token]) / len(ids)
-        right.append(int(at.argmax()) == token)
-    return nll, all(right)
-
-
-def plain_loop(run, tokenizer, record, bos=False):
-    """All metrics of a record, one text at a time; ``bos``: as the tokenizer begins texts."""
-    prompts = {
-        "efficacy": [record.prompt],
-        "paraphrase": record.paraphrase_prompts,
-        "neighborhood": record.neighborhood_prompts,
-    }
-    row = {}
-    for kind, wanted in KINDS.items():
-        successes, magnitudes, accuracies = [], [], []
-        for prompt in prompts[kind]:
-            new = score_alone(run, tokenizer, prompt, record.target_new, bos)
-            true = score_alone(run, tokenizer, prompt, record.target_true, bos)
-            want, other = (new, true) if wanted == 0 else (true, new)
-            successes.append(other[0] > want[0])
-            magnitudes.append(math.exp(-want[0]) - math.exp(-other[0]))
-            accuracies.append(want[1])
-        row[f"{kind}_success"] = sum(successes) / len(successes)
-        row[f"{kind}_magnitude"] = sum(magnitudes) / len(magnitudes)
-        row[f"{kind}_accuracy"] = sum(accuracies) / len(accuracies)
-    return row
 
 
 def random_edits(model):
@@ -298,6 +216,11 @@ def test_a_prefix_longer_than_the_context(model):
         tokenised(model, prompt, ["Paris", "Eiffel Tower"])
     with pytest.raises(ValueError, match="rows has 1 entries, but there are 2 prefixes"):
         score_targets(model, [tokenised(model, "in", ["Paris"])] * 2, rows=[-1])
+
+
+def untimed(frame):
+    """All of it but what differs from run to run."""
+    return frame.drop(columns="seconds")
 
 
 # many edits in one batch
@@ -510,7 +433,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(models, tmp_path, fail_a
     resumed = evaluate(model, RECORDS, second, path=path, **options)
     assert sorted(first.calls + second.calls) == [11, 22, 33]
     at_once = evaluate(model, RECORDS, Interrupted(edits), **options)
-    pd.testing.assert_frame_equal(resumed, at_once, check_dtype=False)
+    pd.testing.assert_frame_equal(untimed(resumed), untimed(at_once), check_dtype=False)
     on_disk = pd.read_parquet(path).sort_values("record", ignore_index=True)
     pd.testing.assert_frame_equal(on_disk, resumed, check_dtype=False)
 
@@ -524,7 +447,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(models, tmp_path, fail_a
         ({"method": unedited}, 'other fn .method.__qualname__: ".*method" then, "unedited" now'),
         ({"generation": True}, "other fn .*generation: false then, true now"),
         ({"perplexity_texts": TEXTS[:1]}, "other fn .*perplexity_texts"),
-        ({"text_every": 2}, "other fn .has_texts.every: 1 then, 2 now"),
+        ({"text_every": 2}, "other fn .*has_texts.every: 1 then, 2 now"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -550,6 +473,16 @@ def test_progress_is_shown(models, capsys):
     model = models("bridge-gpt2-compatibility")
     evaluate(model, RECORDS, unedited)
     assert "3/3" in capsys.readouterr().err
+
+
+def test_the_use_of_statistics_makes_no_others_of_them(models, tokenizer, tmp_path):
+    """What they compute once and keep has no part in what the folder knows."""
+    model = with_tokenizer(models, tokenizer, MODELS[-1])
+    statistics = tlb.key_statistics(model, TEXTS, 1)
+    method = shift(layer=1, lr=0.3, key="whitened", statistics=statistics)
+    first = evaluate(model, RECORDS, method, path=tmp_path, progress=False)
+    again = evaluate(model, RECORDS, method, path=tmp_path, progress=False)
+    pd.testing.assert_frame_equal(first, again)
 
 
 # BOS
@@ -615,7 +548,7 @@ def test_whether_texts_begin_with_bos_can_be_said(transformers_alone, bos):
     for record, (_, row) in zip(RECORDS, frame.iterrows(), strict=True):
         same_row(row, plain_loop(run, tokenizer, record))
     own_frame = evaluate(bridge, RECORDS, unedited, perplexity_texts=TEXTS, progress=False)
-    assert own_frame.equals(frame) == (bos == own)
+    assert untimed(own_frame).equals(untimed(frame)) == (bos == own)
 
 
 @NEEDS_BRIDGE
@@ -780,7 +713,7 @@ def test_the_entropy_of_a_record_is_the_mean_over_its_texts(model):
     edits = random_edits(model)
     frame = evaluate(model, RECORDS, lambda m, r: edits[r.case_id], generation=True, progress=False)
     again = evaluate(model, RECORDS, lambda m, r: edits[r.case_id], generation=True, progress=False)
-    pd.testing.assert_frame_equal(frame, again)
+    pd.testing.assert_frame_equal(untimed(frame), untimed(again))
     # evaluate takes the longest records first
     order = sorted(range(3), key=lambda i: -len(RECORDS[i].prompt))
     pairs = [(p, row) for row, i in enumerate(order) for p in RECORDS[i].generation_prompts]
