@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import tl_backward as tlb
-from tl_backward import analysis, evaluation
+from tl_backward import analysis, editing, evaluation
 from tl_backward.__main__ import app
 
 pytestmark = NEEDS_BRIDGE
@@ -224,6 +225,105 @@ def test_evaluate_with_every_method(run, boot, tmp_path, options, method):
     assert row.split("│")[3].strip() == expected
 
 
+def lines_of(path, n):
+    """A text of which the command takes all lines but two for the statistics."""
+    cities = ("Paris", "Rome", "in", "Berlin", "the city", "London")
+    lines = [
+        f"Lionel Messi plays for {a}, {b} is located in {c}"
+        for a in cities
+        for b in cities
+        for c in cities
+    ][:n]
+    path.write_text("\n".join(lines))
+    return lines
+
+
+CONTEXTS = 2
+EDITORS = {
+    "rome": (tlb.rome, {"layer": 1}, ("--set", "steps=3", "--set", "clamp=2")),
+    "memit": (tlb.memit, {"layers": [0, 1]}, ("--set", "steps=3", "--set", "weight=50")),
+    "alpha-edit": (tlb.alpha_edit, {"layers": [0, 1]}, ("--set", "steps=3", "--set", "l2=2")),
+    "adam": (tlb.adam_fine_tune, {"layer": 1}, ("--set", "steps=3", "--set", "bound=0.001")),
+}
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_evaluate_measures_what_the_editors_do(run, boot, tmp_path, monkeypatch, name):
+    """The norm of each edit is that of a call of the editor with the same statistics."""
+    monkeypatch.setattr(evaluation, "N_LINES", 2)
+    monkeypatch.setattr("tl_backward.editing.contexts.STARTS", ("London", "The city", "in"))
+    editor, where, sets = EDITORS[name]
+    path, text, out = counterfact(tmp_path), tmp_path / "text.txt", tmp_path / "out"
+    lines = lines_of(text, 120)
+    options = ["--data", str(path), "--method", name, "--layer", "1", "--out", str(out), *sets]
+    given = {key: json.loads(value) for key, value in (s.split("=") for s in sets[1::2])} | where
+    model = boot("llama")
+    if name != "adam":
+        options += ["--whiten", str(text), "--contexts", str(CONTEXTS)]
+        layers = where.get("layers", [1])
+        statistics = tlb.key_statistics(model, lines[2:], layers, ridge=0, prepend_bos=False)
+        given |= {"statistics": statistics, "contexts": editing.rome_contexts(model)[:CONTEXTS]}
+    if "layers" in where:
+        plain, texts = editing.memit_contexts(model, False)
+        given["contexts"] = [plain, texts[: CONTEXTS - 1]]
+    shown = run(*options, command="evaluate")
+    assert shown.exit_code == 0, shown.output
+    (about,) = (json.loads(file.read_text()) for file in out.glob("*.json"))
+    (folder,) = (one for one in out.iterdir() if one.is_dir() and one.name != "unedited")
+    table = pd.read_parquet(folder).sort_values("record")
+    assert table["error"].isna().all()
+    assert about["settings"]["layer"] == 1 and about["method"] == name
+    for record, norm in zip(evaluation.load_records(path), table["edit_norm"], strict=True):
+        prompt, target, subject = record.prompt, f" {record.target_new}", record.subject
+        facts = (prompt, target), {"subject": subject}
+        if "layers" in where:
+            facts = ([prompt], [target]), {"subjects": [subject]}
+        elif name == "adam":
+            facts = (prompt, target), {}
+        edit = editor(model, *facts[0], **facts[1], **given, prepend_bos=False)
+        assert norm == pytest.approx(float(edit.norm()), rel=1e-6)
+
+
+def test_evaluate_trains_mend_on_other_records(run, boot, tmp_path):
+    path, file, out = counterfact(tmp_path), tmp_path / "mend.safetensors", tmp_path / "out"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([*entries, entries[0], entries[1]]))
+    options = ["--data", str(path), "-n", "2", "--tune", "1", "--method", "mend"]
+    options += ["--editor", str(file), "--out", str(out), "--set", "rank=4", "--set", "steps=2"]
+    shown = run(*options, "--set", "batch_size=2", command="evaluate")
+    assert shown.exit_code == 0, shown.output
+    (about,) = (json.loads(file.read_text()) for file in out.glob("*.json"))
+    assert about["training"]["n_records"] == 1
+    editor = tlb.MendEditor.load(file, boot("llama"))
+    assert list(editor.report.edit_losses) == about["training"]["edit_losses"]
+    record = evaluation.load_records(path)[1]
+    edit = editor(boot("llama").to_tokens(record.prompt, prepend_bos=False)[0], " Paris")
+    (folder,) = (one for one in out.iterdir() if one.is_dir() and one.name != "unedited")
+    norms = pd.read_parquet(folder).set_index("case_id")["edit_norm"]
+    assert norms[record.case_id] == pytest.approx(float(edit.norm()), rel=1e-6)
+    again = run(*options, "--set", "batch_size=2", command="evaluate")
+    assert again.exit_code == 0, again.output
+
+
+def test_evaluate_chooses_settings_on_the_records_behind(run, boot, tmp_path):
+    """By the harmonic mean of the successes; the table has what ``evaluate`` says of each."""
+    path = counterfact(tmp_path)
+    first, second = json.loads(path.read_text())
+    path.write_text(json.dumps([first, second, first]))
+    grid = ["--layer", "0,1", "--lr", "0.3,1.5"]
+    options = ["--data", str(path), "-n", "1", "--tune", "2", *grid, "--set", "value=centred"]
+    shown = run(*options, "--out", str(tmp_path / "out"), command="evaluate")
+    assert shown.exit_code == 0, shown.output
+    records = evaluation.load_records(path)[1:]
+    made = partial(evaluation.shift, value="centred")
+    chosen = evaluation.tune(boot("llama"), records, made, {"layer": [0, 1], "lr": [0.3, 1.5]})
+    layer, lr = chosen.settings["layer"], chosen.settings["lr"]
+    assert f"layer {layer}, lr {lr}, value centred" in " ".join(shown.output.split())
+    (about,) = (json.loads(file.read_text()) for file in (tmp_path / "out").glob("*.json"))
+    assert about["settings"] == chosen.settings | {"value": "centred"} and about["tuned_on"] == 2
+    assert [row["score"] for row in about["tuning"]] == chosen.table["score"].tolist()
+
+
 def test_evaluate_with_a_whitened_key_and_texts(run, boot, tmp_path, monkeypatch):
     """The key's statistics are of other lines than those whose perplexity is measured."""
     monkeypatch.setattr(evaluation, "N_LINES", 2)
@@ -255,7 +355,7 @@ def test_evaluate_does_not_mix_results_of_other_options(run, tmp_path):
     shown = run(*options, "--generation", command="evaluate")
     assert shown.exit_code == 2
     message = " ".join(shown.stderr.split())
-    assert "holds results of other fn (generation: false then, true now)" in message
+    assert "other fn (measure.generation: false then, true now)" in message
 
 
 def test_reproduce_writes_tables_and_a_report(run, boot, tmp_path):
@@ -323,6 +423,24 @@ def test_reproduce_takes_texts_and_a_jacobian_lens(run, boot, tmp_path):
             "--lr must be a number",
         ),
         ("evaluate", ["--data", "/no/such.json", "--layer", "1"], "such.json"),
+        (
+            "evaluate",
+            ["--data", "DATA", "--layer", "1", "--method", "memit"],
+            "--whiten is missing: memit needs",
+        ),
+        (
+            "evaluate",
+            ["--data", "DATA", "--layer", "1", "--contexts", "2"],
+            "--contexts is not for shift",
+        ),
+        (
+            "evaluate",
+            ["--data", "DATA", "--layer", "1", "--set", "speed=3"],
+            "--set speed=3: shift has no setting 'speed'; it has skip_if_predicted,",
+        ),
+        ("evaluate", ["--data", "DATA", "--layer", "1", "--set", "value"], "--set takes NAME="),
+        ("evaluate", ["--data", "DATA", "--layer", "0,1"], "--tune: of the records behind"),
+        ("evaluate", ["--data", "DATA", "--method", "mend"], "no record is left to train MEND on"),
         ("reproduce", ["figure_99", "--data", "DATA"], "no experiment 'figure_99'; available: gra"),
     ],
 )
