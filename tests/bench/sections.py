@@ -11,6 +11,7 @@ from bench.models import MODELS, counterfact_like, mixture, random_tokens, smoll
 from bench.timing import Comparison, Section
 
 import tl_backward as tlb
+from tl_backward.editing import rome_contexts
 
 LAYERS_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
 
@@ -167,6 +168,53 @@ def shift(_: str) -> Section:
     return Section(jobs, comparisons, repeats=15)
 
 
+def editors(_: str) -> Section:
+    """ROME in layer 10 of 30 with two contexts, a shift, and MEMIT of 16 facts in three layers."""
+    model, subjects = smollm2(), [f"City {n}" for n in range(16)]
+    prompts = [f"{subject} is a part of" for subject in subjects]
+    prompt, subject, contexts = prompts[0], subjects[0], rome_contexts(model)[:2]
+    layer, layers, steps = 10, [8, 9, 10], 20
+    eye = torch.eye(model.cfg.d_mlp)
+    names = [site.name for site in tlb.weight_sites(model, "W_out", layers)]
+    statistics = tlb.KeyStatistics(dict.fromkeys(names, eye), n_tokens=1, ridge=0)
+    longest = max(len(model.to_tokens(c.format(prompt))[0]) for c in contexts)
+    texts = torch.stack([random_tokens(longest, seed) for seed in range(len(contexts) + 1)])
+
+    def rome() -> None:
+        tlb.rome(
+            model,
+            prompt,
+            TARGET,
+            subject=subject,
+            layer=layer,
+            statistics=statistics,
+            contexts=contexts,
+            steps=steps,
+        )
+
+    def passes() -> None:
+        for _ in range(steps):
+            input_only_backward(model, texts, f"blocks.{layer}.mlp.hook_out")
+
+    def memit(some: slice) -> None:
+        options = {"layers": layers, "statistics": statistics, "contexts": [["{}"]], "steps": 3}
+        tlb.memit(model, prompts[some], TARGET, subjects=subjects[some], **options)
+
+    jobs = {
+        "rome": rome,
+        "passes": passes,
+        "shift": lambda: tlb.forward_pass_shift(model, prompt, TARGET, layer=24, lr="auto"),
+        "at once": lambda: memit(slice(None)),
+        "alone": lambda: [memit(slice(n, n + 1)) for n in range(len(prompts))],
+    }
+    comparisons = [
+        Comparison("ROME / 20 forward + backward passes down to its layer", "rome", "passes", 1.1),
+        Comparison("shift with a searched step / ROME", "shift", "rome", 0.1),
+        Comparison("MEMIT of 16 facts at once / 16 calls, 3 steps", "at once", "alone", 1.0),
+    ]
+    return Section(jobs, comparisons, repeats=3)
+
+
 def experts(_: str) -> Section:
     """256 tokens, each with 4 of 16 experts in 4 layers; transformers' grouped kernels but once."""
     model, tokens = mixture(), random_tokens(256) % 2048
@@ -211,5 +259,6 @@ SECTIONS = {
     "batch": (batch, ("SmolLM2-135M",)),
     "edits": (edits, ("SmolLM2-135M",)),
     "shift": (shift, ("SmolLM2-135M",)),
+    "editors": (editors, ("SmolLM2-135M",)),
     "experts": (experts, ("a random mixture",)),
 }
