@@ -151,7 +151,8 @@ def forward_pass_shift(
         TypeError: If model, prompt or target is malformed.
         ValueError: For a layer or position that does not exist, a step that is not finite,
             arguments that exclude each other, or training mode that changes the result.
-        NotImplementedError: If W_out has no site (mixtures of experts), or the unembedding does not
+        NotImplementedError: If W_out has no site, if the layer has experts and ``key`` is
+            ``"whitened"`` or the model is a ``HookedTransformer``, or if the unembedding does not
             read W_out's output space.
 
     Example:
