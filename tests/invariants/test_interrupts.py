@@ -117,7 +117,7 @@ def state(model):
         "rng": torch.get_rng_state().tolist(),
         "grad_mode": torch.is_grad_enabled(),
         "turns": list(_turns._turns.values()),
-        "attached": list(hook_points._attached_for_a_while),
+        "attached": list(hook_points._temporarily_attached),
     } | {
         name: list(getattr(torch.nn.modules.module, name).items())
         for name in ("_global_forward_hooks", "_global_forward_pre_hooks")

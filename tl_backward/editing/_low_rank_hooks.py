@@ -70,7 +70,7 @@ def low_rank_hooks(
             rows = _by_edit(x.to(dtype), len(u))
             inner = einsum(rows, left, "edit row d_in, edit n d_in -> edit row n")
             added = einsum(inner, right, "edit row n, edit n d_out -> edit row d_out")
-        return (y + site.hook_out_scale * added.reshape(y.shape)).to(y.dtype)
+        return (y + site.hook_out_scale * added.reshape(-1, *y.shape[1:])).to(y.dtype)
 
     hook_in, hook_out = site.hook_points
     return [(hook_in, note), (hook_out, add)]
