@@ -1,4 +1,4 @@
-"""Whether a tensor still holds what it held before."""
+"""Detecting changes of a tensor's values."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 N_SAMPLES = 128
 
 _same_as: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By tensor, versions that hold what an earlier version held."""
+"""For each tensor, versions whose values equal those of an earlier version."""
 
 
 def content_version(tensor: Tensor) -> int:
-    """The first of the tensor's versions with its present values, as far as that is known."""
+    """The first known version of the tensor with its current values."""
     return _same_as.get(tensor, {}).get(tensor._version, tensor._version)
 
 
 def note_restored(tensor: Tensor, version: int) -> None:
-    """Note that the tensor holds again what it held in an earlier version."""
+    """Record that the tensor has the values of an earlier version again."""
     _same_as.setdefault(tensor, {})[tensor._version] = version
 
 
 class Content:
-    """What a tensor holds now. The tensor is not kept alive.
+    """The current values of a tensor, without keeping the tensor alive.
 
-    PyTorch counts changes in place, except those of ``tensor.data``: some of the values are kept to
-    notice these.
+    PyTorch counts in-place changes, except those through ``tensor.data``; sampled values detect
+    these.
 
     Args:
         tensor: The tensor.
@@ -39,7 +39,7 @@ class Content:
         self._samples = _samples(tensor).clone()
 
     def is_that_of(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the same one, and holds the same values as far as can be seen."""
+        """Whether this is the same tensor, with no detected change of its values."""
         return (
             self._tensor() is tensor
             and content_version(tensor) == self._version
@@ -48,6 +48,6 @@ class Content:
 
 
 def _samples(tensor: Tensor) -> Tensor:
-    """Values from all over the tensor."""
+    """Values sampled evenly from the tensor."""
     flat = tensor.detach().flatten()
     return flat[:: max(1, len(flat) // N_SAMPLES)]

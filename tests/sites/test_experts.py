@@ -117,7 +117,7 @@ def quantised(model):
     ("obstruct", "reason"),
     [
         (expert_parallel, "expert parallelism"),
-        (behind_a_norm, "a norm behind each expert"),
+        (behind_a_norm, "a norm after each expert"),
         (recomputed, r"recomputed in every forward pass by torch.nn.utils.parametrize \(Doubled\)"),
         (quantised, "stores down_proj quantised or sharded"),
     ],
@@ -157,7 +157,7 @@ def test_a_missing_expert_is_named(mixtral):
     _, cache = tlb.run_with_backward_cache(mixtral, TOKENS, TARGET)
     assert_autograds(mixtral, tlb.weight_sites(mixtral), cache)
     assert cache["W_in", 1, 3] is cache["blocks.1.mlp.experts.3.W_in"]
-    with pytest.raises(KeyError, match=r"matrix of each expert; take one of the experts 0 to 3"):
+    with pytest.raises(KeyError, match=r"matrix of each expert; choose one of the experts 0 to 3"):
         cache["W_in", 1]
-    with pytest.raises(KeyError, match=r"was not captured; take one of the experts 0 to 3"):
+    with pytest.raises(KeyError, match=r"was not captured; choose one of the experts 0 to 3"):
         cache["W_in", 1, 4]

@@ -145,11 +145,11 @@ def run_facts(
         prepend_bos=prepends_bos(model, prepend_bos),
         **capture,
     )
-    of_expert = next((name for name in batch if parse_site_name(name).expert is not None), None)
-    if of_expert is not None:
+    expert = next((name for name in batch if parse_site_name(name).expert is not None), None)
+    if expert is not None:
         raise NotImplementedError(
-            f"{of_expert} has rows only for the tokens that are routed to this expert, and "
-            "experiments compare weights token by token; pass weights or layers without experts"
+            f"{expert} has rows only for the tokens routed to this expert, but experiments "
+            "compare weights token by token; pass weights or layers without experts"
         )
     caches = [batch.example(b) for b in range(len(facts))]
     segments = [

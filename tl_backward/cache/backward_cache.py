@@ -382,11 +382,11 @@ class BackwardCache(Mapping[str, GradientFactors]):
         ]
         if experts:
             others = [name for name in names if parse_site_name(name).expert is None]
-            beside = f", or cache[{others[0]!r}]" if others else ""
+            alternative = f", or cache[{others[0]!r}]" if others else ""
             wrong = "is a matrix of each expert" if names else "was not captured"
             return (
-                f"{wrong}; take one of the experts {as_ranges(experts)}, such as "
-                f"cache[{kind!r}, {layer}, {experts[0]}]{beside}"
+                f"{wrong}; choose one of the experts {as_ranges(experts)}, e.g. "
+                f"cache[{kind!r}, {layer}, {experts[0]}]{alternative}"
             )
         if names and layer is not None:
             return f"matches several weights: {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Where the tokens of a mixture of experts went, and the factors of each expert's matrices."""
+"""The routing of tokens in a mixture of experts, and the factors of each expert's matrices."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tl_backward.sites.stacked_experts import RememberedExperts
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """What went into the experts of one layer, where it went, and what came back.
+    """Inputs, routes and VJPs of one layer's experts.
 
     Attributes:
-        inputs: The input that all experts of a token have in common.
-        vjps: ``dL/dy`` at the sum of what a token's experts give. The VJP at the ``W_out`` of each
-            of them is this vector times its weight (in Llama 4, where the weight multiplies the
-            input, this vector).
-        experts: The experts of each token.
+        inputs: The input that all experts of a token share.
+        vjps: ``dL/dy`` at the sum of the outputs of a token's experts. The VJP at an expert's
+            ``W_out`` is this vector times the expert's weight (in Llama 4, where the weight
+            multiplies the input, this vector itself).
+        experts: Experts of each token.
         weights: Their routing weights.
-        scales_input: Whether these multiply an expert's input, not its output.
-        lengths: Number of rows of each example of a batch whose examples differ in it; else None.
+        scales_input: Whether the weights multiply an expert's input, not its output.
+        lengths: Rows per example if the examples of a batch differ in length; otherwise None.
     """
 
     inputs: Float[Tensor, "*batch n d_in"]
@@ -36,45 +36,45 @@ class Routing:
     lengths: tuple[int, ...] | None = None
 
     def example(self, b: int) -> Routing:
-        """The routing of one prompt of several."""
+        """The routing of one prompt of a batch."""
 
-        def of_one(tensor: Tensor) -> Tensor:
+        def select(tensor: Tensor) -> Tensor:
             return of_example(tensor, b, self.lengths)
 
         return Routing(
-            of_one(self.inputs),
-            of_one(self.vjps),
-            of_one(self.experts),
-            of_one(self.weights),
+            select(self.inputs),
+            select(self.vjps),
+            select(self.experts),
+            select(self.weights),
             self.scales_input,
         )
 
     def weights_of(self, expert: int) -> Float[Tensor, "*batch n"]:
-        """The routing weight of one expert for each token; 0 where it is none of its experts."""
+        """One expert's routing weight for each token; 0 for tokens not routed to it."""
         return (self.weights * self.is_at(expert)).sum(-1)
 
     def is_at(self, expert: int) -> Bool[Tensor, "*batch n k"]:
-        """Where an expert is."""
+        """True where ``experts`` is the given expert."""
         return self.experts == expert
 
     def n_rows(self, expert: int) -> tuple[int, ...] | None:
-        """How many tokens of each prompt of several are routed to an expert."""
+        """Number of tokens routed to an expert, for each prompt of a batch."""
         is_routed = self.is_at(expert).any(-1)
         if self.lengths is not None:
-            return tuple(int(of_one.sum()) for of_one in is_routed.split(self.lengths))
+            return tuple(int(each.sum()) for each in is_routed.split(self.lengths))
         return tuple(is_routed.sum(-1).tolist()) if is_routed.ndim > 1 else None
 
     def rows(self, expert: int, tensor: Float[Tensor, "*batch n d"]) -> Float[Tensor, "routed d"]:
-        """The rows of the tokens that are routed to an expert."""
+        """The rows of the tokens routed to an expert."""
         return tensor[self.is_at(expert).any(-1)]
 
 
 class RoutedExperts:
-    """The experts of one layer in a cache: their factors are made when they are asked for.
+    """The experts of one layer in a cache, whose factors are computed on access.
 
     Args:
-        routing: What passed them.
-        experts: What makes the factors.
+        routing: Inputs, routes and VJPs of the experts.
+        experts: Computes the factors.
     """
 
     def __init__(self, routing: Routing, experts: RememberedExperts) -> None:
@@ -83,10 +83,10 @@ class RoutedExperts:
         self._examples: dict[int, RoutedExperts] = {}
 
     def factors(self, expert: int, kind: str) -> GradientFactors:
-        """The factors of one matrix of an expert: no rows where no token is routed to it.
+        """The factors of one matrix of an expert, without rows if no token is routed to it.
 
         Raises:
-            RuntimeError: When the model is gone, or its weights are no longer those of the run.
+            RuntimeError: If the model is gone, or its weights changed after the run.
         """
         if expert not in self._made:
             routing = self._routing
@@ -104,7 +104,7 @@ class RoutedExperts:
         return self._made[expert][kind]
 
     def example(self, b: int) -> RoutedExperts:
-        """Those of one prompt of several."""
+        """The experts for one prompt of a batch."""
         if b not in self._examples:
             self._examples[b] = RoutedExperts(self._routing.example(b), self._experts)
         return self._examples[b]
@@ -112,12 +112,12 @@ class RoutedExperts:
 
 @dataclass(frozen=True, eq=False)
 class ExpertFactors:
-    """The factors of one matrix of one expert, made when they are asked for.
+    """The factors of one matrix of one expert, computed on access.
 
     Attributes:
-        of_layer: The experts of the layer.
-        expert: Which of them.
-        kind: Which of its matrices.
+        of_layer: Experts of the layer.
+        expert: Index of the expert.
+        kind: Kind of the matrix.
         shape: ``(d_in, d_out)``.
     """
 
@@ -127,13 +127,13 @@ class ExpertFactors:
     shape: tuple[int, int]
 
     def made(self) -> GradientFactors:
-        """The factors.
+        """Compute the factors.
 
         Raises:
-            RuntimeError: When the model is gone, or its weights are no longer those of the run.
+            RuntimeError: If the model is gone, or its weights changed after the run.
         """
         return self.of_layer.factors(self.expert, self.kind)
 
     def example(self, b: int) -> ExpertFactors:
-        """Those of one prompt of several."""
+        """The factors for one prompt of a batch."""
         return replace(self, of_layer=self.of_layer.example(b))

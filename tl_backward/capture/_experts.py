@@ -1,4 +1,4 @@
-"""The capture of mixtures of experts: where they are recorded, and what is made of the records."""
+"""The capture of mixtures of experts: what to record, and the factors built from the records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mixtures_of(sites: Sequence[WeightSite]) -> dict[str, Mixture]:
 
 
 def watch_mixture(recorder: Recorder, mixture: Mixture) -> None:
-    """Record what goes into the experts of a layer, where it goes, and what comes back."""
+    """Record the inputs, routes and VJPs of a layer's experts."""
     for part, tap in mixture.taps.items():
         recorder.keep_value(tap(), (mixture.name, part))
     recorder.keep_place(mixture.output(), (mixture.name, "y"), alone=True)
@@ -32,20 +32,20 @@ def watch_mixture(recorder: Recorder, mixture: Mixture) -> None:
 def routing_of(
     recorder: Recorder, mixture: Mixture, vjps: Mapping[Any, list[Tensor]], rows: Rows
 ) -> Routing:
-    """What passed the experts of a layer.
+    """The recorded routing of a layer.
 
     Raises:
-        NotImplementedError: When tokens were routed to experts that are not there.
+        NotImplementedError: If tokens were routed to experts that do not exist here.
     """
-    seen = _seen(recorder, mixture)
-    routes = [_routes(mixture, of_use) for of_use in seen]
+    uses = _uses(recorder, mixture)
+    routes = [_routes(mixture, seen) for seen in uses]
     return Routing(
-        rows.of([of_use["input"] for of_use in seen]),
+        rows.of([seen["input"] for seen in uses]),
         rows.of(vjps[mixture.name, "y"]),
         rows.of([one.experts for one in routes]),
         rows.of([one.weights for one in routes]),
         mixture.stacked is not None and mixture.stacked.plan.scales_input,
-        rows.lengths(len(seen)),
+        rows.lengths(len(uses)),
     )
 
 
@@ -56,8 +56,8 @@ def factors_by_expert(
     vjps: Mapping[Any, list[Tensor]],
     rows: Rows,
 ) -> dict[str, GradientFactors | ExpertFactors]:
-    """The factors of the matrices of experts, those that are read at their boundary yet to make."""
-    of_layers = {
+    """The factors of experts' matrices; those of stacked experts are computed on access."""
+    stacked = {
         name: RoutedExperts(routings[name], mixture.stacked.remembered())
         for name, mixture in mixtures_of(sites).items()
         if mixture.stacked is not None
@@ -66,10 +66,10 @@ def factors_by_expert(
     for site in sites:
         if site.mixture is None or site.expert is None:
             continue
-        of_layer = of_layers.get(site.mixture.name)
-        if of_layer is not None:
+        experts = stacked.get(site.mixture.name)
+        if experts is not None:
             found[site.name] = ExpertFactors(
-                of_layer, site.expert, site.kind, (site.d_in, site.d_out)
+                experts, site.expert, site.kind, (site.d_in, site.d_out)
             )
         else:
             routing = routings[site.mixture.name]
@@ -84,10 +84,10 @@ def _factors_at_module(
     vjps: Mapping[Any, list[Tensor]],
     rows: Rows,
 ) -> GradientFactors:
-    """The factors of a matrix that a module of its own multiplies the routed tokens by."""
+    """The factors of a matrix in its own module, which multiplies the routed tokens by it."""
     mixture, expert = site.mixture, site.expert
     assert mixture is not None and mixture.rows is not None and expert is not None
-    picked = [mixture.rows(of_use, expert) for of_use in _seen(recorder, mixture)]
+    picked = [mixture.rows(seen, expert) for seen in _uses(recorder, mixture)]
     n_tokens = len(rows.starts) * rows.width
 
     def routed(tensors: Sequence[Tensor]) -> Tensor:
@@ -99,17 +99,17 @@ def _factors_at_module(
         return routing.rows(expert, rows.of(each))
 
     x, y = recorder.values(site.name), vjps.get((site.name, "y"), [])
-    if not x:  # some models leave out an expert without tokens
+    if not x:  # some models skip an expert without tokens
         lengths = routing.n_rows(expert)
         none = routing.inputs.new_zeros
         return GradientFactors(none(0, site.d_in), none(0, site.d_out), lengths)
     return GradientFactors(routed(x), routed(y), routing.n_rows(expert))
 
 
-def _seen(recorder: Recorder, mixture: Mixture) -> list[dict[str, Tensor]]:
-    """What the taps have seen, each time that the experts were run."""
+def _uses(recorder: Recorder, mixture: Mixture) -> list[dict[str, Tensor]]:
+    """The tensors recorded by the taps, for each run of the experts."""
     seen = {part: recorder.values((mixture.name, part)) for part in mixture.taps}
-    return [dict(zip(seen, of_use, strict=True)) for of_use in zip(*seen.values(), strict=True)]
+    return [dict(zip(seen, use, strict=True)) for use in zip(*seen.values(), strict=True)]
 
 
 def _routes(mixture: Mixture, seen: Mapping[str, Tensor]) -> Routes:
@@ -119,7 +119,7 @@ def _routes(mixture: Mixture, seen: Mapping[str, Tensor]) -> Routes:
         and not 0 <= int(routes.experts.min()) <= int(routes.experts.max()) < mixture.n_experts
     ):
         raise NotImplementedError(
-            f"{mixture.name}: tokens are routed to experts that are not there, as where experts "
-            "are spread over processes (expert parallelism), which is not supported"
+            f"{mixture.name}: tokens are routed to experts that do not exist here; experts "
+            "distributed over processes (expert parallelism) are not supported"
         )
     return routes

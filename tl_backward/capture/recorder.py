@@ -69,7 +69,7 @@ class Recorder:
         self.watch(tap, partial(self._keep_value, key, copy))
 
     def begin_graph(self, tap: Tap) -> None:
-        """Have what passes the tap require a gradient, so that what follows has a graph."""
+        """Make the tensor that passes the tap require a gradient, to begin the graph there."""
         self._listen(tap, self._begin_graph)
 
     def keep_place(

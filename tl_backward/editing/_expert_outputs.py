@@ -1,8 +1,8 @@
-"""The experts of a layer as one dense matrix: what they write is that of a wide ``W_out``.
+"""The experts of a layer as one dense matrix: a wide ``W_out``.
 
-A token's experts give ``sum_e w_e x_e W_e``, with routing weights ``w_e`` and the input ``x_e`` of
-each one's own ``W_out``. That is ``x W`` with all ``w_e x_e`` side by side in ``x``, 0 for experts
-that the token is not routed to, and all ``W_e`` below each other in ``W``.
+A token's experts output ``sum_e w_e x_e W_e``, with routing weights ``w_e`` and the input ``x_e``
+of each expert's ``W_out``. This equals ``x W``, where ``x`` concatenates all ``w_e x_e`` (0 for
+experts that the token is not routed to) and ``W`` stacks all ``W_e``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tl_backward.sites.stacked_experts import StackedExperts
 
 @dataclass(frozen=True, eq=False)
 class ExpertOutputs:
-    """Every expert's ``W_out`` of one layer, as one matrix.
+    """The ``W_out`` of all experts of one layer, as one matrix.
 
     Attributes:
-        name: ``"blocks.5.mlp.experts.W_out"``.
+        name: Its name, e.g. ``"blocks.5.mlp.experts.W_out"``.
         layer: The layer.
-        sites: The sites, expert by expert.
+        sites: The sites, in expert order.
         mixture: Their mixture.
-        stacked: What computes their inputs.
+        stacked: Computes their inputs.
     """
 
     name: str
@@ -41,22 +41,22 @@ class ExpertOutputs:
 
     @property
     def d_out(self) -> int:
-        """Width of what they write."""
+        """Width of their output."""
         return self.sites[0].d_out
 
     @property
     def end(self) -> Tap:
-        """Where all has been seen."""
+        """The tap after which everything has been recorded."""
         return self.mixture.output()
 
     def watch(self, recorder: Recorder) -> None:
-        """Keep what is seen in a run."""
+        """Record inputs, routes and output in a run."""
         for part, tap in self.mixture.taps.items():
             recorder.keep_value(tap(), (self.name, part))
         recorder.keep_value(self.mixture.output(), (self.name, "y"))
 
     def inputs(self, recorder: Recorder, n_texts: int) -> ExpertInputs:
-        """The inputs in the first use in a run."""
+        """The inputs of the first use in a run."""
         parts = self.mixture.taps
         seen = {part: recorder.values((self.name, part))[0] for part in parts}
         routes = self.mixture.routes(seen)
@@ -68,19 +68,19 @@ class ExpertOutputs:
     ) -> Iterator[tuple[WeightSite, Float[Tensor, "term d_in"]]]:
         """The keys of each expert that has any."""
         each = rearrange(keys, "term (expert d_in) -> expert term d_in", expert=len(self.sites))
-        for site, of_one in zip(self.sites, each, strict=True):
-            if of_one.any():
-                yield site, of_one
+        for site, own in zip(self.sites, each, strict=True):
+            if own.any():
+                yield site, own
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertInputs:
-    """The inputs of the one matrix, made for the places that they are asked for at.
+    """The inputs of the wide matrix, computed for the indexed places.
 
     Attributes:
         outputs: The experts.
-        h: What goes into all experts of a token.
-        routes: Where it goes.
+        h: The input that all experts of a token share.
+        routes: The routes of the tokens.
     """
 
     outputs: ExpertOutputs
@@ -96,13 +96,13 @@ class ExpertInputs:
         for expert in experts.unique().tolist():
             is_at = experts == expert
             rows = is_at.any(-1)
-            of_expert = (weights * is_at).sum(-1)[rows]
-            wide[rows, expert] = self.outputs.stacked.keys(expert, h[rows], of_expert).to(wide)
+            own = (weights * is_at).sum(-1)[rows]
+            wide[rows, expert] = self.outputs.stacked.keys(expert, h[rows], own).to(wide)
         return rearrange(wide, "term expert d_in -> term (expert d_in)")
 
 
 def output_matrices(sites: Iterable[WeightSite]) -> list[WeightSite | ExpertOutputs]:
-    """Sites of ``W_out``, those of all experts of a layer as one; shared experts are left out.
+    """Sites of ``W_out``, with all experts of a layer as one matrix, without shared experts.
 
     Raises:
         NotImplementedError: For experts without a common module.
@@ -119,8 +119,8 @@ def output_matrices(sites: Iterable[WeightSite]) -> list[WeightSite | ExpertOutp
         mixture = of_mixture[0].mixture
         if mixture is None or mixture.stacked is None:
             raise NotImplementedError(
-                f"{name} of a HookedTransformer are modules of their own, which no shift is made "
-                "for; use a TransformerBridge"
+                f"{name} are separate modules of a HookedTransformer, which the shift does not "
+                "support; use a TransformerBridge"
             )
         found[name] = ExpertOutputs(
             f"{name}.W_out", of_mixture[0].layer, tuple(of_mixture), mixture, mixture.stacked
@@ -129,16 +129,16 @@ def output_matrices(sites: Iterable[WeightSite]) -> list[WeightSite | ExpertOutp
 
 
 def dense_matrices(matrices: Iterable[WeightSite | ExpertOutputs]) -> list[WeightSite]:
-    """The same, where none is of experts.
+    """Return the matrices unchanged, unless one belongs to experts.
 
     Raises:
-        NotImplementedError: When one is.
+        NotImplementedError: If one belongs to experts.
     """
     dense = []
     for matrix in matrices:
         if isinstance(matrix, ExpertOutputs):
             raise NotImplementedError(
-                f"there are no key statistics of {matrix.name}, in which every token passes other "
+                f"there are no key statistics of {matrix.name}, where tokens use different "
                 "weights; pass a layer without experts, or leave the statistics out"
             )
         dense.append(matrix)

@@ -90,9 +90,9 @@ def forward_pass_shift(
     ignores everything after W_out's own output: a post-norm (Gemma 2 and 3, OLMo 2, GLM-4 ...) acts
     on the shifted output, so steps have another scale there.
 
-    In a mixture of experts, each expert that the token is routed to gets the term of its own input
-    times its routing weight, ``lr * outer(w x, D^T[t])``, so that together they change the output
-    as one matrix with all of these inputs would. Shared experts stay as they are.
+    In a mixture of experts, each expert of the token gets a term with its own input times its
+    routing weight, ``lr * outer(w x, D^T[t])``, so that together they act like one matrix with all
+    of these inputs. Shared experts are unchanged.
 
     Several prompts, or several layers, give one term each, all from the same forward pass.
 

@@ -25,7 +25,7 @@ from tl_backward.sites import Model, Tap, WeightSite, all_modules, occupy
 Places: TypeAlias = tuple[Int[Tensor, "place"], Int[Tensor, "place"]]
 """Indices of texts, and positions in them."""
 Matrix: TypeAlias = WeightSite | ExpertOutputs
-"""A weight, or every expert's ``W_out`` of a layer as one."""
+"""A weight, or the ``W_out`` of all experts of a layer as one matrix."""
 Inputs: TypeAlias = Float[Tensor, "batch pos d_in"] | ExpertInputs
 LEAST_TOLERANCE = 1e-4
 """Tolerance between two float64 runs: transformers computes softmax and norms in float32."""

@@ -169,13 +169,13 @@ class WeightEdit:
 
     @property
     def is_hookable(self) -> bool:
-        """Whether HookPoints are around all of its weights, so that :meth:`fwd_hooks` work."""
+        """Whether all weights have HookPoints, so that :meth:`fwd_hooks` work."""
         sites = [site for site, _ in self.at_sites().values()]
         return all(site.hook_in and site.hook_out for site in sites)
 
     @contextmanager
     def in_effect(self) -> Iterator[ForwardHooks]:
-        """The edit in effect for a run: by the hooks that this gives, or applied if none work."""
+        """Context for a run with the edit: yields its hooks, or applies it if hooks do not work."""
         if self.is_hookable:
             yield self.fwd_hooks()
         else:

@@ -1,8 +1,8 @@
-"""What the lens reads at weights: one vector for each layer and token.
+"""The vectors that the lens reads at weights: one per layer and token.
 
-All experts of a token have their input in common, and their VJPs at ``W_out`` are one vector times
-the routing weights. So the experts of a layer are read together, with those that are shared by all
-tokens, as a dense layer is.
+All experts of a token share their input, and their VJPs at ``W_out`` are one vector times the
+routing weights. So the lens reads the experts of a layer together, including the shared experts,
+like a dense layer.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Vjps = Literal["residual", "output"]
 
 
 class Entry(NamedTuple):
-    """What is read at one weight, or at one kind of weight of all experts of a layer.
+    """The vectors of one weight, or of one kind of weight of all experts of a layer.
 
     Attributes:
-        vectors: What is read in the vocabulary.
-        vjp_norms: The norm of the VJP at the weight's own output; of several experts, of all their
+        vectors: Vectors to read in the vocabulary.
+        vjp_norms: Norm of the VJP at the weight's own output; for several experts, of all their
             VJPs together.
     """
 
@@ -40,25 +40,25 @@ class Entry(NamedTuple):
 def entries_of(
     cache: BackwardCache, names: Sequence[str], kind: str, vjps: Vjps, d_model: int
 ) -> dict[str, Entry]:
-    """What is read at weights of one kind, by what the lens calls it.
+    """The entries of one kind of weight, by label.
 
     Args:
         cache: The cache.
-        names: Names of sites, in the order of the model.
+        names: Names of sites, in model order.
         kind: Their kind.
-        vjps: Whether to read VJPs behind post-norms.
-        d_model: The width of the residual stream.
+        vjps: Whether to read VJPs after post-norms.
+        d_model: Width of the residual stream.
 
     Raises:
-        NotImplementedError: When experts work on vectors of another width.
+        NotImplementedError: If experts work on vectors of another width.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_mixture(cache, name) or name, []).append(name)
     found = {}
-    for name, of_group in groups.items():
+    for name, members in groups.items():
         if name in cache.routings:
-            found[f"{name}.{kind}"] = _of_mixture(cache, name, of_group, kind, vjps, d_model)
+            found[f"{name}.{kind}"] = _of_mixture(cache, name, members, kind, vjps, d_model)
         else:
             norms = stable_norm(cache[name].vjps, dim=-1)
             found[name] = Entry(_at_weight(cache, name, kind, vjps), norms)
@@ -66,7 +66,7 @@ def entries_of(
 
 
 def entry_of_expert(cache: BackwardCache, name: str, vjps: Vjps, d_model: int) -> Entry:
-    """What is read at one expert's matrix; zero at tokens that are not routed to it.
+    """The entry of one expert's matrix; zero at tokens not routed to it.
 
     Raises:
         NotImplementedError: As :func:`entries_of`.
@@ -83,12 +83,12 @@ def entry_of_expert(cache: BackwardCache, name: str, vjps: Vjps, d_model: int) -
 
 
 def _mixture(cache: BackwardCache, name: str) -> str | None:
-    """The mixture that a site's weight is an expert of."""
+    """The mixture that a site's weight belongs to, if any."""
     path = name.rpartition(".")[0]
     if ".experts." in name:
         return path.rpartition(".")[0]
-    beside = path.removesuffix(".shared_experts") + ".experts"
-    return beside if path.endswith(".shared_experts") and beside in cache.routings else None
+    mixture = path.removesuffix(".shared_experts") + ".experts"
+    return mixture if path.endswith(".shared_experts") and mixture in cache.routings else None
 
 
 def _at_weight(cache: BackwardCache, name: str, kind: str, vjps: Vjps) -> Tensor:
@@ -114,8 +114,8 @@ def _of_mixture(
         vectors = routing.vjps
     if vectors.shape[-1] != d_model:
         raise NotImplementedError(
-            f"the experts of {mixture} work on vectors of width {vectors.shape[-1]}, which are "
-            f"none of the residual stream (width {d_model})"
+            f"the experts of {mixture} work on vectors of width {vectors.shape[-1]}, not on the "
+            f"residual stream (width {d_model})"
         )
     norms = stable_norm(routing.vjps, dim=-1) * 0
     for name in names:
@@ -124,7 +124,7 @@ def _of_mixture(
 
 
 def _norms(cache: BackwardCache, name: str, routing: Routing) -> Float[Tensor, "*batch n"]:
-    """The norms of the VJPs at the output of one matrix; 0 where a token does not go there."""
+    """The norms of the VJPs at the output of one matrix; 0 for tokens not routed to it."""
     _, kind, expert = parse_site_name(name)
     if expert is None:
         return stable_norm(cache[name].vjps, dim=-1)

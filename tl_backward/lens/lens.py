@@ -337,7 +337,7 @@ class BackwardLogitLens:
             weight: The kind of weight.
             layer: Its layer; None for an embedding.
             neurons: The index or indices ``j``.
-            expert: Its expert, in a mixture of them.
+            expert: Expert, in a mixture of experts.
             options: As in :meth:`read`.
 
         Raises:
@@ -383,7 +383,7 @@ class BackwardLogitLens:
             raise ValueError(f"layer={layer!r}: {weight} is in {len(layers)} layers; pass one")
         if len(sites) != 1:
             raise ValueError(
-                f"expert={expert!r}: layer {layer} has {len(sites)} weights {weight} of it; see "
+                f"expert={expert!r}: layer {layer} has {len(sites)} weights {weight} for it; see "
                 "weight_sites()"
             )
         return sites[0].name
@@ -502,7 +502,7 @@ def _captured_names(
 def _require_expert(
     found: FoundSites, kinds: Sequence[str], layers: Collection[int] | None, expert: int | None
 ) -> None:
-    """Raise when there is no such expert."""
+    """Raise if the expert does not exist."""
     if expert is None:
         return
     for kind in kinds:

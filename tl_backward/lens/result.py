@@ -27,7 +27,7 @@ class RoutedTokens(NamedTuple):
     """The experts of each token in one layer.
 
     Attributes:
-        experts: Their numbers; -1 behind the end of the shorter ones of several texts.
+        experts: Indices of the experts; -1 at padding after shorter texts.
         weights: The routing weights.
     """
 

@@ -114,7 +114,7 @@ def _table(result: BackwardLensResult, kind: str) -> Table:
 
 
 def _headers(readout: Readout) -> list[str]:
-    """The layers; of several entries in one layer, with what they are of."""
+    """The layers; several entries in one layer also get a name."""
     return [
         str(layer)
         if readout.layers.count(layer) == 1
@@ -124,7 +124,7 @@ def _headers(readout: Readout) -> list[str]:
 
 
 def _experts(result: BackwardLensResult, label: str, j: int) -> list[tuple[int, float]]:
-    """The experts of a token and their weights, the largest first; none of a dense layer."""
+    """The experts of a token and their weights, largest first; none for a dense layer."""
     for name, routed in result.experts.items():
         if label.startswith(f"{name}."):
             pairs = zip(routed.experts[j].tolist(), routed.weights[j].tolist(), strict=True)

@@ -1,7 +1,7 @@
 """Mixtures of experts in a bridge: sites of each expert's matrices, of routers and shared experts.
 
-The experts of one module are read at its boundary, where their common input goes in and the sum of
-their outputs comes out. JetMoe's attention has no such module: there each stack is read by itself.
+The experts of one module are read at its boundary: their common input and the sum of their outputs.
+JetMoe's attention has no such module, so each of its stacks is read separately.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from tl_backward.sites.stacked_experts import ExpertPlan, Matrix, StackedExperts
 from tl_backward.sites.tap import Tap
 
 Linear = Callable[[str, str, int, str | None, Any], Iterator[WeightSite | UnsupportedWeight]]
-"""What makes the site of a linear layer: of its name, kind, layer, component and module."""
+"""Makes the site of a linear layer from its name, kind, layer, component and module."""
 
 SHARED = {
     **{"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"},
     **{"gate": "W_gate", "in": "W_in", "out": "W_out"},
 }
-"""The kinds of a shared expert's linear layers."""
+"""Kinds of a shared expert's linear layers."""
 ROUTER_LAYERS = ("gate", "proj", "layer")
-"""What a router calls its linear layer, if it has one."""
+"""Names of a router's linear layer, if it has one."""
 LOGITS = {"Llama4Router": 1}
-"""Which of a router's outputs its logits are, if not the first."""
+"""Index of the logits among a router's outputs, if not the first."""
 
 
 class Owner(NamedTuple):
     """A part of a block that has experts.
 
     Attributes:
-        path: ``"blocks.5.mlp"``.
-        components: The paths of the block's components, by the ``id`` of what they wrap.
-        experts: The module of the experts.
-        router: That of the router.
-        whole: That of both, whose output is the sum of the experts' where no other is.
+        path: Its path, e.g. ``"blocks.5.mlp"``.
+        components: Paths of the block's components, by the ``id`` of the wrapped module.
+        experts: Module of the experts.
+        router: Module of the router.
+        whole: Module of both; outputs the sum of the experts' outputs if no other module does.
     """
 
     path: str
@@ -62,9 +62,9 @@ def expert_sites(
 
     Args:
         block: The block.
-        layer: Its number.
-        linear: What makes the site of a linear layer.
-        residual_tap: Where what the MLP writes is read behind a post-norm.
+        layer: Its index.
+        linear: Makes the site of a linear layer.
+        residual_tap: Reads the MLP's output after a post-norm.
     """
     for owner in _owners(block, f"blocks.{layer}"):
         yield from _router(owner, layer, linear)
@@ -85,7 +85,7 @@ def _owners(block: Any, path: str) -> Iterator[Owner]:
         whole = _unwrapped(part)
         if type(whole).__name__ == "JetMoeMoE":
             yield Owner(f"{path}.{name}", components, whole, _unwrapped(whole.router), whole)
-        elif _is_decorated(whole) and "router" in parts:  # Gemma 4 has both beside its MLP
+        elif _is_decorated(whole) and "router" in parts:  # Gemma 4 has both next to its MLP
             yield Owner(f"{path}.mlp", components, whole, _unwrapped(parts["router"]), whole)
         elif hasattr(whole, "experts"):
             experts = _unwrapped(whole.experts)
@@ -95,7 +95,7 @@ def _owners(block: Any, path: str) -> Iterator[Owner]:
 
 
 def _components(module: Any, path: str) -> Iterator[tuple[int, str]]:
-    """The paths of the components inside one, by the ``id`` of what they wrap."""
+    """The paths of the components inside a module, by the ``id`` of the wrapped module."""
     for name, child in module._modules.items():
         if name != "_original_component" and _is_component(child):
             yield id(_unwrapped(child)), f"{path}.{name}"
@@ -103,7 +103,7 @@ def _components(module: Any, path: str) -> Iterator[tuple[int, str]]:
 
 
 def _unwrapped(module: Any) -> Any:
-    """The module inside of a bridge's components."""
+    """The module inside a bridge's components."""
     while _is_component(module):
         module = module.original_component
     return module
@@ -114,7 +114,7 @@ def _is_component(module: Any) -> bool:
 
 
 def _is_decorated(module: Any) -> bool:
-    """Whether ``transformers`` runs these experts by any of its implementations."""
+    """Whether ``transformers`` runs these experts with its exchangeable implementations."""
     return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "down_proj"))
 
 
@@ -144,7 +144,7 @@ def _experts(
 
 
 def _plan(module: Any) -> ExpertPlan | None:
-    """What the experts of a module compute; None where that is not known."""
+    """The computation of a module's experts; None if unknown."""
     kind = type(module).__name__
     if _is_decorated(module):
         into = "gate_up_proj" if module.has_gate else "up_proj"
@@ -167,7 +167,7 @@ def _plan(module: Any) -> ExpertPlan | None:
 
 
 def _width(module: Any) -> int:
-    """How many columns the stack of ``W_gate`` and ``W_in`` has."""
+    """Number of columns in the stack of ``W_gate`` and ``W_in``."""
     return module.gate_up_proj.shape[-1 if module.is_transposed else 1]
 
 
@@ -209,14 +209,14 @@ def _stack(module: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _obstacle(module: Any, plan: ExpertPlan) -> str | None:
-    """What keeps the matrices of some experts from having sites."""
+    """Why the matrices of these experts have no sites; None if they have."""
     kind = type(module).__name__
     if getattr(module, "_is_expert_parallel", False):
-        return f"the experts of its {kind} are spread over processes (expert parallelism)"
+        return f"the experts of its {kind} are distributed over processes (expert parallelism)"
     if getattr(module, "has_post_expert_norm", False):
-        return f"its {kind} has a norm behind each expert"
+        return f"its {kind} has a norm after each expert"
     if adapted(module.named_modules()):
-        return f"an adapter of peft is on its {kind}; merge it"
+        return f"its {kind} has a peft adapter; merge it"
     for matrix in plan.matrices.values():
         holder, name = _stack(module, matrix.stack)
         how, stack = recomputation(holder, name), getattr(holder, name)
@@ -263,8 +263,8 @@ def _transposed(matrix: Tensor) -> Tensor:
 
 def _no_tap() -> Tap:
     raise NotImplementedError(
-        "the matrices of single experts are not read at modules of their own; take them from a "
-        "cache of run_with_backward_cache"
+        "the matrices of single experts have no modules of their own to read at; get their factors "
+        "from a cache of run_with_backward_cache"
     )
 
 
@@ -306,15 +306,15 @@ def _mixture(owner: Owner, plan: ExpertPlan, residual_tap: Callable[[], Tap] | N
 
 
 def _llama4_routes(k: int, seen: Mapping[str, Tensor]) -> Routes:
-    """Those of the ``k`` highest scores; all others are zero."""
+    """The routes of the ``k`` highest scores; all other scores are zero."""
     weights, experts = seen["scores"].topk(k, dim=-1)
     return Routes(experts, weights)
 
 
 def _jetmoe_taps(router: nn.Module) -> dict[str, Callable[[], Tap]]:
-    """The router sorts pairs of token and place by expert, and gives their weights in this order.
+    """The taps of JetMoe's router, which sorts pairs of token and place by expert.
 
-    Its logits say how many pairs each expert has: as many as have it among their ``k`` highest.
+    Its weights are in this order. A token's ``k`` highest logits determine its experts.
     """
     return {
         "input": partial(Tap, router, "input"),
@@ -340,7 +340,7 @@ def _jetmoe_rows(seen: Mapping[str, Tensor], expert: int) -> tuple[Tensor, Tenso
 
 
 def _attention_experts(owner: Owner, layer: int) -> Iterator[WeightSite]:
-    """JetMoe's experts in attention: the queries' and the outputs' matrices, each by itself."""
+    """JetMoe's attention experts: the query and output matrices, each read separately."""
     module = owner.experts
     mixture = Mixture(
         f"{owner.path}.experts",
@@ -389,7 +389,7 @@ def _router(owner: Owner, layer: int, linear: Linear) -> Iterator[WeightSite | U
 
 
 def _logits_item(router: Any) -> int | None:
-    """Which of a router's outputs are its logits ``x W + b``, tried on one vector."""
+    """Index of the logits ``x W + b`` among a router's outputs, tested on one vector."""
     weight, item = getattr(router, "weight", None), LOGITS.get(type(router).__name__, 0)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         return None
@@ -415,7 +415,7 @@ def _float_bias(router: Any) -> Tensor | None:
 
 
 def _shared(owner: Owner, layer: int, linear: Linear) -> Iterator[WeightSite | UnsupportedWeight]:
-    """The experts of every token, and what their output is multiplied by."""
+    """The shared experts, which every token uses, and the gate of their output."""
     for attribute in ("shared_experts", "shared_expert"):
         shared = getattr(owner.whole, attribute, None)
         if shared is None:

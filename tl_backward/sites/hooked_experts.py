@@ -62,17 +62,17 @@ def _site(
 
 
 def _routes(mlp: Any, seen: Mapping[str, Tensor]) -> Routes:
-    """The weights of all experts are seen before the highest of them are chosen."""
-    experts, of_all = seen["experts"], seen["weights"]
+    """The routes; the recorded weights cover all experts, before the highest are chosen."""
+    experts, all_weights = seen["experts"], seen["weights"]
     if type(mlp).__name__ == "GptOssMoE":
-        return Routes(experts, of_all.gather(1, experts))
-    weights = of_all.topk(experts.shape[1], dim=-1).values
+        return Routes(experts, all_weights.gather(1, experts))
+    weights = all_weights.topk(experts.shape[1], dim=-1).values
     if getattr(mlp.cfg, "norm_topk_prob", True):  # TransformerLens 2 always does
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return Routes(experts, weights)
 
 
 def _rows(seen: Mapping[str, Tensor], expert: int) -> tuple[Tensor, Tensor]:
-    """What passes an expert are its tokens alone, by their places among the chosen experts."""
+    """An expert sees only its own tokens, ordered by its place among their chosen experts."""
     _, tokens = torch.where(seen["experts"].mT == expert)
     return torch.arange(len(tokens), device=tokens.device), tokens

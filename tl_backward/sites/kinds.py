@@ -5,8 +5,8 @@ from __future__ import annotations
 READ_BY_INPUT = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
 """Kinds that read the residual stream: their inputs ``x_i`` are vectors of it (Eq 9)."""
 ROUTERS = ("W_router", "W_shared_gate")
-"""Kinds of a mixture of experts that read it, too: what a token's experts are chosen by, and what
-the output of those that all tokens share is multiplied by."""
+"""Kinds in a mixture of experts that also read the stream: the router, and the gate of the shared
+experts' output."""
 READ_BY_VJP = ("W_O", "W_out")
 """Kinds that write to it: their VJPs ``delta_i`` are vectors of it (Eq 10)."""
 

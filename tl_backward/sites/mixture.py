@@ -1,4 +1,4 @@
-"""The experts of one layer, and where tokens enter and leave them."""
+"""The experts of one layer, and the places where tokens enter and leave them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tl_backward.sites.tap import Tap
 
 
 class Routes(NamedTuple):
-    """To which experts each token goes, and with what weights.
+    """The experts that each token is routed to, and their weights.
 
     Attributes:
-        experts: The experts of each token.
-        weights: What the output of each of them is multiplied by; in Llama 4, its input.
+        experts: Experts of each token.
+        weights: Factor of each expert's output (in Llama 4, of its input).
     """
 
     experts: Int[Tensor, "token k"]
@@ -27,21 +27,21 @@ class Routes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """The experts of one layer, which all of their matrices' sites refer to.
+    """The experts of one layer; the sites of all their matrices refer to it.
 
     Attributes:
-        name: ``"blocks.5.mlp.experts"``.
-        n_experts: How many there are.
-        taps: What has to be seen in the forward pass, by name; ``"input"`` is what all experts of a
-            token are given.
-        output: Where the sum of what the experts give is read.
-        routes: The routes, from what the taps have seen.
-        stacked: The experts' weights and functions, where they are in one module. The factors of
-            each of them are then computed anew from input and output; else each matrix is read at a
-            module of its own.
-        rows: For a matrix that is read at a module of its own, which of the rows that pass there
-            are those of an expert, and the tokens that they are of.
-        residual_tap: Where the output is read behind a post-norm; None where there is none.
+        name: Its name, e.g. ``"blocks.5.mlp.experts"``.
+        n_experts: Number of experts.
+        taps: Taps to record in the forward pass, by name; ``"input"`` is the input that all experts
+            of a token share.
+        output: Reads the sum of the experts' outputs.
+        routes: Computes the routes from the recorded tensors.
+        stacked: The experts' weights and computation, if they are in one module. The factors of
+            each expert are then recomputed from input and output; otherwise each matrix is read at
+            its own module.
+        rows: For a matrix with its own module, selects the rows of an expert at this module, and
+            the tokens of these rows.
+        residual_tap: Reads the output after a post-norm; None without a post-norm.
     """
 
     name: str

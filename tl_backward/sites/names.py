@@ -14,7 +14,7 @@ class SiteName(NamedTuple):
     Attributes:
         layer: The layer; None outside the blocks.
         kind: The kind of weight.
-        expert: The expert; None for what is of none.
+        expert: The expert; None outside mixtures of experts.
     """
 
     layer: int | None

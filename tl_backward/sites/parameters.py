@@ -61,14 +61,14 @@ def coverage_table(
 
 
 def _without_expert(site: WeightSite) -> str:
-    """What the names of all experts' sites of a kind have in common."""
+    """A site's name with a placeholder for the expert."""
     if site.expert is None:
         return site.name
     return site.name.replace(f".experts.{site.expert}.", ".experts.{}.")
 
 
 def _names(sites: Sequence[WeightSite]) -> str:
-    """The name of a site, or of those of several experts in one."""
+    """The name of a site, or one name for those of several experts."""
     experts = [site.expert for site in sites if site.expert is not None]
     if len(experts) < 2:
         return sites[0].name
@@ -84,9 +84,7 @@ def _reason(
         return f"bias: its gradient is cache.bias_gradient({beside.name!r})"
     if beside and beside.index is not ... and name.endswith("bias"):
         where = _without_expert(beside).rpartition(".")[0].format("e")
-        return (
-            f"biases of experts: cache.bias_gradient('{where}.W_out') is a part of their gradient"
-        )
+        return f"biases of experts: cache.bias_gradient('{where}.W_out') is part of their gradient"
     if "Norm" in kind or ".ln" in name:
         return f"gain or bias of a norm ({kind})"
     if isinstance(module, nn.Conv1d):

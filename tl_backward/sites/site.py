@@ -83,24 +83,24 @@ class WeightSite:
     """Names of other sites whose parameters may share memory with this one, tied or not."""
     expert: int | None = None
     index: Any = field(repr=False, default=...)
-    """What part of the parameter that ``holder`` names is this weight; ``...`` if all of it."""
+    """Index of this weight in the parameter of ``holder``; ``...`` for the whole parameter."""
     mixture: Mixture | None = field(repr=False, default=None)
-    """The experts that this weight is one of."""
+    """The mixture of experts that this weight belongs to."""
     has_inner_output: bool = field(repr=False, default=False)
-    """Whether the module goes on computing with ``y``, as a router with its logits."""
+    """Whether the module itself continues computing with ``y``, like a router with its logits."""
 
     @property
     def hook_points(self) -> tuple[str, str]:
         """``hook_in`` and ``hook_out``.
 
         Raises:
-            NotImplementedError: When there is none on one side.
+            NotImplementedError: If one of them does not exist.
         """
         if self.hook_in is None or self.hook_out is None:
             why = (
                 "has no HookPoint on both sides of it"
                 if self.expert is None
-                else "is a matrix of one expert, and no HookPoint shows what goes in and out there"
+                else "is a matrix of one expert, whose input and output have no HookPoints"
             )
             raise NotImplementedError(
                 f"{self.name} {why}, so hooks cannot change it; apply() the edit to the weight"

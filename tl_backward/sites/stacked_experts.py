@@ -1,4 +1,4 @@
-"""Experts whose weights are stacked in parameters of one module, and the factors of each."""
+"""Experts whose weights are stacked in parameters of one module, and their factors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tl_backward._precision import full_precision
 
 
 class Matrix(NamedTuple):
-    """Where a kind of weight is in the stack.
+    """The place of a kind of weight in a stack.
 
     Attributes:
-        stack: The path of the parameter, from the module on.
-        columns: Its columns there, of ``[expert, d_in, columns]``.
-        bias: The path of its bias, likewise; None where there is none.
+        stack: Path of the parameter, relative to the module.
+        columns: Its columns in ``[expert, d_in, columns]``.
+        bias: Path of its bias, likewise; None if there is none.
     """
 
     stack: str
@@ -33,12 +33,12 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """What each expert computes: ``activate(x W_gate, x W_in) W_out``, with its biases.
+    """The computation of each expert: ``activate(x W_gate, x W_in) W_out``, with biases.
 
     Attributes:
-        matrices: Where each kind of weight is: ``W_gate``, if there is one, ``W_in`` and ``W_out``.
-        activate: ``activate(module, a)`` is what becomes of ``a``, the columns of ``W_gate`` and
-            ``W_in`` as they are stacked.
+        matrices: Place of each kind of weight: ``W_gate``, if there is one, ``W_in`` and ``W_out``.
+        activate: ``activate(module, a)`` maps ``a``, the stacked outputs of ``W_gate`` and
+            ``W_in``, to the input of ``W_out``.
         is_out_in: Whether the stacks are ``[expert, d_out, d_in]``.
         scales_input: Whether the routing weight multiplies an expert's input, not its output.
     """
@@ -63,14 +63,14 @@ class ExpertPlan:
         weights: Float[Tensor, "row"],
         delta: Float[Tensor, "row d_out"],
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Inputs and VJPs of each of an expert's matrices, for the tokens that are routed to it.
+        """Inputs and VJPs of each of an expert's matrices, for the tokens routed to it.
 
         Args:
             module: The module.
             expert: The expert.
-            h: What the experts of these tokens are given.
+            h: Inputs of the experts for these tokens.
             weights: The routing weights.
-            delta: VJPs at the sum of what the experts give.
+            delta: VJPs at the sum of the experts' outputs.
         """
         W_out = self._whole(module, self.matrices["W_out"].stack, expert)
         of_row = rearrange(weights, "row -> row 1")
@@ -93,7 +93,7 @@ class ExpertPlan:
         h: Float[Tensor, "row d_in"],
         weights: Float[Tensor, "row"],
     ) -> Float[Tensor, "row d_mlp"]:
-        """The vectors that an expert's ``W_out`` is multiplied by, times the routing weights."""
+        """The inputs of an expert's ``W_out``, times the routing weights."""
         of_row = rearrange(weights, "row -> row 1")
         with full_precision(h.device):
             inner = self._inner(module, expert, h, of_row)[-1].detach()
@@ -106,7 +106,7 @@ class ExpertPlan:
         h: Float[Tensor, "row d_in"],
         of_row: Float[Tensor, "row 1"],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs of W_in, what comes out of it and of W_gate, and the inputs of W_out."""
+        """The inputs of W_in, the outputs of W_in and W_gate, and the inputs of W_out."""
         into = self.matrices["W_in"]
         W_in = self._whole(module, into.stack, expert)
         x = (of_row * h if self.scales_input else h).to(W_in.dtype)
@@ -125,9 +125,9 @@ class StackedExperts:
     """The experts of one module.
 
     Args:
-        name: ``"blocks.5.mlp.experts"``.
-        module: The module that holds the stacks, and what the plan's function needs.
-        plan: What each expert computes.
+        name: Name of the mixture, e.g. ``"blocks.5.mlp.experts"``.
+        module: The module that holds the stacks and that the plan's functions use.
+        plan: The computation of each expert.
     """
 
     def __init__(self, name: str, module: nn.Module, plan: ExpertPlan) -> None:
@@ -140,15 +140,15 @@ class StackedExperts:
         return self.plan.keys(self.module, expert, h, weights)
 
     def remembered(self) -> RememberedExperts:
-        """The experts as they are now."""
+        """The experts with their current weights."""
         return RememberedExperts(self)
 
 
 class RememberedExperts:
-    """Experts as they were in a run. The module itself is not kept alive.
+    """Experts with their weights of a run, without keeping the module alive.
 
     Args:
-        experts: The experts, as they are now.
+        experts: The experts with their current weights.
     """
 
     def __init__(self, experts: StackedExperts) -> None:
@@ -167,8 +167,8 @@ class RememberedExperts:
         """As :meth:`ExpertPlan.factors`, on the device of ``h``.
 
         Raises:
-            RuntimeError: When the model is gone, or its weights are no longer those of the run.
-            NotImplementedError: When the weights are offloaded.
+            RuntimeError: If the model is gone, or its weights changed after the run.
+            NotImplementedError: If the weights are offloaded.
         """
         module = self._unchanged()
         device = attrgetter(self._plan.matrices["W_in"].stack)(module).device
@@ -178,7 +178,7 @@ class RememberedExperts:
 
     def _unchanged(self) -> nn.Module:
         module = self._module()
-        what = f"the factors of {self._name} are made from the model's weights when asked for, and"
+        what = f"the factors of {self._name} are computed from the model's weights on access, but"
         if module is None:
             raise RuntimeError(f"{what} the model is gone; keep it, or save() the cache before")
         for path, content in self._contents.items():
@@ -187,7 +187,7 @@ class RememberedExperts:
                 raise NotImplementedError(f"{what} these are offloaded")
             if not content.is_that_of(stack):
                 raise RuntimeError(
-                    f"{what} these have changed since the run; capture it again, revert the edit, "
-                    "or ask for the factors before the weights are changed"
+                    f"{what} these changed after the run; capture again, revert the edit, or "
+                    "access the factors before changing the weights"
                 )
         return module

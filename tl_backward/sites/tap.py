@@ -1,4 +1,4 @@
-"""Where a tensor is read in the forward pass."""
+"""Taps: places to read a tensor in the forward pass."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import nn
 
 
 class Tap(NamedTuple):
-    """A module and the side of it at which a tensor passes.
+    """A module and one of its sides, where a tensor is read.
 
-    At a HookPoint the tensor passes outside of the hooks on it. At any other module it passes
-    inside of them, where the module itself takes its input and gives its output.
+    At a HookPoint, the tensor is read outside the hooks on it. At any other module, it is read
+    inside the hooks, at the module's own input or output.
 
     Attributes:
         module: The module.
-        side: On which side of it.
-        item: Which of its arguments it is, or of several outputs, counted from 0.
+        side: Its side.
+        item: Index among its arguments, or among several outputs.
     """
 
     module: nn.Module
@@ -25,7 +25,7 @@ class Tap(NamedTuple):
 
     @property
     def is_outside_of_hooks(self) -> bool:
-        """Whether it is at a HookPoint."""
+        """Whether the tap is at a HookPoint."""
         from transformer_lens.hook_points import HookPoint
 
         return isinstance(self.module, HookPoint)

@@ -61,13 +61,13 @@ def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
 
 
 def _are_parts(sites: Sequence[WeightSite]) -> bool:
-    """Whether some sites are different parts of one parameter, as the matrices of experts are."""
+    """Whether the sites are different parts of one parameter, like the matrices of experts."""
     indices = [repr(site.index) for site in sites if site.index is not ...]
     return len(indices) == len(set(indices)) == len(sites)
 
 
 def _overlapping(parameters: dict[str, Tensor]) -> dict[str, list[str]]:
-    """By name those of some parameters in one storage between whose ends a part of it may be."""
+    """For each parameter in one storage, the others whose extents overlap with it."""
     order = {name: number for number, name in enumerate(parameters)}
     extents = {name: _extent_in_bytes(parameter) for name, parameter in parameters.items()}
     found: dict[str, list[str]] = {name: [] for name in parameters}
@@ -111,7 +111,7 @@ def told_apart(
 
 
 def _place(site: WeightSite) -> tuple[int, str, str]:
-    """The module, the attribute and the part of it that are a weight."""
+    """The module, attribute and index that identify a weight."""
     module, attribute = site.holder
     return id(module), attribute, repr(site.index)
 
@@ -189,7 +189,7 @@ def _extent(parameter: Tensor) -> tuple[int, int]:
 
 
 def _extent_in_bytes(parameter: Tensor) -> tuple[int, int]:
-    """The same in bytes; of a subclass, whose memory is not its own, as if it were all there is."""
+    """The same in bytes; for a tensor subclass, a dummy extent that overlaps with all others."""
     if type(parameter.data) is not Tensor:
         return 0, 1
     first, end = _extent(parameter)

@@ -261,7 +261,7 @@ def _in_its_place(block: Any) -> str | None:
 def _linear(
     name: str, kind: str, layer: int | None, path: str | None, whole: Any
 ) -> Iterator[WeightSite | UnsupportedWeight]:
-    """A linear layer, and the LoRA adapters beside it; ``path`` is that of the HookPoints."""
+    """A linear layer and its LoRA adapters; ``path`` is the path of its HookPoints."""
     module = base_layer(whole)
     reason = not_plain_lora(whole) or _not_affine(module)
     if reason is not None:
@@ -272,7 +272,7 @@ def _linear(
 
 
 def _hooks(path: str | None) -> tuple[str | None, str | None]:
-    """The HookPoints before and after a component, if it is one."""
+    """The HookPoints of a component, or None without a component."""
     return (None, None) if path is None else (f"{path}.hook_in", f"{path}.hook_out")
 
 
@@ -354,7 +354,7 @@ def _behind_mlp(block: Any) -> Callable[[], Tap] | None:
 
 
 def _behind(block: Any, hook: str) -> Callable[[], Tap] | None:
-    """Where what enters the residual stream at a HookPoint comes out of a post-norm, if it does."""
+    """The tap after a post-norm that feeds a HookPoint of the residual stream, if there is one."""
     norm = block._modules.get(str(block.hook_aliases.get(hook)).partition(".")[0])
     return (lambda: Tap(norm.hook_out, "input")) if hasattr(norm, "hook_normalized") else None
 
