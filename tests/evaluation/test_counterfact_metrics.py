@@ -108,7 +108,7 @@ MALFORMED = [
     (changed("requested_rewrite"), "requested_rewrite is missing"),
     (changed("requested_rewrite", "Paris"), "requested_rewrite must be an object, got 'Paris'"),
     (changed("requested_rewrite.subject"), "requested_rewrite.subject is missing"),
-    (changed("requested_rewrite.subject", 3), "requested_rewrite.subject must be a text, got 3"),
+    (changed("requested_rewrite.subject", 3), "requested_rewrite.subject must be text, got 3"),
     (changed("requested_rewrite.prompt", "plays"), "requested_rewrite.prompt must have one {}"),
     (changed("requested_rewrite.prompt", "{} and {}"), "requested_rewrite.prompt must have one"),
     (changed("requested_rewrite.relation_id"), "requested_rewrite.relation_id is missing"),
@@ -162,7 +162,7 @@ def test_other_bad_input(tmp_path):
         load_records(tmp_path / "missing.json")
     with pytest.raises(FileNotFoundError):
         wikitext_lines(tmp_path / "missing.txt")
-    with pytest.raises(ValueError, match="n is 0"):
+    with pytest.raises(ValueError, match="n must be at least 1"):
         load_records(written(tmp_path / "facts.json", [ENTRY]), 0)
 
 

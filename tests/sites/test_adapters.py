@@ -528,9 +528,9 @@ def test_an_adapter_on_the_unembedding(tokenizer):
     """No single matrix makes the logits then, and the lens would leave the adapter out."""
     bridge, peft_model = adapted(tokenizer, target_modules=["lm_head"])
     lens = tlb.BackwardLogitLens(bridge)
-    with pytest.raises(NotImplementedError, match=r"unembed\.W_U has the adapter 'default' beside"):
+    with pytest.raises(NotImplementedError, match=r"unembed\.W_U has the adapter 'default', so"):
         lens(PROMPT, TARGET)
-    with pytest.raises(NotImplementedError, match=r"unembed\.W_U has the adapter 'default' beside"):
+    with pytest.raises(NotImplementedError, match=r"unembed\.W_U has the adapter 'default', so"):
         forward_pass_shift(bridge, PROMPT, TARGET, layer=1, lr=0.1)
     layer = bridge.unembed.original_component
     whole = layer.base_layer.weight + layer.get_delta_weight("default")
