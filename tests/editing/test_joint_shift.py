@@ -137,7 +137,7 @@ def test_a_search_that_fails_has_the_best_it_found(boot):
     [
         ({"layer": "auto"}, 'layer="auto" does not work with joint=True'),
         ({"ridge": -1.0}, "ridge must be"),
-        ({"ridge": 1.0, "joint": False}, "ridge is for joint=True"),
+        ({"ridge": 1.0, "joint": False}, "ridge is only for joint=True"),
         ({"value": "mean"}, "value must be"),
         ({"prompt": [PROMPTS[0], PROMPTS[0]], "target": [5, 6]}, "do not tell its facts apart"),
     ],

@@ -177,7 +177,7 @@ def test_statistics_that_do_not_fit(models):
     x = inputs(model, 1)[:1]
     with pytest.raises(ValueError, match=r"statistics has no entry for blocks.0.mlp.W_out"):
         few.whitened(name_of(0), x)
-    with pytest.raises(ValueError, match=r"is singular with ridge=0.0; take a larger ridge"):
+    with pytest.raises(ValueError, match=r"is singular with ridge=0.0; use a larger ridge"):
         few.whitened(name_of(1), x)
     with pytest.raises(ValueError, match=r"statistics has no entry for blocks.0.mlp.W_out"):
         tlb.editing.forward_pass_shift(
