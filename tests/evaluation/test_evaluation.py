@@ -212,7 +212,7 @@ def test_tokens_that_the_tokenizer_joins(models, monkeypatch, tmp_path):
 def test_a_prefix_longer_than_the_context(model):
     prompt = "in " * 31 + "in"
     tokenised(model, prompt, ["Paris"])
-    with pytest.raises(ValueError, match=r"has 32 tokens and a target has 2, more .* context of 32"):
+    with pytest.raises(ValueError, match=r"has 32 tokens and a target has 2, more .* of 32"):
         tokenised(model, prompt, ["Paris", "Eiffel Tower"])
     with pytest.raises(ValueError, match="rows has 1 entries, but there are 2 prefixes"):
         score_targets(model, [tokenised(model, "in", ["Paris"])] * 2, rows=[-1])
