@@ -88,17 +88,27 @@ def shared() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session")
-def models(boot, shared):
-    """A function that makes a tiny model of a name from ``MODELS``, the same in every test."""
+def make_model(boot):
+    """A function that makes a tiny model of a name from ``MODELS``."""
+
+    def model(name):
+        cls, kind, *compatibility = name.split("-")
+        made = build(**LIKE[kind]) if cls == "hooked" else boot(kind)
+        if compatibility:
+            made.enable_compatibility_mode(disable_warnings=True)
+        made(torch.tensor([[1, 2]]))  # a bridge adds hooks to its norms at its first forward pass
+        return made
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def models(make_model, shared):
+    """A function that gives the tiny model of a name from ``MODELS``, the same in every test."""
 
     def model(name):
         if name not in shared:
-            cls, kind, *compatibility = name.split("-")
-            made = build(**LIKE[kind]) if cls == "hooked" else boot(kind)
-            if compatibility:
-                made.enable_compatibility_mode(disable_warnings=True)
-            # a bridge adds hooks to its norms at its first forward pass
-            made(torch.tensor([[1, 2]]))
+            made = make_model(name)
             shared[name] = made, state_of_model(made)
         return shared[name][0]
 

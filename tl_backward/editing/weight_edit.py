@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from tl_backward import tensor_files
 from tl_backward._fingerprint import fingerprint
 from tl_backward._precision import stable_norm, upcast
+from tl_backward.editing._difference import difference_factors
 from tl_backward.editing._low_rank_hooks import (
     ForwardHooks,
     low_rank_hooks,
@@ -97,6 +98,48 @@ class WeightEdit:
             self._require_fitting_sites()
             self._sharers = {name: self._sites_in_memory_of(name) for name in self.factors}
             self._borne = {name: self._standing_changes(name) for name in self.factors}
+
+    @classmethod
+    def from_difference(
+        cls,
+        base: Model,
+        tuned: Model,
+        weights: str | Iterable[str] | None = None,
+        layers: int | Iterable[int] | None = None,
+        rank: int | float = 8,
+    ) -> WeightEdit:
+        """What a fine-tune wrote: the leading singular directions of ``W_tuned - W_base``.
+
+        One weight at a time is compared, so that memory holds three matrices of a weight's shape
+        at most. The decomposition is randomised where the matrix is large, and the same each time.
+
+        Args:
+            base: The model before; the edit is bound to it.
+            tuned: The model after: the same architecture, shapes, tokens and processing of weights.
+            weights: Kinds of weights, as in :func:`tl_backward.weight_sites`. Default: all.
+            layers: Layers. Default: all.
+            rank: How many directions of each weight to keep, or the share of its energy (squared
+                Frobenius norm) that they have at least, in (0, 1).
+
+        Returns:
+            The edit. ``edit.report`` has every weight's norm and the share of the energy that was
+            left out, and the parameters outside of the sites (norms, biases) that differ, too.
+            Weights that do not differ are not in the edit.
+
+        Raises:
+            TypeError: When one is no TransformerLens model.
+            ValueError: When the models have other sites, shapes, ties, tokens, architectures or
+                processed weights, when a value is not finite, or the rank is out of range.
+            NotImplementedError: When a weight is quantised or offloaded.
+
+        Warns:
+            UserWarning: When parameters differ that no edit can hold.
+
+        Example:
+            >>> edit = WeightEdit.from_difference(base, tuned, rank=4)
+            >>> pd.DataFrame(edit.report.sites).nlargest(5, "norm")
+        """
+        return cls(base, *difference_factors(base, tuned, weights, layers, rank))
 
     def __repr__(self) -> str:
         terms = ", ".join(f"{name}: rank <= {len(g.vjps)}" for name, g in self.factors.items())

@@ -55,6 +55,7 @@ __all__ = [
     "lazy_hook_points",
     "left_padding_obstacle",
     "occupy",
+    "parameters_without_site",
     "remove_hook_points",
     "require_eval_mode",
     "require_model",
@@ -174,6 +175,24 @@ def coverage(model: Model) -> pd.DataFrame:
     return coverage_table(
         backend.named_parameters(model), found.sites, reasons | backend.reasons(model)
     )
+
+
+def parameters_without_site(model: Model) -> dict[str, tuple[Tensor, str]]:
+    """By name, the parameters in use that no site reads, and why they have none.
+
+    Raises:
+        TypeError, NotImplementedError: For other models, as :func:`weight_sites`.
+    """
+    backend = _backend(model)
+    rows = coverage(model).set_index("parameter")
+    computed = (site.recomputed for site in find_sites(model).sites)
+    elsewhere = {id(source) for how in computed if how for source in how.sources}
+    elsewhere |= backend.unused_parameters(model).keys()
+    return {
+        name: (parameter, str(rows.reason[name]))
+        for name, _, parameter in backend.named_parameters(model)
+        if not isinstance(rows.site[name], str) and id(parameter) not in elsewhere
+    }
 
 
 def all_parameters(model: Model) -> Iterator[Tensor]:

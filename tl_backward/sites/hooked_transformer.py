@@ -118,6 +118,11 @@ def reasons(model: Any) -> dict[int, str]:
     return found
 
 
+def unused_parameters(model: Any) -> dict[int, str]:
+    """None: the forward pass uses the parameters themselves."""
+    return {}
+
+
 def lazy_hook_points(model: Any) -> list[str]:
     """None: the model calls every HookPoint."""
     return []

@@ -65,6 +65,9 @@ class Backend(Protocol):
     def reasons(self, model: Any) -> dict[int, str]:
         """Class-specific reasons why parameters have no site, by ``id``."""
 
+    def unused_parameters(self, model: Any) -> dict[int, str]:
+        """The parameters, by ``id``, of which the forward pass uses copies, and what copies."""
+
     def modules(self, model: Any) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the forward pass, with its name."""
 

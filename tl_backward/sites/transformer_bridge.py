@@ -442,6 +442,11 @@ def named_parameters(model: Any) -> Iterator[NamedParameter]:
 
 def reasons(model: Any) -> dict[int, str]:
     """Why parameters have no site, by ``id``: those of which a processed copy is in use."""
+    return unused_parameters(model)
+
+
+def unused_parameters(model: Any) -> dict[int, str]:
+    """The parameters, by ``id``, of which the forward pass uses copies, and what copies."""
     unused = [*_copied(model)]
     for _, module in modules(model):
         why = "peft has copies of this layer for its adapters, and another copy is in use"
