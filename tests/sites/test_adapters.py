@@ -8,12 +8,12 @@ import warnings
 import peft
 import pytest
 import torch
-from helpers.bridges import tiny_config
+from helpers.adapters import RANK, SCALING, adapted, boot, config, hf_model, randomised
 from helpers.families import FAMILIES, make
 from helpers.gradients import gradient_of_parameter, reference_loss, relative_error
 from helpers.texts import PROMPT, TARGET
 from helpers.versions import NO_BRIDGE
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import tl_backward as tlb
@@ -26,46 +26,6 @@ TransformerBridge = pytest.importorskip(
 ).TransformerBridge
 
 TOKENS, TARGET_ID = torch.tensor([[3, 9, 1, 17, 5, 11, 2]]), 5
-ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
-TARGETS = {"llama": [*ATTENTION, *MLP], "gpt2": ["attn.c_proj", "c_fc", "mlp.c_proj"]}
-RANK, SCALING = 3, 5 / 3
-
-
-def hf_model(tokenizer, kind="llama"):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.config.architectures = [type(model).__name__]
-    return model.double().eval()
-
-
-def boot(model, tokenizer):
-    return TransformerBridge.boot_transformers(
-        model.config.model_type, hf_model=model, tokenizer=tokenizer, dtype=torch.float64
-    )
-
-
-def config(kind="llama", **settings):
-    defaults = {"r": RANK, "lora_alpha": 5, "target_modules": TARGETS[kind]}
-    return LoraConfig(**defaults | {"fan_in_fan_out": kind == "gpt2"} | settings)
-
-
-def randomised(peft_model):
-    """Untrained adapters do nothing: their B is zero."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            random = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data = (0.2 * random).to(parameter)
-    return peft_model.double().eval()
-
-
-def adapted(tokenizer, kind="llama", **settings):
-    """A bridge with an adapter on every linear layer, and the model of peft around it."""
-    peft_model = randomised(get_peft_model(hf_model(tokenizer, kind), config(kind, **settings)))
-    return boot(peft_model.get_base_model(), tokenizer), peft_model
 
 
 @pytest.fixture

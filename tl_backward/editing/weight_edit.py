@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from tl_backward import tensor_files
 from tl_backward._fingerprint import fingerprint
 from tl_backward._precision import stable_norm, upcast
 from tl_backward.editing._difference import difference_factors
+from tl_backward.editing._export import export_model
+from tl_backward.editing._lora import adapter_factors
 from tl_backward.editing._low_rank_hooks import (
     ForwardHooks,
     low_rank_hooks,
@@ -140,6 +142,38 @@ class WeightEdit:
             >>> pd.DataFrame(edit.report.sites).nlargest(5, "norm")
         """
         return cls(base, *difference_factors(base, tuned, weights, layers, rank))
+
+    @classmethod
+    def from_peft(cls, model: Model, adapter: Any) -> WeightEdit:
+        """What a LoRA adapter of ``peft`` adds to the weights: exact, and without merging it.
+
+        Scales, patterns of ranks and scales, rank-stabilised scales and embeddings are heeded; of
+        a ``PeftModel`` with several active adapters the edit is their sum. An adapter of a fused
+        weight (QKV, gate and up) becomes an edit of each part.
+
+        Args:
+            model: A ``TransformerBridge`` of the base model, with raw weights.
+            adapter: The adapter's folder, its safetensors file (with the config beside it), or a
+                ``PeftModel``, whose active adapters are read.
+
+        Returns:
+            The edit; its ``report`` has the scale of every module.
+
+        Raises:
+            TypeError: When it is none of these, or the model no TransformerLens model.
+            FileNotFoundError: When there is no such adapter.
+            ValueError: When the model has no such module, another shape, processed weights, or the
+                adapter already; and when a file is damaged.
+            NotImplementedError: For a ``HookedTransformer``; for adapters that are more than two
+                matrices beside a weight (DoRA, biases, ``modules_to_save`` ...); and where a module
+                has no site (quantised weights, say) or shares its weight with another.
+
+        Example:
+            >>> edit = WeightEdit.from_peft(model, "adapters/my-lora")
+            >>> with edit.applied():
+            ...     model.generate("Lionel Messi plays for")
+        """
+        return cls(model, *adapter_factors(model, adapter))
 
     def __repr__(self) -> str:
         terms = ", ".join(f"{name}: rank <= {len(g.vjps)}" for name, g in self.factors.items())
@@ -364,6 +398,31 @@ class WeightEdit:
             },
         }
         return tensor_files.write(Path(path), KIND, tree)
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the edited model as a Hugging Face checkpoint, with its tokenizer.
+
+        ``AutoModelForCausalLM.from_pretrained(folder)`` loads it. The model itself is as it was
+        afterwards.
+
+        Args:
+            folder: Where to write; it is made if it is not there.
+
+        Returns:
+            The same folder.
+
+        Raises:
+            NotImplementedError: For a ``HookedTransformer``, processed weights and adapters, which
+                are no part of a checkpoint; and as :meth:`apply`.
+            ValueError, OSError: As :meth:`apply`, and when the folder cannot be written.
+
+        Example:
+            >>> edit.export("edited")
+            >>> AutoModelForCausalLM.from_pretrained("edited")
+        """
+        model = self._require_model()
+        with nullcontext() if self.is_applied else self.applied():
+            return export_model(model, Path(folder))
 
     @classmethod
     def load(cls, path: str | Path, model: Model | None = None) -> WeightEdit:
