@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_backward import tensor_files
 from tl_backward._fingerprint import fingerprint
+from tl_backward._integers import is_integer
 from tl_backward._precision import stable_norm, upcast
 from tl_backward.editing._difference import difference_factors
 from tl_backward.editing._export import export_model
@@ -28,10 +29,11 @@ from tl_backward.editing._low_rank_hooks import (
     with_hook_points,
 )
 from tl_backward.editing._made_for import MadeFor, fingerprints, model_name
+from tl_backward.editing._summary import EditSummary, summary_of
 from tl_backward.editing._weight_change import WeightChanges, standing_changes
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import Model, WeightSite, weight_sites
-from tl_backward.sites.kinds import reads_stream, writes_stream
+from tl_backward.sites.kinds import is_read_by_input, require_beside_the_stream
 from tl_backward.sites.names import parse_site_name
 from tl_backward.sites.ties import is_same_matrix, is_transposed, rearranged, shares_memory
 
@@ -317,8 +319,8 @@ class WeightEdit:
         """
         vectors, labels = [], []
         for name, g in self.factors.items():
-            _require_beside_the_stream(name)
-            terms = g.inputs if _is_read_by_input(name) else g.vjps
+            require_beside_the_stream(name)
+            terms = g.inputs if is_read_by_input(parse_site_name(name).kind) else g.vjps
             vectors += [upcast(term) for term in terms]
             labels += [f"{name} term {i}" for i in range(len(terms))]
         if not vectors:
@@ -350,6 +352,16 @@ class WeightEdit:
             edit.made_for = self.made_for or other.made_for
         return edit
 
+    def __sub__(self, other: WeightEdit) -> WeightEdit:
+        """This edit without another one, such as one of its directions.
+
+        Raises:
+            ValueError: As for sums.
+        """
+        if not isinstance(other, WeightEdit):
+            return NotImplemented
+        return self + -1 * other
+
     def __mul__(self, scalar: int | float | Float[Tensor, ""]) -> WeightEdit:
         """The edit times a number; scales the vectors that :meth:`residual_vectors` omits.
 
@@ -359,12 +371,71 @@ class WeightEdit:
         if isinstance(scalar, Real | Tensor) and not math.isfinite(scalar):
             raise ValueError(f"an edit can only be multiplied by a finite number, got {scalar}")
         factors = {
-            name: g * scalar if _is_read_by_input(name) else (g.T * scalar).T
+            name: g * scalar if is_read_by_input(parse_site_name(name).kind) else (g.T * scalar).T
             for name, g in self.factors.items()
         }
         return self._with(factors)
 
     __rmul__ = __mul__
+
+    def truncate(self, k: int) -> WeightEdit:
+        """The nearest edit with at most ``k`` singular directions at every site.
+
+        Raises:
+            ValueError: When ``k`` is no positive integer.
+        """
+        if not is_integer(k) or k < 1:
+            raise ValueError(f"k must be a positive integer, got {k!r}")
+        return self._with(
+            {name: g.truncate(min(k, len(g.vjps), *g.shape)) for name, g in self.factors.items()}
+        )
+
+    def direction(self, site: str, number: int = 0) -> WeightEdit:
+        """One singular direction of one weight, as an edit of its own.
+
+        Args:
+            site: The site's name.
+            number: Which one: 0 has the largest singular value.
+
+        Raises:
+            KeyError: When the edit does not change that weight.
+            ValueError: When it has fewer directions there.
+
+        Example:
+            >>> name = next(iter(edit.factors))
+            >>> without_it = edit - edit.direction(name)
+        """
+        if site not in self.factors:
+            raise KeyError(f"{site!r} is not in this edit; it changes {', '.join(self.factors)}")
+        U, S, Vh = self.factors[site].svd()
+        if not is_integer(number) or not 0 <= number < len(S):
+            raise ValueError(f"number must be an integer in [0, {len(S) - 1}], got {number!r}")
+        i = slice(number, number + 1)
+        return self._with({site: GradientFactors((U[:, i] * S[i]).mT, Vh[i])})
+
+    def summary(self, k: int = 3) -> EditSummary:
+        """Where the norm sits, effective ranks, and the tokens that come up most.
+
+        Args:
+            k: How many directions of each weight are read.
+
+        Returns:
+            Two data frames. ``sites``: one row for each weight, the largest norm first, with the
+            columns ``site, weight, layer, norm``, ``energy_share`` (of the whole edit's squared
+            norm), ``rank`` (numerical), ``effective_rank`` (the exponential of the entropy of the
+            directions' shares) and ``top``, ``bottom``: the tokens at both ends of its first
+            direction. ``tokens``: one row for each token that is among the first five at an end of
+            a direction, with ``n_directions`` and ``energy_share``: the share of the whole edit's
+            energy in these directions, the largest first.
+
+        Raises:
+            ValueError: When the edit is bound to no model or empty, or a weight has the residual
+                stream on neither side.
+
+        Example:
+            >>> edit.summary().tokens.head(10)
+        """
+        return summary_of(self._require_model(), self, k)
 
     def save(self, path: str | Path) -> Path:
         """Write the edit to one safetensors file, with fingerprints of the weights it edits.
@@ -559,17 +630,3 @@ def _seen_from(other: WeightSite, site: WeightSite, update: GradientFactors) -> 
         return update.T
     matrix = rearranged(update.dense(), site, other)
     return GradientFactors(torch.eye(len(matrix)).to(matrix), matrix)
-
-
-def _is_read_by_input(name: str) -> bool:
-    """Whether the weight's input is in the residual stream."""
-    kind = parse_site_name(name).kind
-    return reads_stream(kind) or kind == "W_U"
-
-
-def _require_beside_the_stream(name: str) -> None:
-    kind = parse_site_name(name).kind
-    if not (reads_stream(kind) or writes_stream(kind) or kind in ("W_E", "W_pos", "W_U")):
-        raise ValueError(
-            f"{name} neither reads nor writes the residual stream, so it has no readout"
-        )

@@ -35,6 +35,13 @@ from tl_backward.lens._selection import (
 )
 from tl_backward.lens._targets import Targets, TargetTokens, targets_for
 from tl_backward.lens._vocabulary import ReturnType
+from tl_backward.lens.edits import (
+    EditReadout,
+    Factored,
+    directions_of,
+    edit_readout,
+    label_of,
+)
 from tl_backward.lens.readout import Readout, is_forward, is_weight_kind
 from tl_backward.lens.result import BackwardLensResult, RoutedTokens
 from tl_backward.sites import FoundSites, Model, find_sites, layer_numbers, require_model
@@ -317,6 +324,36 @@ class BackwardLogitLens:
             raise ValueError(f"k must be an integer in [1, {len(S)}], got {k!r}")
         vectors = U.mT[:k] if reads_stream(weight) else Vh[:k]
         return self.read(vectors, [f"{name} singular {i}" for i in range(k)], **options)
+
+    def edit(self, edit: Factored, k: int = 3, **options: Unpack[ReadKeywords]) -> EditReadout:
+        """The leading singular directions of an edit at every site, at both ends.
+
+        Args:
+            edit: A :class:`WeightEdit`: a fine-tune's difference, an adapter, an optimiser step.
+            k: How many directions of each weight; fewer where its rank is lower.
+            options: As in :meth:`read`.
+
+        Returns:
+            The readout, with a data frame, a figure and a page; :class:`EditReadout` says which end
+            goes with which input.
+
+        Raises:
+            ValueError: When the edit is empty, not finite or of another model, when one of its
+                weights has the residual stream on neither side, and as :meth:`read`.
+
+        Example:
+            >>> lens.edit(edit).to_dataframe().query("k == 0")
+        """
+        directions, norms = directions_of(self.model, find_sites(self.model), edit, k)
+        if not directions:
+            raise ValueError("edit: it adds exactly zero, so there is nothing to read")
+        device = directions[0].vector.device
+        readout = self.read(
+            torch.stack([one.vector.to(device) for one in directions]),
+            [label_of(one) for one in directions],
+            **options,
+        )
+        return edit_readout(directions, norms, readout, options.get("return_type", "log_probs"))
 
     def neurons(
         self,

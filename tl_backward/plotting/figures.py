@@ -28,10 +28,7 @@ SHOWN_CHARACTERS = 10
 
 def lens_figure(shown: LensTables, kind: str, weight: str) -> Figure:
     """The figure of one kind; see :meth:`BackwardLensResult.plot`."""
-    try:
-        import plotly.graph_objects  # noqa: F401
-    except ImportError as error:
-        raise ImportError("figures need plotly: pip install 'tl-backward[plot]'") from error
+    require_plotly()
     if kind not in ("table", "ranks", "norms", "forward_and_backward"):
         raise ValueError(
             f"kind must be 'table', 'ranks', 'norms' or 'forward_and_backward', got {kind!r}"
@@ -48,6 +45,18 @@ def lens_figure(shown: LensTables, kind: str, weight: str) -> Figure:
     if "forward" not in shown.tables:
         raise ValueError("kind='forward_and_backward' needs a lens run with forward=True")
     return _tables(shown, [shown.tables["forward"], table])
+
+
+def require_plotly() -> None:
+    """Say what to install.
+
+    Raises:
+        ImportError: Without the extra ``plot``.
+    """
+    try:
+        import plotly.graph_objects  # noqa: F401
+    except ImportError as error:
+        raise ImportError("figures need plotly: pip install 'tl-backward[plot]'") from error
 
 
 def _tables(shown: LensTables, tables: list[Table]) -> Figure:
@@ -119,7 +128,7 @@ def _ranks(shown: LensTables, table: Table) -> Figure:
             figure.add_scatter(
                 x=table.headers,
                 y=[rank if rank >= 0 else None for rank in ranks],
-                name=f"{column} → {_escaped(target)}",
+                name=f"{column} → {escaped(target)}",
                 mode="lines+markers",
                 visible=True if j == len(table.positions) - 1 else "legendonly",
             )
@@ -162,7 +171,7 @@ def _laid_out(
             col=column,
         )
     top = TITLES + NAME_HEIGHT[angle]
-    aim = "" if shown.loss_target is None else f" → {_escaped(shown.loss_target)}"
+    aim = "" if shown.loss_target is None else f" → {escaped(shown.loss_target)}"
     return figure.update_layout(
         template="plotly_white",
         title={
@@ -182,14 +191,14 @@ def _laid_out(
 def _columns(table: Table) -> list[str]:
     """Unique names of the positions, so that equal tokens get separate columns."""
     return [
-        f"{_clipped(token)} {position}"
+        f"{clipped(token)} {position}"
         for token, position in zip(table.tokens, table.positions, strict=True)
     ]
 
 
 def _short(table: Table, cell: Cell) -> str:
-    """The outermost tokens; the one that a step moves towards is bold if it is the target."""
-    ends = [_clipped(cell.top[0][0]), _clipped(cell.bottom[0][0])]
+    """The figure of one kind; see :meth:`BackwardLensResult.plot`."""
+    require_plotly()
     if cell.is_hit:
         counts = 0 if table.top_counts else 1
         ends[counts] = f"<b>{ends[counts]}</b>"
@@ -200,29 +209,31 @@ def _details(shown: LensTables, table: Table, header: str, j: int, cell: Cell) -
     where = f"layer {header}" if table.is_weight else header
     value = shown.value.replace("_", " ")
     lines: list[Any] = [
-        f"<b>{where}, {_escaped(table.tokens[j])} at {table.positions[j]}</b>",
+        f"<b>{where}, {escaped(table.tokens[j])} at {table.positions[j]}</b>",
         f"norm {cell.norm:.3g}, of the VJP {cell.vjp_norm:.3g}"
         if table.is_weight
         else f"norm {cell.norm:.3g}",
     ]
     lines += [
-        f"target {_escaped(target)}: rank {rank} of {shown.d_vocab}" for target, rank in cell.ranks
+        f"target {escaped(target)}: rank {rank} of {shown.d_vocab}" for target, rank in cell.ranks
     ]
     if cell.experts:
         lines.append("experts " + ", ".join(f"{e} ({weight:.2g})" for e, weight in cell.experts))
     for end, tokens in zip(table.ends, (cell.top, cell.bottom), strict=True):
         lines.append(f"<b>{end} probable</b> ({value})")
-        lines += [f"{number:.3g} {_escaped(token)}" for token, number in tokens]
+        lines += [f"{number:.3g} {escaped(token)}" for token, number in tokens]
     return "<br>".join(lines)
 
 
-def _clipped(token: str) -> str:
+def clipped(token: str) -> str:
+    """A token as a short label."""
     shown = visible(token)
     whole = len(shown) <= SHOWN_CHARACTERS
     return _text(shown if whole else shown[: SHOWN_CHARACTERS - 1] + "…")
 
 
-def _escaped(token: str) -> str:
+def escaped(token: str) -> str:
+    """A token as a label of plotly's."""
     return _text(visible(token))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tl_backward.sites.names import parse_site_name
+
 READ_BY_INPUT = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
 """Kinds that read the residual stream: their inputs ``x_i`` are vectors of it (Eq 9)."""
 ROUTERS = ("W_router", "W_shared_gate")
@@ -21,3 +23,21 @@ def writes_stream(kind: str) -> bool:
     """Whether a weight adds to the residual stream: ``W_out``, and ``W_out.lora_B``."""
     weight, _, adapter = kind.partition(".")
     return weight in READ_BY_VJP and adapter.partition(".")[0] in ("", "lora_B")
+
+
+def is_read_by_input(kind: str) -> bool:
+    """Whether the side of the residual stream is the weight's input."""
+    return reads_stream(kind) or kind == "W_U"
+
+
+def require_beside_the_stream(name: str) -> None:
+    """Refuse a site with the residual stream on neither side.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    kind = parse_site_name(name).kind
+    if not (reads_stream(kind) or writes_stream(kind) or kind in ("W_E", "W_pos", "W_U")):
+        raise ValueError(
+            f"{name} neither reads nor writes the residual stream, so it has no readout"
+        )
