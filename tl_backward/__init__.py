@@ -1,5 +1,6 @@
 """Read and edit a language model's backward pass in vocabulary space, with TransformerLens."""
 
+from tl_backward import training
 from tl_backward._requirements import require_matching_packages
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
@@ -59,6 +60,7 @@ __all__ = [
     "run_with_backward_cache",
     "sweep",
     "train_mend",
+    "training",
     "weight_sites",
 ]
 

@@ -19,6 +19,8 @@ from tl_backward import tensor_files
 from tl_backward._fingerprint import fingerprint
 from tl_backward._integers import is_integer
 from tl_backward._precision import stable_norm, upcast
+from tl_backward.cache import BackwardCache
+from tl_backward.editing._alignment import alignment_of
 from tl_backward.editing._difference import difference_factors
 from tl_backward.editing._export import export_model
 from tl_backward.editing._lora import adapter_factors
@@ -300,6 +302,27 @@ class WeightEdit:
         groups = [g for name, (_, g) in self.at_sites().items() if self._is_first_of_its_ties(name)]
         norms = [g.norm().cpu() for g in groups]
         return stable_norm(torch.stack(norms)) if norms else torch.tensor(0.0)
+
+    def alignment(self, cache: BackwardCache) -> Float[Tensor, "*batch"]:
+        """``-<dW, G_i>``: to first order what the edit takes off the loss of each example.
+
+        Summed over the weights of the edit, of tied ones over all their uses, from the factors
+        alone: no gradient is formed. The sum over the examples is that of the whole batch.
+
+        Args:
+            cache: Of a run that captured all weights of the edit, of one prompt or of several.
+
+        Returns:
+            One number for each prompt; positive where the edit goes down the prompt's gradient.
+
+        Raises:
+            ValueError: When the edit is bound to no model, or the cache lacks one of its weights.
+
+        Example:
+            >>> edit.alignment(cache)
+        """
+        updates = {name: g for name, (_, g) in self.at_sites().items()}
+        return alignment_of(updates, cache)
 
     def residual_vectors(self) -> tuple[Float[Tensor, "entry d_model"], list[str]]:
         """The edit's vectors in the residual stream, and labels, for ``lens.read``.
