@@ -158,12 +158,15 @@ def test_the_summary_says_where_the_norm_sits(model):
         == read.query("weight == 'W_out' and direction == 0 and end == 'top'").token.tolist()
     )
     energy = {0: {"W_in": 16, "W_out": 9}, 1: {"W_in": 4, "W_out": 9}}
+    side = {"W_in": "reads", "W_out": "writes"}
     for row in tokens.itertuples():
-        where = read[read.token_id == row.token_id].drop_duplicates(["site", "direction"])
+        where = read[(read.token_id == row.token_id) & (read.weight.map(side) == row.side)]
+        where = where.drop_duplicates(["site", "direction"])
         assert row.n_directions == len(where)
         expected = sum(energy[d][w] for d, w in zip(where.direction, where.weight, strict=True))
         assert row.energy_share == pytest.approx(expected / 38)
-    assert tokens.energy_share.is_monotonic_decreasing
+    assert tokens.n_directions.is_monotonic_decreasing
+    assert len(tokens) == len(read.assign(side=read.weight.map(side)).groupby(["side", "token_id"]))
 
 
 # figures and pages

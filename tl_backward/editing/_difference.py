@@ -210,16 +210,28 @@ def _vocabulary(model: Model) -> dict[str, int]:
     return {} if model.tokenizer is None else dict(model.tokenizer.get_vocab())
 
 
-@torch.no_grad()
 def _of_site(
     site: WeightSite, other: WeightSite, rank: int | float
 ) -> tuple[GradientFactors | None, SiteDifference]:
-    """The leading singular directions of one weight's difference, with one matrix held."""
-    D = _difference(site, other)
+    """The leading singular directions of one weight's difference."""
+    return leading_directions(site.name, _difference(site, other), rank)
+
+
+@torch.no_grad()
+def leading_directions(
+    name: str, D: Float[Tensor, "d_in d_out"], rank: int | float
+) -> tuple[GradientFactors | None, SiteDifference]:
+    """The leading singular directions of a matrix, which is overwritten; none of zero.
+
+    Args:
+        name: The site.
+        D: The matrix, in float32 or float64.
+        rank: As in :meth:`WeightEdit.from_difference`.
+    """
     with full_precision(D.device):
         largest = torch.stack(D.aminmax()).abs().amax()
         if largest == 0:
-            return None, SiteDifference(site.name, 0.0, 0, 0.0)
+            return None, SiteDifference(name, 0.0, 0, 0.0)
         D /= largest  # in place, and so that no square overflows or vanishes
         unit = torch.linalg.vector_norm(D)
         D /= unit
@@ -227,9 +239,10 @@ def _of_site(
         U, S, Vh = _share(D, float(rank)) if isinstance(rank, float) else _leading(D, rank)
         left_out = torch.linalg.vector_norm(D.addmm_(U * S, Vh, alpha=-1)) ** 2
         factors = GradientFactors((U * (S * norm)).mT.contiguous(), Vh.contiguous())
-    return factors, SiteDifference(site.name, float(norm), len(S), float(left_out))
+    return factors, SiteDifference(name, float(norm), len(S), float(left_out))
 
 
+@torch.no_grad()
 def _difference(site: WeightSite, other: WeightSite) -> Float[Tensor, "d_in d_out"]:
     """``W_tuned - W_base`` in a precision to compute in."""
     ours, theirs = site.parameter.detach(), other.parameter.detach()

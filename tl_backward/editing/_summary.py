@@ -8,6 +8,7 @@ from tl_backward.factors import GradientFactors
 from tl_backward.lens import BackwardLogitLens
 from tl_backward.lens.edits import Factored
 from tl_backward.sites import Model
+from tl_backward.sites.kinds import is_read_by_input
 from tl_backward.sites.names import parse_site_name
 
 if TYPE_CHECKING:
@@ -31,18 +32,19 @@ def summary_of(model: Model, edit: Factored, k: int) -> EditSummary:
     total = sum(norm**2 for norm in read.norms.values()) or 1.0
     rows = read.to_dataframe()
     rows["energy"] = rows.singular_value**2 / total
+    rows["side"] = ["reads" if is_read_by_input(kind) else "writes" for kind in rows.weight]
     of_tokens = (
         rows.drop_duplicates(["site", "direction", "token_id"])
-        .groupby("token_id", sort=False)
+        .groupby(["side", "token_id"], sort=False)
         .agg(
             token=("token", "first"),
             n_directions=("energy", "size"),
             energy_share=("energy", "sum"),
         )
-        .sort_values("energy_share", ascending=False, kind="stable")
+        .sort_values(["n_directions", "energy_share"], ascending=False, kind="stable")
         .reset_index()
     )
-    first = rows[(rows.direction == 0) & (rows.k < TOP_K)].groupby(["site", "end"]).token.agg(list)
+    first = rows[rows.direction == 0].groupby(["site", "end"]).token.agg(list)
     of_sites = [
         {
             "site": name,

@@ -448,15 +448,16 @@ class WeightEdit:
             norm), ``rank`` (numerical), ``effective_rank`` (the exponential of the entropy of the
             directions' shares) and ``top``, ``bottom``: the tokens at both ends of its first
             direction. ``tokens``: one row for each token that is among the first five at an end of
-            a direction, with ``n_directions`` and ``energy_share``: the share of the whole edit's
-            energy in these directions, the largest first.
+            a direction, with its ``side`` (``writes``: of weights that write to the residual stream
+            or embed; ``reads``: of those that read it), ``n_directions``, the most first, and
+            ``energy_share``: the share of the whole edit's energy in these directions.
 
         Raises:
             ValueError: When the edit is bound to no model or empty, or a weight has the residual
                 stream on neither side.
 
         Example:
-            >>> edit.summary().tokens.head(10)
+            >>> edit.summary().tokens.query("side == 'writes'").head(10)
         """
         return summary_of(self._require_model(), self, k)
 
