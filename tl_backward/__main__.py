@@ -9,6 +9,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from tl_backward.commands.adapter import adapter
+from tl_backward.commands.diff import diff
 from tl_backward.commands.edit import edit
 from tl_backward.commands.evaluate import evaluate
 from tl_backward.commands.lens import lens
@@ -57,6 +59,8 @@ app.command(
 app.command(
     epilog="Example: python -m tl_backward reproduce gradient_rank --data counterfact.json -n 20"
 )(reproduce)
+app.command(epilog="Example: python -m tl_backward diff gpt2 my-gpt2 --html difference.html")(diff)
+app.command(epilog="Example: python -m tl_backward adapter my-lora --model gpt2")(adapter)
 app.command(epilog="Example: python -m tl_backward sites --model gpt2")(sites)
 
 if __name__ == "__main__":

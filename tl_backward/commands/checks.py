@@ -44,18 +44,18 @@ def require_replaceable(**files: Path | None) -> None:
             raise OSError(f"--{name}: {str(file)!r} is not an ordinary file; pass another name")
 
 
-def require_model_folder(model: str | None) -> None:
-    """Refuse a ``--model`` folder that holds no model."""
+def require_model_folder(model: str | None, option: str = "--model") -> None:
+    """Refuse a model folder that holds no model, by its option."""
     if model is None:
         return
     if not model:
-        raise ValueError("--model is empty; pass a name on the hub or a local folder")
+        raise ValueError(f"{option} is empty; pass a name on the hub or a local folder")
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"--model: the folder {model!r} has no config.json")
+            raise FileNotFoundError(f"{option}: the folder {model!r} has no config.json")
     elif folder.exists() or not HUB_NAME.fullmatch(model):
-        raise NotADirectoryError(f"--model: {model!r} is neither a folder nor a name on the hub")
+        raise NotADirectoryError(f"{option}: {model!r} is neither a folder nor a name on the hub")
 
 
 def require_data(**sources: str | None) -> None:

@@ -38,9 +38,9 @@ def console_for_output() -> Console:
     return Console(width=width, markup=False, emoji=False)
 
 
-def load(model: str | None) -> Any:
+def load(model: str | None, option: str = "--model") -> Any:
     """Load the requested model, by default the demo model."""
-    require_model_folder(model)
+    require_model_folder(model, option)
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError as error:
@@ -55,7 +55,9 @@ def load(model: str | None) -> Any:
     try:
         return TransformerBridge.boot_transformers(model).eval()
     except Exception as error:  # a damaged model can raise anything
-        raise ValueError(f"cannot load --model {model}: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"cannot load {option} {model}: {error or type(error).__name__}"
+        ) from error
 
 
 def with_or_without_bos(bos: bool) -> str:
