@@ -9,7 +9,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_backward._precision import full_precision
+from tl_backward._precision import full_precision, upcast_dtype
 from tl_backward.cache import BackwardCache
 from tl_backward.factors import GradientFactors
 
@@ -44,9 +44,7 @@ def alignment_of(
 def _inner_by_example(update: GradientFactors, g: GradientFactors) -> Float[Tensor, "*batch"]:
     """The inner product with the gradient of each example; costs ``n r (d_in + d_out)``."""
     tensors = (update.inputs, update.vjps, g.inputs, g.vjps)
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = upcast_dtype(*(tensor.dtype for tensor in tensors))
     U, V, X, D = (tensor.to(device=g.device, dtype=dtype) for tensor in tensors)
     with full_precision(g.device):
         left = einsum(X, U, "... n d_in, r d_in -> ... n r")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_backward._integers import is_integer
-from tl_backward._precision import full_precision, stable_norm
+from tl_backward._precision import full_precision, stable_norm, upcast_dtype
 from tl_backward._user_warnings import warn_user
 from tl_backward.factors import FactoredSVD, GradientFactors
 from tl_backward.sites import (
@@ -22,7 +22,7 @@ from tl_backward.sites import (
     parameters_without_site,
     weights_processing,
 )
-from tl_backward.sites.site import Obstacle
+from tl_backward.sites.site import UnsupportedWeight
 
 OVERSAMPLED = 10
 """Directions that the randomised decomposition looks for beyond those that are kept."""
@@ -156,7 +156,7 @@ def _fitting_pairs(
 
 def _require_plain(model: str, found: FoundSites) -> None:
     """Refuse quantised weights: what was written into them is below their rounding."""
-    every: list[WeightSite | Obstacle] = [*found.sites, *found.obstacles]
+    every: list[WeightSite | UnsupportedWeight] = [*found.sites, *found.unsupported]
     for one in every:
         parameter = one.parameter
         if parameter is None:
@@ -249,7 +249,7 @@ def _difference(site: WeightSite, other: WeightSite) -> Float[Tensor, "d_in d_ou
     for model, weight in (("base", ours), ("tuned", theirs)):
         if not torch.stack(weight.aminmax()).isfinite().all():
             raise ValueError(f"{site.name} of {model} has values that are not finite")
-    dtype = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)
+    dtype = upcast_dtype(ours.dtype, theirs.dtype)
     D = torch.empty(site.d_in, site.d_out, dtype=dtype, device=ours.device)
     other.to_parameter_layout(D).copy_(theirs)
     site.to_parameter_layout(D).sub_(ours)

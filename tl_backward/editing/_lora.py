@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tl_backward._precision import upcast
 from tl_backward.factors import GradientFactors
 from tl_backward.sites import (
     Model,
@@ -114,7 +115,7 @@ def adapter_factors(model: Model, adapter: Any) -> tuple[dict[str, GradientFacto
     _require_base(model, contents.base_weights)
     scales = {lora.module: lora.scale for lora in contents.loras}
     report = AdapterReport(contents.source, contents.base, scales)
-    reasons = {id(one.parameter): one.reason for one in found.obstacles}
+    reasons = {id(one.parameter): one.reason for one in found.unsupported}
     return factors_of(model, found.sites, contents.loras, reasons), report
 
 
@@ -158,9 +159,8 @@ def factors_of(
                     f"adapter: {lora.module} shares its weight with {', '.join(site.tied_to)}, and "
                     "the adapter acts in one of them alone; give each a parameter of its own"
                 )
-            dtype = torch.promote_types(lora.B.dtype, torch.float32)
             B = lora.B if columns is None else lora.B[columns.to(lora.B.device)]
-            update = GradientFactors(lora.A.to(dtype), lora.scale * B.mT.to(dtype))
+            update = GradientFactors(upcast(lora.A), lora.scale * upcast(B.mT))
             before = factors.get(site.name)
             factors[site.name] = update if before is None else before + update
     return factors

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_backward._integers import is_integer
+from tl_backward._precision import upcast, upcast_dtype
 from tl_backward.cache import BackwardCache
 from tl_backward.capture import run_with_backward_cache
 from tl_backward.capture.tokens import Target
@@ -258,8 +260,7 @@ class Adapter(NamedTuple):
 
     def product(self) -> GradientFactors:
         """What it adds to the weight, in float32 at least."""
-        dtype = torch.promote_types(self.A.dtype, torch.float32)
-        return GradientFactors(self.A.to(dtype), self.scale * self.B.to(dtype))
+        return GradientFactors(upcast(self.A), self.scale * upcast(self.B))
 
 
 class TrainedWeight(NamedTuple):
@@ -327,7 +328,7 @@ class TrainedWeight(NamedTuple):
             norm = float(whole.norm())
             return (whole if norm else None), norm
         weight = self.site.parameter.detach()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = upcast_dtype(weight.dtype)
         D = torch.zeros(self.site.d_in, self.site.d_out, dtype=dtype, device=weight.device)
         stored = self.site.to_parameter_layout(D)
         stored.add_(weight).sub_(then.weight.to(weight.device))
@@ -380,8 +381,10 @@ def _layers(trained: Sequence[TrainedWeight]) -> list[int] | None:
 
 def _flat(g: GradientFactors) -> GradientFactors:
     """The gradient of the whole batch, in float32 at least."""
-    dtype = torch.promote_types(g.vjps.dtype, torch.float32)
-    return GradientFactors(g.inputs.flatten(0, -2).to(dtype), g.vjps.flatten(0, -2).to(dtype))
+    return GradientFactors(
+        rearrange(upcast(g.inputs), "... d_in -> (...) d_in"),
+        rearrange(upcast(g.vjps), "... d_out -> (...) d_out"),
+    )
 
 
 def _sum(terms: Sequence[GradientFactors]) -> GradientFactors:
