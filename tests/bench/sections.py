@@ -9,8 +9,10 @@ import torch
 from bench.floors import TARGET, full_backward, incl_bwd, input_only_backward
 from bench.models import MODELS, counterfact_like, mixture, random_tokens, smollm2
 from bench.timing import Comparison, Section
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_backward as tlb
+from tl_backward.demo_model import demo_model_path
 from tl_backward.editing import rome_contexts
 
 LAYERS_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
@@ -252,6 +254,35 @@ def experts(_: str) -> Section:
     return Section(jobs, comparisons)
 
 
+def watch(_: str) -> Section:
+    """A look at a training run by a probe of 12 tokens, and a step of it: 8 texts of 64 tokens."""
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    texts = torch.stack([random_tokens(64, seed) for seed in range(8)])
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    probe = tokenizer.decode(random_tokens(12))
+    seen_by = tlb.training.TrainingWatch(model, tokenizer, probe, TARGET)
+
+    def step() -> None:
+        model.train()
+        model(texts, labels=texts).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def look() -> None:
+        seen_by.observe(len(seen_by.observations))
+
+    def capture() -> None:
+        tlb.run_with_backward_cache(seen_by.model, probe, TARGET, weights="W_out")
+
+    comparisons = [
+        Comparison("a look at W_out in all layers / capture of it", "look", "capture", 1.5),
+        Comparison("a look every 100 steps / training", "look", "step", 0.05, factor=100),
+    ]
+    jobs = {"step": step, "look": look, "capture": capture}
+    return Section(jobs, comparisons, repeats=5)
+
+
 SECTIONS = {
     "capture": (capture, tuple(MODELS)),
     "lens": (lens, ("GPT-2 small", "SmolLM2-135M")),
@@ -261,4 +292,5 @@ SECTIONS = {
     "shift": (shift, ("SmolLM2-135M",)),
     "editors": (editors, ("SmolLM2-135M",)),
     "experts": (experts, ("a random mixture",)),
+    "watch": (watch, ("SmolLM2-135M",)),
 }

@@ -26,7 +26,7 @@ from tl_backward.sites.site import UnsupportedWeight
 
 OVERSAMPLED = 10
 """Directions that the randomised decomposition looks for beyond those that are kept."""
-ITERATIONS = 3
+ITERATIONS = 2
 """Its power iterations; each costs two products with the matrix."""
 LARGE = 4
 """A matrix is large where its smaller side is this many times what is looked for."""
