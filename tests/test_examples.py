@@ -15,19 +15,24 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers.bridges import boot_tiny
+from helpers.bridges import boot_tiny, tiny_config
 from helpers.texts import tokenizer_from
 from helpers.versions import TL_VERSION
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM
 
 import tl_backward as tlb
-from tl_backward import analysis, editing, evaluation
+from tl_backward import analysis, editing, evaluation, training
 from tl_backward.analysis import registry
 
 pytestmark = pytest.mark.skipif(TL_VERSION < 4, reason="the examples are for TransformerLens 4")
 
 PACKAGE = Path(tlb.__file__).parent
+LARGER = {"num_hidden_layers": 30, "initializer_range": 0.05, "max_position_embeddings": 64}
+"""As many layers as SmolLM2 has."""
 NOT_RUN = {
+    "BackwardLensCallback": "trains a model",
+    "WeightEdit.from_peft": "needs an adapter",
     "MendEditor": "trains for minutes",
     "train_mend": "trains for minutes",
     "BackwardCache.load": "needs a GPU",
@@ -90,9 +95,7 @@ def model(tmp_path_factory):
         "llama",
         torch.float32,
         tokenizer=tokenizer,
-        num_hidden_layers=30,
-        initializer_range=0.05,
-        max_position_embeddings=64,
+        **LARGER,
     )
 
 
@@ -114,12 +117,19 @@ def names(model, tmp_path_factory):
     measured = evaluation.evaluate(model, records, evaluation.unedited)
     from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
-    rooms = (analysis, evaluation, editing, tlb)
+    rooms = (analysis, evaluation, editing, training, tlb)
+    tuned = boot_tiny("llama", torch.float32, tokenizer=model.tokenizer, **LARGER)
+    with torch.no_grad():
+        tlb.weight_sites(tuned, "W_out", 5)[0].parameter[1] += 1
+    config = tiny_config("llama", len(model.tokenizer), **LARGER)
     return {name: getattr(room, name) for room in rooms for name in room.__all__} | {
         "C": torch.eye(model.cfg.d_mlp, dtype=torch.float64),
         "JacobianLens": JacobianLens,
         "after": measured,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
         "another": "Rome is the capital of",
+        "base": model,
+        "batches": [0.1, 0.2],
         "before": measured,
         "cache": tlb.run_with_backward_cache(model, fact.prompt, fact.target)[1],
         "clean": clean,
@@ -128,6 +138,7 @@ def names(model, tmp_path_factory):
         "dataset": [{"prompt": prompt, "target": target}],
         "edit": paris,
         "four_prompts": [prompt] * 4,
+        "hf_model": AutoModelForCausalLM.from_config(config),
         "lens": tlb.BackwardLogitLens(model),
         "method": evaluation.unedited,
         "model": model,
@@ -143,7 +154,10 @@ def names(model, tmp_path_factory):
         "texts": TEXTS,
         "tlb": tlb,
         "tokens": model.to_tokens(prompt),
+        "tokenizer": model.tokenizer,
         "torch": torch,
+        "train_on": lambda hf, step: hf.model.layers[5].mlp.down_proj.weight.data.add_(step),
+        "tuned": tuned,
     }
 
 

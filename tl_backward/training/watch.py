@@ -81,9 +81,10 @@ class TrainingWatch:
 
     Example:
         >>> watch = TrainingWatch(hf_model, tokenizer, "Lionel Messi plays for", " Paris")
-        >>> watch.observe(0).losses
-        >>> optimizer.step()
-        >>> watch.observe(1).written.to_dataframe().query("k == 0")
+        >>> for step, batch in enumerate(batches):
+        ...     train_on(hf_model, batch)
+        ...     seen = watch.observe(step)
+        >>> watch.to_dataframe().query("k == 0")
     """
 
     def __init__(
