@@ -159,7 +159,7 @@ def test_what_an_edit_cannot_hold_is_named(base, untouched):
     assert not edit.factors
     outside = pd.DataFrame(edit.report.outside)
     rows = tlb.coverage(tuned).set_index("parameter")
-    in_use = ~rows.reason.str.contains("used no more").fillna(False)
+    in_use = ~rows.reason.str.contains("split into W_Q").fillna(False)
     assert set(outside.parameter) == set(rows.index[rows.site.isna() & in_use])
     assert outside.norm.tolist() == pytest.approx(
         [0.5 * torch.Size(rows["shape"][name]).numel() ** 0.5 for name in outside.parameter]

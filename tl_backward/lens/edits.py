@@ -153,11 +153,11 @@ class EditReadout:
 
     def _lines(self, i: int) -> list[dict[str, Any]]:
         one, readout = self.directions[i], self.readout
-        layer, kind = parse_site_name(one.site)
+        name = parse_site_name(one.site)
         of_direction = {
             "site": one.site,
-            "weight": kind,
-            "layer": layer,
+            "weight": name.kind,
+            "layer": name.layer,
             "direction": one.number,
             "norm": one.norm,
             "singular_value": one.singular_value,
@@ -280,9 +280,13 @@ def _in_words(model: Model, site: str, index: int) -> str:
 
 
 def _header(site: str) -> str:
-    layer, kind = parse_site_name(site)
-    return OUTSIDE.get(kind, kind) if layer is None else str(layer)
+    name = parse_site_name(site)
+    return OUTSIDE.get(name.kind, name.kind) if name.layer is None else str(name.layer)
 
 
 def _weight(site: str) -> str:
-    return parse_site_name(site).kind
+    """The kind, and the expert that it is of."""
+    name = parse_site_name(site)
+    if name.expert is not None:
+        return f"{name.kind} of expert {name.expert}"
+    return f"shared {name.kind}" if ".shared_experts." in site else name.kind

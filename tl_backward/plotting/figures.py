@@ -197,8 +197,8 @@ def _columns(table: Table) -> list[str]:
 
 
 def _short(table: Table, cell: Cell) -> str:
-    """The figure of one kind; see :meth:`BackwardLensResult.plot`."""
-    require_plotly()
+    """The outermost tokens; the one that a step moves towards is bold if it is the target."""
+    ends = [clipped(cell.top[0][0]), clipped(cell.bottom[0][0])]
     if cell.is_hit:
         counts = 0 if table.top_counts else 1
         ends[counts] = f"<b>{ends[counts]}</b>"

@@ -81,9 +81,9 @@ class _Score:
     def __init__(self, edit: WeightEdit, text: str, prepend_bos: bool | None) -> None:
         self.edit, self.text, self.prepend_bos = edit, text, prepend_bos
         sites = [parse_site_name(name) for name in edit.at_sites()]
-        self.weights = list(dict.fromkeys(kind for _, kind in sites))
-        layers = sorted({layer for layer, _ in sites if layer is not None})
-        self.layers = layers if all(layer is not None for layer, _ in sites) else None
+        self.weights = list(dict.fromkeys(site.kind for site in sites))
+        layers = sorted({site.layer for site in sites if site.layer is not None})
+        self.layers = layers if all(site.layer is not None for site in sites) else None
 
     def __getstate__(self) -> dict[str, Any]:
         factors = {name: [g.inputs, g.vjps] for name, g in self.edit.factors.items()}
