@@ -279,3 +279,22 @@ def test_neither_model_is_changed(base, tuned):
     WeightEdit.from_difference(base, tuned, rank=2)
     assert same_bits(weights(base), before[0]) and same_bits(weights(tuned), before[1])
     assert logits(base, tokens=TOKENS).isfinite().all()
+
+
+@NEEDS_BRIDGE
+def test_experts_are_compared_and_read_one_by_one(make_family):
+    base, tuned = make_family("mixtral"), make_family("mixtral")
+    names = ["blocks.1.mlp.experts.2.W_out", "blocks.1.mlp.experts.3.W_out"]
+    for i, name in enumerate(names, start=1):
+        with torch.no_grad():
+            parameter = sites_of(tuned)[name].parameter
+            parameter.add_(i * torch.eye(*parameter.shape, dtype=torch.float64))
+    edit = WeightEdit.from_difference(base, tuned, rank=100)
+    assert list(edit.factors) == names and not edit.report.outside
+    for name in names:
+        dense = difference(base, tuned, name)
+        assert (edit.factors[name].dense() - dense).norm() <= 1e-12 * dense.norm()
+    table = tlb.BackwardLogitLens(base).edit(edit).table()
+    assert table.weights == ["W_out of expert 2", "W_out of expert 3"]
+    with edit.applied():
+        torch.testing.assert_close(logits(base), logits(tuned), rtol=1e-6, atol=1e-6)
