@@ -60,6 +60,7 @@ def tiny(model_type: str, **own: Any) -> Callable[[int], PretrainedConfig]:
 
 
 SQUARE = {"hidden_size": 32}  # for families whose heads must fill the hidden width
+PER_LAYER = {"hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": 1024}
 
 FAMILIES: dict[str, Callable[[int], PretrainedConfig]] = {
     # Llama's plan and its relatives
@@ -75,7 +76,7 @@ FAMILIES: dict[str, Callable[[int], PretrainedConfig]] = {
     "gemma": tiny("gemma"),
     "gemma2": tiny("gemma2", query_pre_attn_scalar=8),
     "gemma3_text": tiny("gemma3_text", query_pre_attn_scalar=8),
-    "gemma4_text": tiny("gemma4_text", hidden_size_per_layer_input=10),
+    "gemma4_text": tiny("gemma4_text", **PER_LAYER),
     "vaultgemma": tiny("vaultgemma", query_pre_attn_scalar=8),
     "olmo": tiny("olmo", head_dim=8),
     "olmo2": tiny("olmo2", head_dim=8),
@@ -162,7 +163,7 @@ FAMILIES: dict[str, Callable[[int], PretrainedConfig]] = {
     "glm_moe_dsa": tiny("glm_moe_dsa", num_key_value_heads=4, first_k_dense_replace=1),
     "gemma4_text_moe": tiny(
         "gemma4_text",
-        hidden_size_per_layer_input=10,
+        **PER_LAYER,
         enable_moe_block=True,
         num_experts=4,
         top_k_experts=2,
@@ -301,18 +302,35 @@ def make(family: str, tokenizer: Any, dtype: torch.dtype = torch.float64) -> Any
         pytest.skip(NO_BRIDGE)
     if TL_VERSION < 4 and family in TL_4_ONLY:
         pytest.skip(f"TransformerLens 3: {TL_4_ONLY[family]}")
-    from transformer_lens.model_bridge import TransformerBridge
+    return bridge_of(random_model(FAMILIES[family](len(tokenizer)), dtype), tokenizer)
 
-    config = FAMILIES[family](len(tokenizer))
+
+def random_model(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    build: Callable[[PretrainedConfig], Any] = AutoModelForCausalLM.from_config,
+) -> Any:
+    """The model of transformers that ``build`` makes of a config, the same weights each time."""
     config._experts_implementation = "eager"  # the grouped kernels know no float64
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        hf = AutoModelForCausalLM.from_config(config)
+        hf = build(config)
         for parameter in hf.parameters():  # biases and norms must not be 0 and 1
             parameter.data += 0.1 * torch.randn_like(parameter)
+    return name_architecture(hf).to(dtype).eval()
+
+
+def name_architecture(hf: Any) -> Any:
+    """The model, with the name of its class in its config, as a checkpoint has it."""
     name = type(hf).__name__
     hf.config.architectures = [ARCHITECTURES.get(name, name)]
-    hf = hf.to(dtype).eval()
+    return hf
+
+
+def bridge_of(hf: Any, tokenizer: Any, device: str = "cpu") -> Any:
+    """The bridge around a model of transformers."""
+    from transformer_lens.model_bridge import TransformerBridge
+
     return TransformerBridge.boot_transformers(
-        config.model_type, hf_model=hf, tokenizer=tokenizer, dtype=dtype, device="cpu"
+        hf.config.model_type, hf_model=hf, tokenizer=tokenizer, dtype=hf.dtype, device=device
     )

@@ -133,7 +133,7 @@ def test_compatibility_mode(tokenizer, family, left_out):
         got = gradient_of_parameter(sites, cache, site)
         assert got.shape == site.parameter.shape
         assert relative_error(got, gradient) <= 1e-10, site.name
-        assert {site.hook_in, site.hook_out} <= set(model.hook_dict)
+        assert {site.hook_in, site.hook_out} <= {None, *model.hook_dict}
     steps = set(cache.weights_processing.split(", "))
     assert left_out not in steps
     if family == "gpt2_untied":
@@ -182,8 +182,10 @@ def test_coverage_has_every_parameter(tokenizer):
         ("deepseek_v3", {"weights": "W_Q"}, "no 'q' projection"),
         ("mamba", {"weights": "W_V"}, "SSMMixerBridge 'mixer' instead"),
         ("jamba", {"weights": "W_Q", "layers": 0}, r"blocks\.0\.attn\.W_Q.*'mixer' instead"),
-        ("recurrent_gemma", {"weights": "W_out"}, "names no part of its RecurrentGemmaDecoder"),
-        ("opt", {"weights": "W_pos"}, "OPTLearnedPositionalEmbedding is not a plain lookup"),
+        ("recurrent_gemma", {"weights": "W_Q", "layers": 0}, "names no part of its RecurrentG"),
+        ("mamba", {"weights": "W_dt"}, "multiplies by the weight without calling the module"),
+        ("glm_moe_dsa", {"weights": "W_wk"}, "only chooses positions"),
+        ("deepseek_v4", {"weights": "W_o_a_proj"}, "DeepseekV4GroupedLinear does not compute x W"),
     ],
 )
 def test_weights_without_a_site_are_refused_by_name(tokenizer, family, arguments, message):

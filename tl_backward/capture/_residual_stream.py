@@ -46,7 +46,8 @@ def watch_residual(
             recorder.keep_value(Tap(point, "output"), name, copy=not name.endswith(NODES))
     z_of_layer = {}
     for site in found.sites:
-        if site.kind == "W_O" and site.layer is not None and site.layer >= first:
+        is_attention = site.name == f"blocks.{site.layer}.attn.W_O"
+        if is_attention and site.layer is not None and site.layer >= first:
             z_of_layer[site.layer] = name = f"blocks.{site.layer}.attn.hook_z"
             recorder.keep_place(site.x_tap(), name, on_a_branch=True)
             recorder.keep_value(site.x_tap(), name)

@@ -54,7 +54,12 @@ class Recorder:
         self._kept_values = WeakTensorKeyDictionary()
 
     def keep_value(
-        self, tap: Tap, key: Hashable, copy: bool = False, of_tokens: bool = False
+        self,
+        tap: Tap,
+        key: Hashable,
+        copy: bool = False,
+        of_tokens: bool = False,
+        only_with_grad: bool = False,
     ) -> None:
         """Record the tensor that passes the tap; ``copy`` guards against in-place changes.
 
@@ -63,10 +68,11 @@ class Recorder:
             key: Name of the value.
             copy: Whether to record a copy.
             of_tokens: Whether rows are single tokens, possibly fewer than texts.
+            only_with_grad: Whether to skip passes under ``torch.no_grad()``.
         """
         if of_tokens:
             self._of_tokens.add(key)
-        self.watch(tap, partial(self._keep_value, key, copy))
+        self.watch(tap, partial(self._keep_value, key, copy, only_with_grad))
 
     def begin_graph(self, tap: Tap) -> None:
         """Make the tensor that passes the tap require a gradient, to begin the graph there."""
@@ -80,6 +86,7 @@ class Recorder:
         own_branch: bool = False,
         alone: bool = False,
         of_tokens: bool = False,
+        only_with_grad: bool = False,
     ) -> None:
         """Record the place where ``dL/dy`` arrives for the tensor ``y`` that passes the tap.
 
@@ -94,13 +101,14 @@ class Recorder:
                 continues with a copy.
             alone: Whether to refuse a loss that depends on a call of the tap inside another hook.
             of_tokens: As in :meth:`keep_value`.
+            only_with_grad: As in :meth:`keep_value`.
         """
         if on_a_branch:
             self._listen(tap, partial(self._keep_place_on_branch, key, alone))
         else:
             n_least = 0 if of_tokens else self._batch_size
-            see = partial(self._replace_and_keep_place, key, own_branch, alone, n_least)
-            self._listen(tap, see)
+            settings = own_branch, alone, only_with_grad, n_least
+            self._listen(tap, partial(self._replace_and_keep_place, key, *settings))
 
     def watch(self, tap: Tap, see: Callable[[Any], None]) -> None:
         """Call ``see`` with the tensor that passes the tap in the forward pass."""
@@ -110,7 +118,9 @@ class Recorder:
         if self._run.is_forward() and not self._run.depth:
             see(x)
 
-    def _keep_value(self, key: Hashable, copy: bool, x: Tensor) -> None:
+    def _keep_value(self, key: Hashable, copy: bool, only_with_grad: bool, x: Tensor) -> None:
+        if only_with_grad and not torch.is_grad_enabled():
+            return
         value = self._kept(x)
         value = value.clone() if copy and value.device == x.device else value
         self._values[key].append(_Value(value, value._version))
@@ -134,13 +144,19 @@ class Recorder:
         self.places[key].append(Place(edge, y.device, no_gradient))
 
     def _replace_and_keep_place(
-        self, key: Hashable, own_branch: bool, alone: bool, n_least: int, y: Tensor
+        self,
+        key: Hashable,
+        own_branch: bool,
+        alone: bool,
+        only_with_grad: bool,
+        n_least: int,
+        y: Tensor,
     ) -> Tensor | None:
         run, in_hook = self._run, self._run.depth > 0
         if not run.may_own(y) or (in_hook and not alone):
             return None
         if not torch.is_grad_enabled():
-            if run.is_forward() and not in_hook:
+            if run.is_forward() and not in_hook and not only_with_grad:
                 raise NotImplementedError(
                     f"the model runs {_name(key)} under torch.no_grad(), so no VJP arrives there; "
                     "gradient checkpointing works only with use_reentrant=False"
@@ -234,7 +250,9 @@ class Recorder:
     def _listen(self, tap: Tap, see: Callable[[Any], Tensor | None]) -> None:
         """Call ``see`` with the tensor that passes the tap; a returned tensor replaces it."""
         run, module, outside = self._run, tap.module, tap.is_outside_of_hooks
-        if tap.side == "input":
+        if tap.keyword is not None:
+            run.hook_forward_pre(module, partial(_see_keyword, see, tap.keyword), with_kwargs=True)
+        elif tap.side == "input":
             run.hook_forward_pre(module, partial(_see_input, see, tap.item), first=outside)
         else:
             run.hook_forward(module, partial(_see_output, see, tap.item), first=not outside)
@@ -245,6 +263,26 @@ def _see_input(
 ) -> tuple[Any, ...] | None:
     replaced = see(args[item])
     return None if replaced is None else (*args[:item], replaced, *args[item + 1 :])
+
+
+def _see_keyword(
+    see: Callable[[Any], Tensor | None],
+    keyword: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Show an argument that is never replaced.
+
+    Raises:
+        NotImplementedError: When the module is called without it.
+    """
+    if kwargs.get(keyword) is None:
+        raise NotImplementedError(
+            f"{type(module).__name__} was called without {keyword}=, so that nothing says which "
+            "rows of it were looked up; leave its weight out with weights=..."
+        )
+    see(kwargs[keyword])
 
 
 def _see_output(

@@ -168,7 +168,7 @@ def run_with_backward_cache(
         ]
         rows = Rows(batch.single, batch.width, batch.starts, kept)
 
-        freeze(parameters, undo)
+        freeze(modules, undo)
         set_grad_enabled(True, undo)
         run = Run(undo)
         lazy_hooks = [(name, _no_op) for name in lazy_hook_points(model)]
@@ -290,19 +290,40 @@ def _watch_weights(recorder: Recorder, sites: Sequence[WeightSite]) -> None:
     for site in sites:
         if site.mixture is not None and site.mixture.stacked is not None:
             continue  # read at the experts' boundary
-        of_tokens = site.mixture is not None
+        of_tokens, only = site.mixture is not None, site.also_without_grad
         if site.has_inner_output:
             recorder.begin_graph(site.x_tap())
-        recorder.keep_value(site.x_tap(), site.name, of_tokens=of_tokens)
+        recorder.keep_value(site.x_tap(), site.name, of_tokens=of_tokens, only_with_grad=only)
         recorder.keep_place(
             site.y_tap(),
             (site.name, "y"),
             on_a_branch=site.has_inner_output,
             alone=True,
             of_tokens=of_tokens,
+            only_with_grad=only,
         )
         if site.residual_tap is not None:
             recorder.keep_place(site.residual_tap(), (site.name, "residual"))
+        if site.packed is not None:
+            _watch_for_a_backward(recorder, site)
+
+
+def _watch_for_a_backward(recorder: Recorder, site: WeightSite) -> None:
+    """Refuse a layer whose output does not lead back to its input, as kernels without a backward.
+
+    Of the hooks on its output, the last one that is put there sees what the layer itself gives.
+    """
+    requires_grad: list[bool] = []
+
+    def check(y: Tensor) -> None:
+        if requires_grad.pop() and not y.requires_grad:
+            raise NotImplementedError(
+                f"the layer of {site.name} ({site.packed}) has no backward pass, so no VJP comes "
+                "through it; capture weights above it only, with layers=..."
+            )
+
+    recorder.watch(site.x_tap(), lambda x: requires_grad.append(x.requires_grad))
+    recorder.watch(site.y_tap(), check)
 
 
 def _factors_of(
@@ -312,7 +333,22 @@ def _factors_of(
     if site.padding_row is not None:
         for one in x:
             one[..., site.padding_row] = 0
+    if site.mixture is None:
+        _require_row_per_position(site, x, y, rows)
     return GradientFactors(rows.of(x), rows.of(y), rows.lengths(len(x)))
+
+
+def _require_row_per_position(
+    site: WeightSite, x: Sequence[Tensor], y: Sequence[Tensor], rows: Rows
+) -> None:
+    n = len(rows.starts) * rows.width
+    for tensors, width in ((x, site.d_in), (y, site.d_out)):
+        for one in tensors:
+            if one.shape[-1] != width or one.numel() != n * width:
+                raise NotImplementedError(
+                    f"the model gives {site.name} {list(one.shape)} and not one row for each of "
+                    f"{n} positions; leave it out with weights=..."
+                )
 
 
 def _require_used(recorder: Recorder, read: Sequence[WeightSite | Mixture]) -> None:

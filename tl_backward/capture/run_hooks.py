@@ -72,9 +72,16 @@ class Run:
         return self.stage == "forward" and self.is_in_its_thread()
 
     def hook_forward_pre(
-        self, module: nn.Module, hook: Callable[..., Any], first: bool = False
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        first: bool = False,
+        with_kwargs: bool = False,
     ) -> None:
         """Add a PyTorch forward pre-hook, after the existing ones or before them all."""
+        if with_kwargs:
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            return
         global_hooks = torch_module._global_forward_pre_hooks
         self._hook(module, module._forward_pre_hooks, global_hooks, hook, first)
 
@@ -226,28 +233,34 @@ def run_uncompiled(modules: Iterable[nn.Module], undo: Undo) -> None:
             module._compiled_call_impl = None
 
 
-def freeze(parameters: Iterable[Tensor], undo: Undo) -> None:
+def freeze(modules: Iterable[nn.Module], undo: Undo) -> None:
     """Freeze parameters until undone, so that the graph has no path to a weight gradient."""
-    frozen: list[Tensor] = []
+    frozen: list[tuple[nn.Module, str, Tensor]] = []
     undo.add(_thaw, frozen)
-    for parameter in parameters:
-        if parameter.requires_grad and parameter.is_leaf:
-            frozen.append(parameter)
-            parameter.requires_grad_(False)
+    for module in modules:
+        for name, held in module._parameters.items():
+            if held is not None and held.requires_grad and held.is_leaf:
+                frozen.append((module, name, held))
+    for _, _, parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 @contextmanager
-def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Context with frozen parameters and gradients enabled."""
     with Undo() as undo, undo, undo:
-        freeze(parameters, undo)
+        freeze(modules, undo)
         set_grad_enabled(True, undo)
         yield
 
 
-def _thaw(parameters: Iterable[Tensor]) -> None:
-    for parameter in parameters:
+def _thaw(frozen: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
+    """Thaw the parameters, and what has replaced those that are offloaded."""
+    for module, name, parameter in frozen:
         parameter.requires_grad_(True)
+        current = module._parameters.get(name)
+        if current is not None and parameter.device.type == "meta":
+            current.requires_grad_(True)
 
 
 def set_grad_enabled(enabled: bool, undo: Undo) -> None:

@@ -21,7 +21,7 @@ from tl_backward.editing._low_rank_hooks import ForwardHooks, low_rank_hooks
 from tl_backward.editing._settings import require_not_negative, require_positive, require_whole
 from tl_backward.editing._upper_layers import UpperLayers
 from tl_backward.editing.mend import MendEditor, MendReport, mlp_sites
-from tl_backward.sites import Model, all_parameters
+from tl_backward.sites import Model, all_modules, all_parameters
 
 
 @runtime_checkable
@@ -147,7 +147,7 @@ def train_mend(
     for step in tqdm(range(steps), desc="MEND", delay=2, leave=False):
         chosen = torch.randint(len(examples), (batch_size,), generator=generator).tolist()
         batch = [_drawn(examples[i], generator) for i in chosen]
-        with frozen(all_parameters(model)):
+        with frozen(module for _, module in all_modules(model)):
             edit_loss, locality_loss = _losses(editor, batch)
             loss = edit_weight * edit_loss + locality_weight * locality_loss
             if not loss.isfinite():

@@ -33,7 +33,7 @@ from tl_backward.editing._subject_facts import (
     read_subjects,
 )
 from tl_backward.editing._upper_layers import UpperLayers
-from tl_backward.sites import Model, all_parameters
+from tl_backward.sites import Model, all_modules, all_parameters
 
 ENOUGH = 0.05
 """A fact's search ends when its loss falls below this, in nats."""
@@ -106,7 +106,7 @@ def search_values(
     sizes = [_size(fact) for fact in facts]
     batches = in_batches(range(len(facts)), sizes)
     require_ready(model, list(all_parameters(model)))
-    with frozen(all_parameters(model)):
+    with frozen(module for _, module in all_modules(model)):
         found = [
             _found(model, [facts[i] for i in batch], batch, point, layer, settings)
             for batch in tqdm(list(batches), desc="values", delay=2, leave=False)

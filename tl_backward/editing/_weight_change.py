@@ -184,6 +184,7 @@ def _require_changeable(site: WeightSite, parameter: Tensor) -> None:
         )
     if parameter.device.type == "meta":
         raise NotImplementedError(
-            f"{site.name} is offloaded: there is no weight to add to between forward passes; use "
-            "fwd_hooks(), which touch no weight"
+            f"{site.name} is offloaded to a checkpoint that is read anew in each forward pass, so "
+            "nothing can be added to it; use fwd_hooks(), which touch no weight, or have "
+            "accelerate's cpu_offload() or disk_offload() keep it"
         )

@@ -18,7 +18,7 @@ from tl_backward.editing.gradient_step import FineTuneReport
 from tl_backward.editing.target_terms import TargetTerms
 from tl_backward.editing.weight_edit import WeightEdit
 from tl_backward.factors import GradientFactors
-from tl_backward.sites import Model, all_parameters
+from tl_backward.sites import Model, all_modules, all_parameters
 
 ENOUGH = 0.01
 """Fine-tuning ends when the mean loss falls below this, in nats."""
@@ -79,7 +79,7 @@ def adam_fine_tune(
     identity = torch.eye(site.d_out, dtype=dtype, device=device)
     adam = torch.optim.Adam([change], lr=lr)
     losses: list[Tensor] = []
-    with frozen(all_parameters(model)):
+    with frozen(module for _, module in all_modules(model)):
         while True:
             logits = upper.run(low_rank_hooks(site, change.mT[None], identity[None]))
             prompt_losses = _losses(terms, logits)

@@ -591,7 +591,7 @@ class WeightEdit:
         return next(sharing) == name
 
     def _standing_changes(self, name: str) -> frozenset[object]:
-        return standing_changes(self._sharers[name])
+        return standing_changes(one for one in self._sharers[name] if one.packed is None)
 
     def _new_changes(self) -> WeightChanges:
         """The edit as weight changes, not yet made."""

@@ -174,6 +174,7 @@ class BackwardLogitLens:
         )
         kinds = _readable_kinds(weights, vjps, residual, incl_mid, forward)
         found = find_sites(self.model)
+        _require_residual_side(kinds, found)
         if cache is None:
             needs_all_layers = residual is not None or forward  # the whole residual stream
             cache = self._capture(
@@ -492,12 +493,6 @@ def _readable_kinds(
                 f"weights={kind!r} is not inside a block; the lens reads "
                 f"{', '.join(READ_BY_INPUT + READ_BY_VJP)}"
             )
-        if "." in kind and not is_weight_kind(kind):
-            raise ValueError(
-                f"weights={kind!r} neither reads nor writes the residual stream; in LoRA adapters "
-                f"the lens reads lora_A of {', '.join(READ_BY_INPUT)} and lora_B of "
-                f"{' and '.join(READ_BY_VJP)}"
-            )
     if vjps not in ("residual", "output"):
         raise ValueError(f"vjps must be 'residual' or 'output', got {vjps!r}")
     if residual not in (None, "accumulated", "decomposed", "heads"):
@@ -512,6 +507,17 @@ def _readable_kinds(
     if not kinds and residual is None and not forward:
         raise ValueError("nothing to read: weights is empty and residual is None")
     return kinds
+
+
+def _require_residual_side(kinds: Sequence[str], found: FoundSites) -> None:
+    """Refuse the kinds of the model that neither read the residual stream nor write to it."""
+    every = dict.fromkeys(site.kind for site in found.sites)
+    for kind in kinds:
+        if kind in every and not is_weight_kind(kind):
+            raise ValueError(
+                f"weights={kind!r} neither reads nor writes the residual stream; in this model the "
+                f"lens reads {', '.join(one for one in every if is_weight_kind(one))}"
+            )
 
 
 def _require_no_run(**given: Any) -> None:

@@ -30,14 +30,21 @@ def coverage_table(
     import pandas as pd
 
     by_parameter: dict[int, dict[str, list[WeightSite]]] = {}
+    beside: dict[int, list[str]] = {}
     by_module: dict[int, WeightSite] = {}
     behind: dict[int, str] = {}
     for site in sites:
-        module, _ = site.holder
+        module, name = site.holder
         by_module.setdefault(id(module), site)
-        how = site.recomputed
+        for vector in module._parameters.values():
+            if vector is not None and vector.ndim == 1 and site.index is ...:
+                beside.setdefault(id(vector), []).append(site.name)
+        how = None if site.packed else site.recomputed
         if how is None:
-            of_parameter = by_parameter.setdefault(id(site.stored_in[0]), {})
+            held: Tensor | None = module._parameters.get(name)  # if offloaded, the placeholder
+            if held is None and site.packed is None:
+                held = site.stored_in[0]
+            of_parameter = by_parameter.setdefault(id(held), {})
             of_parameter.setdefault(_without_expert(site), []).append(site)
             continue
         for source in how.sources:
@@ -49,6 +56,7 @@ def coverage_table(
             reason = behind.get(id(parameter))
             if reason is None and not site_names:
                 reason = reasons.get(id(parameter))
+                reason = reason or _bias(beside.get(id(parameter), []))
                 reason = reason or _reason(name, module, parameter, by_module)
             yield {
                 "parameter": name,
@@ -58,6 +66,12 @@ def coverage_table(
             }
 
     return pd.DataFrame(rows(), columns=["parameter", "shape", "site", "reason"])
+
+
+def _bias(beside: list[str]) -> str:
+    """Where the gradient of a bias is; several weights share it where a whole layer is tied."""
+    gradients = " + ".join(f"cache.bias_gradient({name!r})" for name in beside)
+    return gradients and f"bias: its gradient is {gradients}"
 
 
 def _without_expert(site: WeightSite) -> str:
@@ -80,13 +94,13 @@ def _reason(
 ) -> str:
     kind = type(module).__name__
     beside = by_module.get(id(module))
-    if beside and beside.index is ... and parameter.ndim == 1:
-        return f"bias: its gradient is cache.bias_gradient({beside.name!r})"
     if beside and beside.index is not ... and name.endswith("bias"):
         where = _without_expert(beside).rpartition(".")[0].format("e")
         return f"biases of experts: cache.bias_gradient('{where}.W_out') is part of their gradient"
     if "Norm" in kind or ".ln" in name:
         return f"gain or bias of a norm ({kind})"
     if isinstance(module, nn.Conv1d):
-        return "convolution: no site yet"
-    return f"part of a {kind} that TransformerLens does not name: no site yet"
+        return "convolution: it filters each channel over positions, and is no x W + b"
+    if parameter.ndim < 2:
+        return f"a vector of a {kind}, no matrix"
+    return f"part of a {kind}, which does not use it as x W + b in a module of its own"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tl_backward._integers import is_integer
 from tl_backward.sites.mixture import Mixture
+from tl_backward.sites.offloading import stored
 from tl_backward.sites.protocols import Model
 from tl_backward.sites.recomputed import Recomputation, recomputation
 from tl_backward.sites.tap import Tap
@@ -77,6 +78,10 @@ class WeightSite:
     """Where ``y`` is read after the post-norm."""
     hook_out_scale: float = field(repr=False, default=1.0)
     """Hooks of ``hook_out`` see ``y`` times this factor (not 1 for Granite's W_E)."""
+    also_without_grad: bool = field(repr=False, default=False)
+    """Whether some passes run under ``torch.no_grad()``; these have no part in the gradient."""
+    packed: str | None = field(repr=False, default=None)
+    """How the weight is stored if not as a matrix: quantised to 4 or 8 bits, with scales."""
     tied_to: tuple[str, ...] = ()
     feeds: tuple[str, ...] = ()
     in_storage_with: tuple[str, ...] = field(repr=False, default=())
@@ -115,6 +120,12 @@ class WeightSite:
         respect to the dequantised value. If it is :attr:`recomputed`, this is its current value and
         not a parameter; with pruning and other hooks it dates from the last forward pass. If the
         weights of several experts are stacked in one parameter, it is a view of this expert's part.
+        If ``accelerate`` offloads it, this is the tensor in CPU memory or in the file on disk, and
+        an in-place change takes effect from the next forward pass. A weight that is offloaded to a
+        checkpoint is on ``meta``.
+
+        Raises:
+            NotImplementedError: If the weight is stored packed, so that there is no such tensor.
         """
         stack, index = self.stored_in
         return stack if index is ... else stack[index]
@@ -124,9 +135,16 @@ class WeightSite:
         """The parameter that holds the weight, and the weight's index in it.
 
         ``parameter[index]`` is :attr:`parameter`; the index is ``...`` for a whole parameter.
+
+        Raises:
+            NotImplementedError: As :attr:`parameter`.
         """
-        module, name = self.holder
-        return getattr(module, name), self.index
+        if self.packed is not None:
+            raise NotImplementedError(
+                f"{self.name} is stored packed ({self.packed}), and no matrix can be read from it "
+                "or added to it; use fwd_hooks() of an edit, which touch no weight"
+            )
+        return stored(*self.holder), self.index
 
     @property
     def recomputed(self) -> Recomputation | None:

@@ -22,6 +22,8 @@ class Tap(NamedTuple):
     module: nn.Module
     side: Literal["input", "output"]
     item: int = 0
+    keyword: str | None = None
+    """The argument by which the tensor comes in, if by name."""
 
     @property
     def is_outside_of_hooks(self) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_backward.sites.site import UnsupportedWeight, WeightSite
 
@@ -26,8 +26,9 @@ class Axis(NamedTuple):
 def with_ties(sites: Iterable[WeightSite]) -> list[WeightSite]:
     """The same sites, with references to sites that share a parameter or its memory."""
     sites = list(sites)
-    computed = {site.name: how for site in sites if (how := site.recomputed)}
-    stored = {site.name: site for site in sites if site.name not in computed}
+    plain = [site for site in sites if site.packed is None]
+    computed = {site.name: how for site in plain if (how := site.recomputed)}
+    stored = {site.name: site for site in plain if site.name not in computed}
     storages = {name: _storage(site.stored_in[0]) for name, site in stored.items()}
     inside: dict[object, list[str]] = defaultdict(list)
     fed: dict[object, list[str]] = defaultdict(list)
@@ -107,7 +108,8 @@ def told_apart(
             f"its {kind} is also that of {', '.join(others)}, and one module "
             "does not tell its uses apart; give each a module of its own with the same parameter"
         )
-        yield UnsupportedWeight(one.name, one.kind, one.layer, reason, one.stored_in[0])
+        parameter = None if one.packed else one.stored_in[0]
+        yield UnsupportedWeight(one.name, one.kind, one.layer, reason, parameter)
 
 
 def _place(site: WeightSite) -> tuple[int, str, str]:
@@ -174,9 +176,14 @@ def _storage(parameter: Tensor) -> object:
 
 
 def _is_same(p: Tensor, q: Tensor) -> bool:
-    """Whether both are one parameter for autograd, or the same part of one."""
+    """Whether both are one parameter for autograd, or the same part of one.
+
+    Offloaded weights are no parameters; those that are tied are several tensors in one memory.
+    """
     if p is q:
         return True
+    if not isinstance(p, nn.Parameter) and not isinstance(q, nn.Parameter):
+        return p.data_ptr() == q.data_ptr() and p.shape == q.shape and p.stride() == q.stride()
     base = p._base
     return base is not None and base is q._base and p.data_ptr() == q.data_ptr()
 

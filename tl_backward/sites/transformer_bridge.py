@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +29,10 @@ from tl_backward.sites.adapters import (
 )
 from tl_backward.sites.experts import expert_sites, has_experts
 from tl_backward.sites.kinds import writes_stream
+from tl_backward.sites.names import layer_of
+from tl_backward.sites.offloading import values_of
+from tl_backward.sites.other_linears import other_linears
+from tl_backward.sites.packing import how_packed
 from tl_backward.sites.parameters import NamedParameter
 from tl_backward.sites.site import (
     PER_HEAD,
@@ -44,7 +49,11 @@ PROJECTIONS = {
     "attn": {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"},
     "mlp": {"W_gate": "gate", "W_in": "in", "W_out": "out"},
 }
-LOOKUPS = {"W_E": "embed", "W_pos": "pos_embed"}
+LOOKUPS = {"W_E": "embed", "W_pos": "pos_embed", "W_token_type": "token_type_embed"}
+STACKS = ("blocks", "L_blocks", "H_blocks")
+"""The lists of blocks. Those of hrm_text run several times, and are no layers by number."""
+HEADS = ("mlm_head", "prediction_head")
+"""Components between the last block and the unembedding."""
 SEES_PADDING = ("DeepseekV4ForCausalLM", "FalconH1ForCausalLM", "OpenAIGPTLMHeadModel")
 """Attention models that do not ignore tokens with an attention mask of 0."""
 
@@ -83,19 +92,86 @@ def survey(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
         NotImplementedError: If the bridge leaves a ``peft`` adapter out of its forward pass.
     """
     _require_adapters_at_work(model)
-    return told_apart(_matrices(model))
+    found = [*_matrices(model)]
+    found += _other_matrices(model, found)
+    present = {(one.kind, one.layer) for one in found if isinstance(one, WeightSite)}
+    return told_apart(
+        one
+        for one in found
+        if isinstance(one, WeightSite)
+        or one.parameter is not None
+        or (one.kind, one.layer) not in present
+    )
+
+
+def _other_matrices(
+    model: Any, found: Iterable[WeightSite | UnsupportedWeight]
+) -> Iterator[WeightSite | UnsupportedWeight]:
+    """The linear layers beside those that are found, and beside the experts."""
+    known = {id(part) for module, _ in _copied(model) for part in module.modules()}
+    known |= {id(one.holder[0]) for one in found if isinstance(one, WeightSite)}
+    refused = {id(one.parameter) for one in found if isinstance(one, UnsupportedWeight)}
+
+    def is_accounted_for(module: nn.Module) -> bool:
+        layer = base_layer(module)
+        return id(layer) in known or id(getattr(layer, "weight", None)) in refused
+
+    beside = _beside_blocks(model)
+    for path, module in beside:
+        if isinstance(module, nn.Embedding) and not is_accounted_for(module):
+            yield from _lookup(f"W_{path}", path, module, None)
+    heads = [(name, model._modules[name]) for name in HEADS if name in model._modules]
+    for path, owner in [*((path, block) for path, _, block in _blocks(model)), *beside, *heads]:
+        layer = layer_of(f"{path}.")
+        for one in other_linears(owner, path, is_accounted_for):
+            if one.reason is not None:
+                weight = getattr(base_layer(one.module), "weight", None)
+                yield UnsupportedWeight(one.name, one.kind, layer, one.reason, weight)
+            else:
+                at = one.path if one.is_component else None
+                for found_there in _linear(one.name, one.kind, layer, at, one.module):
+                    yield _with_first_cycles(found_there)
+
+
+def _blocks(model: Any) -> Iterator[tuple[str, int | None, Any]]:
+    """Every block with its path, and its layer if it is one."""
+    for stack in STACKS:
+        for i, block in enumerate(model._modules.get(stack) or ()):
+            yield f"{stack}.{i}", i if stack == "blocks" else None, block
+
+
+def _beside_blocks(model: Any) -> list[tuple[str, Any]]:
+    """The single layers beside the blocks in the module that holds them."""
+    blocks = model.adapter.component_mapping.get("blocks")
+    if blocks is None:
+        return []
+    holder = model.original_model.get_submodule(str(blocks.name).rpartition(".")[0])
+    names = {id(component): name for name, component in model._modules.items()}
+    return [
+        (names.get(id(module), name), module)
+        for name, module in holder._modules.items()
+        if module is not None and not getattr(module, "original_component", module)._modules
+    ]
+
+
+def _with_first_cycles(found: WeightSite | UnsupportedWeight) -> WeightSite | UnsupportedWeight:
+    """The same of a block of hrm_text, whose first passes run under ``torch.no_grad()``."""
+    if isinstance(found, WeightSite) and found.name.startswith("L_blocks."):
+        return replace(found, also_without_grad=True)
+    return found
 
 
 def _matrices(model: Any) -> Iterator[WeightSite | UnsupportedWeight]:
     for kind, path in LOOKUPS.items():
         component = model._modules.get(path)
         if _weight(component) is not None:
-            yield from _lookup(kind, path, component)
-    for layer, block in enumerate(model._modules.get("blocks") or ()):
+            yield from _lookup(kind, path, component.original_component, component)
+    for owner, layer, block in _blocks(model):
         for part, projections in PROJECTIONS.items():
             for kind, projection in projections.items():
-                yield from _projection(kind, layer, block, part, projection)
-        yield from expert_sites(block, layer, _linear, _behind_mlp(block))
+                yield from _projection(kind, owner, layer, block, part, projection)
+        if layer is not None:
+            yield from expert_sites(block, layer, _linear, _behind_mlp(block))
     component = model._modules.get("unembed")
     if _weight(component) is not None:
         for found in _linear("unembed.W_U", "W_U", None, "unembed", component.original_component):
@@ -109,7 +185,11 @@ def _apart_from_embedding(
     adapters = adapter_matrices(getattr(embed, "original_component", None), "embed.W_E")
     if isinstance(found, WeightSite):
         storages = {one.weight.untyped_storage().data_ptr() for one in adapters}
-        if storages and found.parameter.untyped_storage().data_ptr() in storages:
+        if (
+            storages
+            and not found.packed
+            and found.parameter.untyped_storage().data_ptr() in storages
+        ):
             reason = "it shares memory with an adapter of embed.W_E, so edits would change both"
             return UnsupportedWeight(found.name, found.kind, None, reason, found.parameter)
     return found
@@ -175,12 +255,16 @@ def _bypassed(model: Any) -> Iterator[tuple[nn.Module, str]]:
                     yield component, "used without calling its module in compatibility mode"
 
 
-def _lookup(kind: str, path: str, component: Any) -> Iterator[WeightSite | UnsupportedWeight]:
-    name = f"{path}.{kind}"
-    whole, module = component.original_component, base_layer(component.original_component)
+def _lookup(
+    kind: str, path: str, whole: Any, component: Any
+) -> Iterator[WeightSite | UnsupportedWeight]:
+    """A look-up of an embedding; ``component`` is None where TransformerLens has none."""
+    name, module = f"{path}.{kind}", base_layer(whole)
     reason = not_plain_lora(whole)
     if reason is None and not _lookup_scale(module):
         reason = f"its {type(module).__name__} is not a plain lookup"
+    offset = _position_offset(module)
+    hook_in, hook_out = _hooks(None if component is None else path)
     if reason is not None:
         yield UnsupportedWeight(name, kind, None, reason, module.weight)
     else:
@@ -188,25 +272,25 @@ def _lookup(kind: str, path: str, component: Any) -> Iterator[WeightSite | Unsup
             name=name,
             kind=kind,
             layer=None,
-            hook_in=f"{path}.hook_in",
-            hook_out=f"{path}.hook_out",
+            hook_in=hook_in if offset is None else None,
+            hook_out=hook_out,
             d_in=module.weight.shape[0],
             d_out=module.weight.shape[1],
-            x_tap=lambda: Tap(module, "input"),
+            x_tap=lambda: Tap(module, "input", keyword=None if offset is None else "position_ids"),
             y_tap=lambda: Tap(module, "output"),
             holder=(module, "weight"),
             layout=unchanged,
-            encode=partial(_one_hot, module),
+            encode=partial(_one_hot, module, offset or 0),
             padding_row=module.padding_idx,
             hook_out_scale=getattr(component, "_output_contribution_scale", 1.0),
         )
-    yield from _adapters(name, kind, None, path, component.original_component)
+    yield from _adapters(name, kind, None, path if component is not None else None, whole)
 
 
 def _projection(
-    kind: str, layer: int, block: Any, part: str, projection: str
+    kind: str, owner: str, layer: int | None, block: Any, part: str, projection: str
 ) -> Iterator[WeightSite | UnsupportedWeight]:
-    name = f"blocks.{layer}.{part}.{kind}"
+    name = f"{owner}.{part}.{kind}"
     parent = block._modules.get(part)
     if _is_sparse(parent):
         return
@@ -219,11 +303,11 @@ def _projection(
     if reason is not None:
         yield UnsupportedWeight(name, kind, layer, reason, _weight(component))
     elif component is not None:
-        path, module = f"blocks.{layer}.{part}.{projection}", component.original_component
+        path, module = f"{owner}.{part}.{projection}", component.original_component
         for found in _linear(name, kind, layer, path, module):
             if isinstance(found, WeightSite):
                 found = _behind_post_norm(_in_compatibility_mode(found, parent, component), block)
-            yield found
+            yield _with_first_cycles(found)
 
 
 def _obstacle(kind: str, projection: str, block: Any, parent: Any, component: Any) -> str | None:
@@ -263,7 +347,7 @@ def _linear(
 ) -> Iterator[WeightSite | UnsupportedWeight]:
     """A linear layer and its LoRA adapters; ``path`` is the path of its HookPoints."""
     module = base_layer(whole)
-    reason = not_plain_lora(whole) or _not_affine(module)
+    reason = not_plain_lora(whole) or (None if how_packed(module) else _not_affine(module))
     if reason is not None:
         yield UnsupportedWeight(name, kind, layer, reason, getattr(whole, "weight", None))
     else:
@@ -300,8 +384,12 @@ def _site(
     hook_out: str | None,
 ) -> WeightSite:
     """The site of a module that computes ``x W + b``."""
-    stored_out_in = isinstance(module, nn.Linear)
-    d_out, d_in = module.weight.shape if stored_out_in else module.weight.shape[::-1]
+    packed = how_packed(module)
+    stored_out_in = packed is not None or isinstance(module, nn.Linear)
+    if packed is not None:
+        d_in, d_out = module.in_features, module.out_features
+    else:
+        d_out, d_in = module.weight.shape if stored_out_in else module.weight.shape[::-1]
     return WeightSite(
         name=name,
         kind=kind,
@@ -314,6 +402,7 @@ def _site(
         y_tap=lambda: Tap(module, "output"),
         holder=(module, "weight"),
         layout=_transposed if stored_out_in else unchanged,
+        packed=packed,
     )
 
 
@@ -400,33 +489,57 @@ def _not_affine(module: nn.Module) -> str | None:
     if type(module) in (nn.Linear, Conv1D):
         return None
     if isinstance(module, nn.Linear | Conv1D):
-        W = weight.mT if isinstance(module, nn.Linear) else weight
-        x = torch.linspace(-1, 1, W.shape[0], dtype=W.dtype, device=W.device)
-        with torch.no_grad():
-            expected = nn.functional.linear(x, W.mT, module.bias)
-            if torch.allclose(module.forward(x), expected):
+        with torch.no_grad(), values_of(module):
+            W = module.weight.mT if isinstance(module, nn.Linear) else module.weight
+            if W.device.type == "meta":
                 return None
+            x = torch.linspace(-1, 1, W.shape[0], dtype=W.dtype, device=W.device)
+            expected = nn.functional.linear(x, W.mT, module.bias)
+            with suppress(RuntimeError):  # it takes no single vector
+                if torch.allclose(module.forward(x), expected):
+                    return None
     return f"its {kind} does not compute x W + b"
 
 
 def _lookup_scale(module: nn.Module) -> float | None:
     """The factor ``s`` of an embedding that returns ``s`` times a row of its weight, or None."""
-    if type(module) is nn.Embedding:
+    if type(module) is nn.Embedding or _position_offset(module) is not None:
         return 1.0
     first_argument = next(iter(inspect.signature(module.forward).parameters), None)
     if not isinstance(module, nn.Embedding) or first_argument not in ("input", "input_ids"):
         return None
-    ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
-    with torch.no_grad():
+    with torch.no_grad(), values_of(module):
+        ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
+        if ids.device.type == "meta":
+            return 1.0
         rows, looked_up = module.weight[ids], module.forward(ids)
         scale = (rows * looked_up).sum() / (rows * rows).sum()
         return float(scale) if torch.allclose(looked_up, scale * rows) else None
 
 
-def _one_hot(module: nn.Embedding, ids: Int[Tensor, "..."]) -> Float[Tensor, "... d_vocab"]:
-    """The rows ``x`` for which the embedding's output is ``x W``."""
+def _position_offset(module: nn.Module) -> int | None:
+    """How far OPT's embedding of positions counts from the first row; None for other look-ups."""
+    offset = getattr(module, "offset", None)
+    forward: Callable[..., Tensor] = module.forward
+    takes_positions = "position_ids" in inspect.signature(forward).parameters
+    if not isinstance(module, nn.Embedding) or offset is None or not takes_positions:
+        return None
+    with torch.no_grad(), values_of(module):
+        ids = torch.arange(min(4, module.num_embeddings - offset), device=module.weight.device)
+        if ids.device.type == "meta":
+            return offset
+        rows = module.weight[ids + offset]
+        looked_up = forward(torch.ones_like(ids[None]), position_ids=ids[None])[0]
+    return offset if torch.equal(looked_up, rows) else None
+
+
+def _one_hot(
+    module: nn.Embedding, offset: int, ids: Int[Tensor, "..."]
+) -> Float[Tensor, "... d_vocab"]:
+    """The rows ``x`` for which the embedding is ``x W``."""
     scale = _lookup_scale(module) or 0.0
-    return nn.functional.one_hot(ids, module.num_embeddings).to(module.weight.dtype) * scale
+    rows = nn.functional.one_hot(ids + offset, module.num_embeddings)
+    return rows.to(module.weight.dtype) * scale
 
 
 def named_parameters(model: Any) -> Iterator[NamedParameter]:
@@ -441,8 +554,14 @@ def named_parameters(model: Any) -> Iterator[NamedParameter]:
 
 
 def reasons(model: Any) -> dict[int, str]:
-    """Why parameters have no site, by ``id``: those of which a processed copy is in use."""
-    return unused_parameters(model)
+    """Why parameters have no site, by ``id``: what no text passes, and what has a copy in use."""
+    of_vision = {
+        id(parameter): f"part of the {name}, through which no text passes"
+        for name, module in model._modules.items()
+        if name.startswith("vision_")
+        for parameter in module.parameters()
+    }
+    return of_vision | unused_parameters(model)
 
 
 def unused_parameters(model: Any) -> dict[int, str]:
@@ -508,7 +627,7 @@ def unembedding(model: Any) -> Float[Tensor, "d_model d_vocab"]:
     """The unembedding matrix.
 
     Raises:
-        NotImplementedError: If a ``peft`` adapter adds to its output.
+        NotImplementedError: If a ``peft`` adapter adds to its output, or it is stored packed.
     """
     applied = applied_adapters(model.unembed.original_component)
     if applied:
@@ -516,7 +635,15 @@ def unembedding(model: Any) -> Float[Tensor, "d_model d_vocab"]:
             f"unembed.W_U has the adapter {applied[0]!r}, so no single matrix computes the logits; "
             "call peft's merge_adapter()"
         )
-    return model.W_U
+    module = base_layer(model.unembed.original_component)
+    packed = how_packed(module)
+    if packed is not None:
+        raise NotImplementedError(
+            f"unembed.W_U is stored packed ({packed}), and no matrix can be read from it; load the "
+            "model with an unembedding that is not quantised"
+        )
+    with values_of(module):
+        return model.W_U
 
 
 def unembed(
@@ -527,4 +654,6 @@ def unembed(
     vectors = vectors.to(device=W_U.device, dtype=W_U.dtype)
     if apply_ln:
         vectors = final_norm(model, vectors)
-    return model.adapter.apply_output_logits_transform((vectors @ W_U).add_(model.b_U))
+    with values_of(base_layer(model.unembed.original_component)):
+        b_U = model.b_U
+    return model.adapter.apply_output_logits_transform((vectors @ W_U).add_(b_U))
