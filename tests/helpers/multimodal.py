@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig
@@ -48,7 +49,11 @@ def make_multimodal(family: str, tokenizer: Any, dtype: torch.dtype = torch.floa
     kind = CONFIG_MAPPING[family]
     config = kind(text_config=text.to_dict(), vision_config=_vision(kind, text.hidden_size))
     build = AutoModelForImageTextToText.from_config
-    return bridge_of(random_model(config, dtype, build), tokenizer)
+    from transformer_lens.model_bridge.sources.transformers import helpers as loading
+
+    model = random_model(config, dtype, build)
+    with patch.object(loading, "_ensure_torchvision", return_value=False):  # else it installs it
+        return bridge_of(model, tokenizer)
 
 
 def _vision(kind: type[PretrainedConfig], hidden_size: int) -> dict[str, Any]:
