@@ -18,7 +18,7 @@ from tl_backward.sites import all_modules
 
 TOKENS, TARGET_ID = torch.tensor([[3, 9, 1, 17, 5, 11, 2, 8, 30]]), 5
 SETTING = re.compile("drop|jitter|noise")
-NAMED = re.compile(r"computes: (?P<setting>\S+)=(?P<value>\S+) of (?P<kind>\w+) at ")
+NAMED = re.compile(r"changes its output: (?P<setting>\S+)=(?P<value>\S+) of (?P<kind>\w+) at ")
 IGNORED_BY_THE_BRIDGE = ("youtu", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Families whose attention in the bridge leaves the dropout out that is set."""
 
