@@ -20,7 +20,7 @@ def test_torch_is_not_bounded():
     """A plain installation leaves the torch that is there."""
     needed = [line.replace(" ", "") for line in requires("tl-backward") if "extra" not in line]
     assert "torch" in needed
-    assert "transformer-lens<5,>=2.16" in needed
+    assert "transformer-lens<5,>=2.18" in needed
 
 
 def test_types_and_template_are_shipped():

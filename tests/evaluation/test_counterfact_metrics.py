@@ -118,7 +118,10 @@ MALFORMED = [
     (changed("paraphrase_prompts"), "paraphrase_prompts is missing"),
     (changed("paraphrase_prompts", []), r"paraphrase_prompts must be a list of at least one text"),
     (changed("neighborhood_prompts", ["a", 3]), "neighborhood_prompts must be a list of at least"),
-    (changed("generation_prompts", "Messi is"), "generation_prompts must be a list of one text"),
+    (
+        changed("generation_prompts", "Messi is"),
+        "generation_prompts must be a list of at least",
+    ),
     (["Messi"], r"the record must be an object, got \['Messi'\]"),
 ]
 

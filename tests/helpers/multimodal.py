@@ -49,10 +49,14 @@ def make_multimodal(family: str, tokenizer: Any, dtype: torch.dtype = torch.floa
     kind = CONFIG_MAPPING[family]
     config = kind(text_config=text.to_dict(), vision_config=_vision(kind, text.hidden_size))
     build = AutoModelForImageTextToText.from_config
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
     from transformer_lens.model_bridge.sources.transformers import helpers as loading
 
     model = random_model(config, dtype, build)
-    with patch.object(loading, "_ensure_torchvision", return_value=False):  # else it installs it
+    with (  # the text model needs no torchvision, which TransformerLens asks for and installs
+        patch.object(loading, "_ensure_torchvision", return_value=False),
+        patch.object(ArchitectureAdapter, "_check_required_libraries"),
+    ):
         return bridge_of(model, tokenizer)
 
 

@@ -34,6 +34,7 @@ def test_through_the_final_norm_inverts_autograd(model):
     normed = model.ln_final(end.unsqueeze(0))
     normed.retain_grad()
     (-model.unembed(normed)[0, -1].log_softmax(-1)[TARGET]).backward()
+    model.zero_grad()
     jacobian = torch.autograd.functional.jacobian(
         lambda row: model.ln_final(row[None, None])[0, 0], residual[-1]
     )

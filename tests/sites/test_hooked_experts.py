@@ -15,17 +15,21 @@ import tl_backward as tlb
 pytestmark = NEEDS_HOOKED_TRANSFORMER
 
 EXPERTS = {**GATED, "num_experts": 5, "experts_per_token": 2, "normalization_type": "RMS"}
-HAS_GPT_OSS = hasattr(transformer_lens.components, "GptOssMoE") or hasattr(
-    getattr(transformer_lens.components, "mlps", None), "gpt_oss_moe"
-)
 PROMPT, TEXTS, TARGETS = [3, 9, 1, 17, 5, 2], [[3, 9, 1, 17], [4, 7], [12]], [[5], [7], [11]]
 
 
 @pytest.fixture(params=["Mixtral", "GptOss"])
 def model(request):
-    if request.param == "GptOss" and not HAS_GPT_OSS:
+    if request.param == "GptOss" and not _has_gpt_oss():
         pytest.skip("this TransformerLens has no GPT-OSS")
     return build(**EXPERTS, original_architecture=f"{request.param}ForCausalLM").double()
+
+
+def _has_gpt_oss():
+    components = transformer_lens.components
+    return hasattr(components, "GptOssMoE") or hasattr(
+        getattr(components, "mlps", None), "gpt_oss_moe"
+    )
 
 
 def test_every_matrix_against_autograd(model):
