@@ -344,7 +344,8 @@ def _require_row_per_position(
     n = len(rows.starts) * rows.width
     for tensors, width in ((x, site.d_in), (y, site.d_out)):
         for one in tensors:
-            if one.shape[-1] != width or one.numel() != n * width:
+            by_head = one.shape[-2:].numel() == width
+            if one.numel() != n * width or not (by_head or one.shape[-1] == width):
                 raise NotImplementedError(
                     f"the model gives {site.name} {list(one.shape)} and not one row for each of "
                     f"{n} positions; leave it out with weights=..."
