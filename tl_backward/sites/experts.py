@@ -80,6 +80,8 @@ def has_experts(part: Any) -> bool:
 
 def _owners(block: Any, path: str) -> Iterator[Owner]:
     parts = {name: part for name, part in block._modules.items() if _is_component(part)}
+    if not any(has_experts(part) or _is_decorated(_unwrapped(part)) for part in parts.values()):
+        return
     components = dict(_components(block, path))
     for name, part in parts.items():
         whole = _unwrapped(part)
@@ -110,7 +112,7 @@ def _unwrapped(module: Any) -> Any:
 
 
 def _is_component(module: Any) -> bool:
-    return getattr(module, "original_component", None) is not None
+    return isinstance(module, nn.Module) and "_original_component" in module._modules
 
 
 def _is_decorated(module: Any) -> bool:

@@ -73,6 +73,10 @@ class OtherLinear(NamedTuple):
     reason: str | None
 
 
+WIDTHS = {"in_features", "nf"}
+"""Attributes of linear layers, one of which each kind of them has."""
+
+
 def other_linears(
     owner: Any, path: str, accounted_for: Callable[[nn.Module], bool]
 ) -> Iterator[OtherLinear]:
@@ -85,6 +89,8 @@ def other_linears(
         path: Its path.
         accounted_for: Whether a linear layer has a site already, or needs none.
     """
+    if all(accounted_for(one) for one in owner.modules() if not WIDTHS.isdisjoint(vars(one))):
+        return
     named = [*_components(owner, path)]
     components = {id(module): name for name, module in reversed(named)}
     seen = set()

@@ -11,7 +11,7 @@ def how_packed(module: nn.Module) -> str | None:
     Such a layer says itself how wide it is, and has a way of its own to multiply (bitsandbytes,
     FP8, GPTQ, AWQ ...).
     """
-    widths = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    widths = vars(module).get("out_features"), vars(module).get("in_features")
     if not all(isinstance(width, int) for width in widths):
         return None
     if type(module).forward is nn.Linear.forward:
