@@ -259,6 +259,7 @@ def test_random_nested_edits_are_reverted_bit_for_bit(models, name):
                     site.name: factors(site, rng.choice([1, 3]), made, scale=scale)
                     for site in chosen
                 },
+                sites=sites,
             )
             touched = {id(site.parameter): site.parameter for site in chosen}
             standing.append((edit, [(p, p.detach().clone()) for p in touched.values()]))
