@@ -51,8 +51,8 @@ other work on the machine (so the seconds are an upper bound). Means over record
   Accuracy: all its tokens are the most probable ones. Score: harmonic mean of the three.
 - Errors: records without an edit, or measured with the best edit of a search that fell short; a
   group that is edited together falls short when one of its facts does.
-- Perplexity: of the first lines of WikiText-2, the mean of each line's; a dash is what was not
-  measured.
+- Perplexity: of the first lines of WikiText-2, the mean of each line's, with the number of records
+  for whose edits it was taken. A dash is what was not measured.
 - Seconds: median over the records, of a group the share of each, without the making of
   statistics, contexts and MEND editors. Tokens: what the keys' statistics were taken on.
 - Where settings were chosen, it was by the score on records that are not measured; the last
@@ -92,6 +92,9 @@ def as_table(runs: dict[str, tuple[dict[str, Any], pd.DataFrame]]) -> list[str]:
     for name, (about, frame) in runs.items():
         values = [summary.loc[name].get(column, float("nan")) for column in METRICS.values()]
         cells = [_shown(value, i < 2) for i, value in enumerate(values)]
+        for i, (family, metric) in enumerate(METRICS.values()):
+            if family == "text" and metric in frame:
+                cells[i] += f" ({frame[metric].notna().sum()})"
         seconds = frame["seconds"].median() if name != "unedited" else float("nan")
         cells += [f"{seconds:.1f}" if seconds == seconds else "-"]
         cells += [f"{about['statistics_tokens']:,}" if "statistics_tokens" in about else "-"]
