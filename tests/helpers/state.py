@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-LEFT_BY_GENERATE = {"_capture_hf_cache"}
-"""Attributes that a bridge's own ``generate`` leaves."""
 REGISTRIES = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
 
@@ -18,7 +16,7 @@ def state(model: Any) -> dict[str, Any]:
     """Everything of a model of either class, and of torch, that hooks or a capture might change."""
     return {
         **state_of_model(model),
-        "attributes": [sorted({*vars(module)} - LEFT_BY_GENERATE) for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
         "rng": bits(torch.get_rng_state()),
         "grad_mode": torch.is_grad_enabled(),
     }
